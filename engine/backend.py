@@ -1,0 +1,85 @@
+"""The seam: what the serving loop asks of whatever runs its steps.
+
+A backend owns the clock, delivers what comes from outside, and launches and completes steps. It alone knows
+where requests stop. `launch`, `complete` and `wait` return something to wait on: a SimPy event in the
+simulator, a `Waitable` on hardware. The loop yields it, and is sent the value described here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from engine.events import Event
+from engine.step import Step
+
+
+class Launch(NamedTuple):
+    """A step is on its way: when the backend was handed it, and when the host's work for it was done (ns)."""
+
+    planned_ns: int
+    launched_ns: int
+
+
+class Stop(NamedTuple):
+    """A request's end-of-sequence was found: it made `output_len` tokens that count."""
+
+    request_id: int
+    output_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The tokens of a step are known to the host.
+
+    Attributes:
+        step: the step's index.
+        completed_ns: when the host took notice: the time of the step's tokens.
+        device_start_ns: when the data plane began to work on it.
+        device_ns: how long the data plane worked on it.
+        stops: requests found to have ended, by something other than their `max_tokens`.
+    """
+
+    step: int
+    completed_ns: int
+    device_start_ns: int
+    device_ns: int
+    stops: Sequence[Stop] = ()
+
+
+class Backend(Protocol):
+    """What both riders implement."""
+
+    def now(self) -> int:
+        """Nanoseconds since the run's start."""
+
+    def due(self, now: int) -> Sequence[Event]:
+        """Take the external events that are due by `now`, in order of time, then sequence."""
+
+    def launch(self, step: Step) -> Any:
+        """Start a step; yields a `Launch` once the host's work for it is done."""
+
+    def complete(self) -> Any:
+        """Wait for the oldest step in flight; yields its `Completion`."""
+
+    def wait(self) -> Any:
+        """Wait for the next external event (yields None). Returns None when there will be none."""
+
+
+class Waitable(Protocol):
+    """What a backend without an event loop of its own hands out."""
+
+    def wait(self) -> Any:
+        """Block until it has happened and return its value."""
+
+
+def drive(loop: Generator[Waitable, Any, None]) -> None:
+    """Run a serving loop on the machine's own time, where SimPy would run it as a process."""
+    value = None
+    while True:
+        try:
+            waitable = loop.send(value)
+        except StopIteration:
+            return
+        value = waitable.wait()

@@ -1,0 +1,45 @@
+"""One frozen config: everything that decides what a run does, given its workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from traces.errors import TandemError
+
+
+@dataclass(frozen=True, slots=True)
+class ServingConfig:
+    """What the scheduler and the serving loop need to know; the core of a manifest's `system`.
+
+    Attributes:
+        num_blocks: KV blocks on the device.
+        block_size: tokens per KV block.
+        max_seqs: requests that may hold KV blocks at once.
+        max_batched_tokens: token budget of one step, prefill and decode together.
+        max_model_len: longest prompt + output that is served; longer requests are rejected.
+        scheduler: a policy's name, or `module:Class`.
+        pipeline_depth: steps in flight at once, 1 or 2.
+
+    Raises:
+        TandemError: a value is out of range, or two of them contradict each other.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_seqs: int = 32
+    max_batched_tokens: int = 2048
+    max_model_len: int = 2048
+    scheduler: str = "chunked_prefill"
+    pipeline_depth: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_seqs", "max_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise TandemError(f"{name} is {getattr(self, name)}: give a number of 1 or more")
+        if self.pipeline_depth not in (1, 2):
+            raise TandemError(f"pipeline_depth is {self.pipeline_depth}: the loop overlaps 1 or 2 steps")
+        if self.max_batched_tokens < self.max_seqs:
+            raise TandemError(
+                f"max_batched_tokens ({self.max_batched_tokens}) is below max_seqs ({self.max_seqs}): "
+                "a step could not run one token for each sequence; raise the one or lower the other"
+            )

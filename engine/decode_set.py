@@ -1,0 +1,57 @@
+"""The requests that make one token in every decode step, kept so that a steady step costs O(1).
+
+Both sides of the seam hold one: the scheduler to know who needs a block or is done, the simulator to know
+how many KV tokens a step reads. Members are not touched as they advance; a member's context is its context
+at joining plus the ticks since, and alarms bring up the few members that need attention.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+
+class DecodeSet:
+    """An ordered set of request ids with contexts that all grow by one token a tick.
+
+    Attributes:
+        kv_tokens: the sum of the members' contexts, in tokens.
+    """
+
+    __slots__ = ("_alarms", "_base", "_tick", "kv_tokens")
+
+    def __init__(self) -> None:
+        self._tick = 0
+        self._base: dict[int, int] = {}  # request id -> context minus the tick at which it joined
+        self._alarms: defaultdict[int, list[int]] = defaultdict(list)
+        self.kv_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._base
+
+    def context(self, request_id: int) -> int:
+        """Tokens of the member whose keys and values are in the cache. Raises KeyError for a non-member."""
+        return self._base[request_id] + self._tick
+
+    def add(self, request_id: int, context: int) -> None:
+        """Let a request with `context` cached tokens join."""
+        self._base[request_id] = context - self._tick
+        self.kv_tokens += context
+
+    def discard(self, request_id: int) -> None:
+        """Let a request leave, if it is a member. Alarms of members that left may still ring."""
+        base = self._base.pop(request_id, None)
+        if base is not None:
+            self.kv_tokens -= base + self._tick
+
+    def wake(self, request_id: int, ticks: int) -> None:
+        """Ask for `request_id` to be among those that ring in `ticks` ticks (at least 1)."""
+        self._alarms[self._tick + ticks].append(request_id)
+
+    def advance(self) -> list[int]:
+        """Every member makes one token. Returns the ids whose alarm rings, former members included."""
+        self._tick += 1
+        self.kv_tokens += len(self._base)
+        return self._alarms.pop(self._tick, [])

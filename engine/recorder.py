@@ -1,0 +1,125 @@
+"""Notes down what happens in a serving loop, in time and memory that grow with changes, not with tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.backend import Completion, Launch
+from engine.records import tables_from_rows
+from engine.request import Request
+from engine.step import Step
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(slots=True)
+class _Life:
+    """One request's history, in times (ns) and step numbers; None is 'not yet'."""
+
+    request: Request
+    delivered_ns: int
+    first_scheduled_ns: int | None = None
+    first_token_step: int | None = None
+    last_token_step: int | None = None
+    output_len: int | None = None
+    decodes_from: int = 0
+    context: int = 0
+
+
+class Recorder:
+    """Collects one run's rows. The serving loop calls it; `tables` gives them.
+
+    Attributes:
+        ended: requests that were served, stopped or cancelled so far.
+    """
+
+    def __init__(self) -> None:
+        self.ended = 0
+        self._lives: dict[int, _Life] = {}
+        self._decoding: dict[int, _Life] = {}
+        self._steps: list[tuple[Any, ...]] = []
+        self._completions: list[Completion] = []
+        self._spans: list[tuple[Any, ...]] = []
+        self._iterations: list[tuple[Any, ...]] = []
+
+    def delivered(self, request: Request, now: int) -> None:
+        """A request was handed to the scheduler."""
+        self._lives[request.id] = _Life(request, now)
+
+    def launched(self, step: Step, now: int, launch: Launch) -> None:
+        """A step that was planned at `now` is on its way."""
+        times = (now, launch.planned_ns, launch.launched_ns)
+        load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting, len(step.preempted))
+        self._steps.append(
+            (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load)
+        )
+        self._track(step, now)
+
+    def _track(self, step: Step, now: int) -> None:
+        for request_id in (*step.dropped, *step.preempted):
+            self._close_span(request_id, step.index - 1)
+        for request_id, context in step.joined.items():
+            life = self._decoding[request_id] = self._lives[request_id]
+            life.decodes_from, life.context = step.index, context
+        for request_id, chunk in step.chunks.items():
+            life = self._lives[request_id]
+            self._spans.append((request_id, step.index, step.index, "prefill", *chunk))
+            if life.first_scheduled_ns is None:
+                life.first_scheduled_ns = now
+            if chunk.samples and life.first_token_step is None:
+                life.first_token_step = step.index
+        for request_id in step.finishing:
+            self._close_span(request_id, step.index)
+            self._lives[request_id].last_token_step = step.index
+        self.ended += len(step.finishing) + len(step.dropped)
+
+    def _close_span(self, request_id: int, last_step: int) -> None:
+        life = self._decoding.pop(request_id, None)
+        if life is not None and last_step >= life.decodes_from:
+            self._spans.append((request_id, life.decodes_from, last_step, "decode", life.context, 1, True))
+
+    def completed(self, completion: Completion) -> None:
+        """A step's tokens are known."""
+        self._completions.append(completion)
+        for stop in completion.stops:
+            life = self._lives[stop.request_id]
+            life.last_token_step, life.output_len = completion.step, stop.output_len
+
+    def iteration(
+        self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
+    ) -> None:
+        """One turn of the loop is over."""
+        launched = (step.index, launch.planned_ns, launch.launched_ns) if step and launch else (None, None, None)
+        completed = (completion.step, completion.completed_ns) if completion else (None, None)
+        self._iterations.append((now, events, *launched, *completed))
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The run so far. A run that was interrupted is whole up to its last completed step."""
+        for request_id in tuple(self._decoding):
+            self._close_span(request_id, len(self._steps) - 1)
+        steps = [
+            (*step, completion.completed_ns, completion.device_start_ns, completion.device_ns)
+            for step, completion in zip(self._steps, self._completions, strict=False)
+        ]
+        requests = [self._request_row(life) for life in self._lives.values()]
+        return tables_from_rows(
+            {"requests": requests, "steps": steps, "spans": self._spans, "iterations": self._iterations}
+        )
+
+    def _request_row(self, life: _Life) -> tuple[Any, ...]:
+        request = life.request
+        generated = request.generated
+        output_len = generated if life.output_len is None else life.output_len
+        return (
+            *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
+            *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
+            *(request.prompt_len, request.max_tokens, output_len, generated - output_len),
+            *(request.preemptions, request.outcome or "unfinished", request.reason),
+            *(request.priority, request.client),
+        )
+
+    def _time_of(self, step: int | None) -> int | None:
+        known = step is not None and step < len(self._completions)
+        return self._completions[step].completed_ns if known and step is not None else None

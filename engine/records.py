@@ -1,0 +1,178 @@
+"""What a run writes down: a folder of tables and a manifest, the same for both riders.
+
+`requests` has a row per request; `steps` per step; `spans` per prefill chunk and per stretch of decoding (from
+it every token's time follows: a decoding request makes a token in each step of its span whose `decode_tokens`
+is not 0); `iterations` per turn of the serving loop (from it a run can be replayed). Times are integer
+nanoseconds since the run's start.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traces.errors import TandemError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_INT = "int64"
+COLUMNS: dict[str, dict[str, str]] = {
+    "requests": {
+        "request": _INT,
+        "arrival_ns": _INT,
+        "delivered_ns": _INT,  # when the serving loop took it
+        "first_scheduled_ns": _INT,
+        "first_token_ns": _INT,
+        "last_token_ns": _INT,
+        "prompt_len": _INT,
+        "max_tokens": _INT,
+        "output_len": _INT,  # tokens that count
+        "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
+        "preemptions": _INT,
+        "outcome": "string",  # length, stop, cancelled, rejected, unfinished
+        "reason": "string",
+        "priority": _INT,
+        "client": "string",
+    },
+    "steps": {
+        "step": _INT,
+        "digest": "binary",
+        "scheduled_ns": _INT,  # the iteration's clock read
+        "planned_ns": _INT,
+        "launched_ns": _INT,
+        "prefill_tokens": _INT,
+        "chunks": _INT,
+        "decode_tokens": _INT,
+        "kv_tokens": _INT,  # context of the decodes
+        "kv_blocks_used": _INT,
+        "running": _INT,
+        "waiting": _INT,
+        "preemptions": _INT,
+        "completed_ns": _INT,
+        "device_start_ns": _INT,
+        "device_ns": _INT,
+    },
+    "spans": {
+        "request": _INT,
+        "first_step": _INT,
+        "last_step": _INT,
+        "kind": "string",  # prefill, decode
+        "start": _INT,  # cached tokens when it began
+        "tokens": _INT,  # run in each step
+        "samples": "bool",  # whether each step makes an output token
+    },
+    "iterations": {
+        "now_ns": _INT,
+        "events": _INT,
+        "step": _INT,
+        "planned_ns": _INT,
+        "launched_ns": _INT,
+        "completed_step": _INT,
+        "completed_ns": _INT,
+    },
+}
+
+
+def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str, pa.Table]:
+    """Turn rows, their fields in the order of `COLUMNS`, into Arrow tables."""
+    import pyarrow as pa
+
+    tables = {}
+    for name, columns in COLUMNS.items():
+        values = list(zip(*rows[name], strict=True)) or [()] * len(columns)
+        arrays = [pa.array(column, kind) for column, kind in zip(values, columns.values(), strict=True)]
+        tables[name] = pa.table(arrays, names=list(columns))
+    return tables
+
+
+@dataclass(slots=True)
+class RunRecords:
+    """One run.
+
+    Attributes:
+        manifest: what was run, in three parts: workload, system, provenance.
+        tables: `requests`, `steps`, `spans`, `iterations`.
+        summary: metrics and counts.
+        partial: whether the run was interrupted.
+    """
+
+    manifest: dict[str, Any]
+    tables: dict[str, pa.Table]
+    summary: dict[str, Any] = field(default_factory=dict)
+    partial: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Write the run, or nothing: an older run in `folder` is replaced once the new one is whole.
+
+        Raises:
+            TandemError: the folder holds something else, or cannot be written.
+        """
+        if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
+            raise TandemError(f"{folder} is not empty and not a run: choose another --out")
+        draft = folder.with_name(folder.name + ".tmp")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            self._write_files(draft)
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise TandemError(f"cannot write {folder}: {error.strerror or error}; nothing was kept") from error
+
+    def _write_files(self, folder: Path) -> None:
+        import pyarrow.parquet as pq
+
+        for name, table in self.tables.items():
+            versioned = table.replace_schema_metadata({"tandem_schema": str(SCHEMA_VERSION)})
+            pq.write_table(versioned, folder / f"{name}.parquet", compression="zstd")
+        header = {"schema": SCHEMA_VERSION, "partial": self.partial}
+        for name, content in (("summary", self.summary), ("manifest", self.manifest)):
+            (folder / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read a run's folder.
+
+    Raises:
+        TandemError: it is not a run, a file is missing or damaged, or another schema version wrote it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    manifest = _read_json(folder / "manifest.json")
+    summary = _read_json(folder / "summary.json")
+    tables = {}
+    for name in COLUMNS:
+        path = folder / f"{name}.parquet"
+        try:
+            tables[name] = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
+        if tables[name].column_names != list(COLUMNS[name]):
+            raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
+    partial = manifest.pop("partial", False)
+    return RunRecords(manifest, tables, summary, partial)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise TandemError(f"{path.parent} is not a run: it has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise TandemError(f"{path}: cannot be read ({_first_line(error)})") from error
+    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA_VERSION:
+        raise TandemError(f"{path}: not schema {SCHEMA_VERSION}; it was written by another version of tandem")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,100 @@
+"""A request as a scheduler sees it: what the client asked for, and how far it has got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.decode_set import DecodeSet
+from traces.request import TraceRequest
+
+LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request in the serving system. Where it will stop is not known here.
+
+    Progress is counted when a step is planned, not when it completes.
+
+    Attributes:
+        id: position in arrival order.
+        arrival_ns: when the client sent it.
+        prompt_len: prompt tokens.
+        max_tokens: output tokens at which it is cut off.
+        predicted_length: an estimate of its output tokens, if the workload has one.
+        priority: smaller is more urgent.
+        client: who sent it.
+        blocks: ids of its KV blocks, in order of position.
+        preemptions: how often it has lost its blocks.
+        outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
+        reason: why it was rejected.
+    """
+
+    id: int
+    arrival_ns: int
+    prompt_len: int
+    max_tokens: int
+    predicted_length: int | None = None
+    priority: int = 0
+    client: str | None = None
+    blocks: list[int] = field(default_factory=list)
+    preemptions: int = 0
+    outcome: str | None = None
+    reason: str | None = None
+    _computed: int = 0
+    _generated: int = 0
+    _decoding: DecodeSet | None = None
+
+    @classmethod
+    def from_trace(cls, source: TraceRequest) -> Request:
+        """The scheduler's view of a trace's request: everything but where it stops."""
+        return cls(
+            source.id,
+            source.arrival_ns,
+            source.prompt_len,
+            source.max_tokens,
+            source.predicted_length,
+            source.priority,
+            source.client,
+        )
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache once all planned steps have run."""
+        return self._computed if self._decoding is None else self._decoding.context(self.id)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens made once all planned steps have run."""
+        # A decoding request has cached everything but its newest token.
+        return self._generated if self._decoding is None else self.computed + 1 - self.prompt_len
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens still to be cached before the request can make its next token."""
+        return self.prompt_len + self._generated - self._computed
+
+    def prefilled(self, tokens: int) -> None:
+        """Count a planned prefill chunk."""
+        self._computed += tokens
+
+    def sampled(self) -> None:
+        """Count the token that a completed prefill makes."""
+        self._generated += 1
+
+    def start_decoding(self, decoding: DecodeSet) -> None:
+        """Join the decode set, which counts the progress from here on."""
+        decoding.add(self.id, self._computed)
+        self._decoding = decoding
+
+    def stop_decoding(self) -> None:
+        """Leave the decode set and take the progress along."""
+        if self._decoding is not None:
+            self._computed, self._generated = self.computed, self.generated
+            self._decoding.discard(self.id)
+            self._decoding = None
+
+    def forget_cache(self) -> None:
+        """Preemption by recompute: the tokens stay, their keys and values are lost."""
+        self._computed = 0
+        self.preemptions += 1

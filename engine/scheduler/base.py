@@ -1,0 +1,261 @@
+"""The accounting that every policy needs: queues, blocks, budgets, preemption, the step under construction.
+
+A scheduler is a deterministic function of its state, the events it was given and `now`. It may not know
+which backend runs its steps, nor where a request will stop: only `max_tokens`, and `predicted_length` where
+the workload has one. A policy is a subclass with a `plan`, written with three verbs:
+
+- `self.prefill(request)` runs (a chunk of) a request's prefill in this step, admitting it if need be;
+- `self.decode()` runs one token for every decoding request;
+- `self.preempt(request)` takes a running request's blocks away; it will be recomputed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import ClassVar
+
+from engine.config import ServingConfig
+from engine.decode_set import DecodeSet
+from engine.kv_blocks import BlockPool
+from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
+from engine.step import GENESIS, Chunk, Step, chain_digest
+
+
+class Scheduler(ABC):
+    """Base class of all policies.
+
+    Attributes:
+        chunked: whether `prefill` may split a prefill over several steps.
+        config: the run's limits.
+        waiting: requests without blocks, in the order in which `queue` offers them.
+        running: requests that hold blocks, oldest admission first.
+        prefilling: the running requests whose prefill is not complete, oldest first.
+        decoding: the running requests whose prefill is complete, as a set that advances as one.
+    """
+
+    chunked: ClassVar[bool] = False
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.block_size)
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        self.running: dict[int, Request] = {}
+        self.prefilling: dict[int, Request] = {}
+        self.decoding = DecodeSet()
+        self._prefilled: list[Request] = []  # their prefill completed in the last step; they decode from the next
+        self._out_of_block: dict[int, None] = {}  # decoding requests whose next token needs a new block
+        self._step = Step(0)
+        self._digest = GENESIS
+        self._decode_planned = False
+        self._preempted_now = False
+
+    # -- for policies ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def plan(self, now: int) -> None:
+        """Decide what the next step runs. `now` is in nanoseconds since the run's start."""
+
+    def victim(self) -> Request:
+        """Who loses its blocks when there are too few: the request admitted last, so the oldest always progresses."""
+        return next(reversed(self.running.values()))
+
+    def queue(self) -> Iterator[Request]:
+        """First-come-first-served candidates for prefill: incomplete prefills, then the head of `waiting` for as
+        long as the head is admitted."""
+        yield from tuple(self.prefilling.values())
+        while self.waiting:
+            head = next(iter(self.waiting.values()))
+            yield head
+            if head.id in self.waiting:
+                return
+
+    @property
+    def budget(self) -> int:
+        """Tokens that this step can still take."""
+        decodes = len(self.decoding) if self._decode_planned else 0
+        return self.config.max_batched_tokens - decodes - self._step.prefill_tokens
+
+    def prefill(self, request: Request) -> bool:
+        """Run the request's prefill in this step: all that is left of it or, if `chunked`, what the budget takes.
+
+        A request that is already running may preempt others for its blocks; a waiting one is admitted only into
+        free blocks, and not in a step that preempted somebody.
+
+        Returns:
+            False if it does not fit, in which case the step is unchanged (but for preemptions).
+        """
+        tokens = min(request.to_prefill, self.budget) if self.chunked else request.to_prefill
+        if not 0 < tokens <= self.budget or request.id in self._step.chunks:
+            return False
+        if request.id not in self.prefilling and not self._admit(request, tokens):
+            return False
+        if not self._grow(request, tokens):
+            return False
+        self._step.chunks[request.id] = Chunk(request.computed, tokens, tokens == request.to_prefill)
+        request.prefilled(tokens)
+        if not request.to_prefill:
+            del self.prefilling[request.id]
+        return True
+
+    def decode(self) -> bool:
+        """Run one token for every decoding request, preempting by `victim` where blocks have run out.
+
+        Returns:
+            False, changing nothing, if the prefill already in this step leaves too little budget.
+        """
+        if not self._decode_planned and len(self.decoding) > self.budget:
+            return False
+        self._decode_planned = True
+        due, self._out_of_block = self._out_of_block, {}
+        for request_id in due:
+            if request_id in self.decoding and self._grow(request := self.running[request_id], 1):
+                self._watch_blocks(request)
+        return True
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks and put it at the head of `waiting`, to be recomputed."""
+        self._leave(request)
+        request.forget_cache()
+        self.waiting[request.id] = request
+        self.waiting.move_to_end(request.id, last=False)
+        self._step.preempted.append(request.id)
+        self._preempted_now = True
+
+    # -- for the serving loop ----------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> None:
+        """Queue a request, or reject it (`outcome`, `reason`) if it could never run under these limits."""
+        request.reason = self._misfit(request)
+        if request.reason:
+            request.outcome = REJECTED
+        else:
+            self.waiting[request.id] = request
+
+    def cancel(self, request: Request) -> None:
+        """The client gave up. Nothing happens if the request has ended."""
+        self._drop(request, CANCELLED)
+
+    def stopped(self, request: Request) -> None:
+        """A completed step found the request's stop token. Nothing happens if the request has ended."""
+        self._drop(request, STOP)
+
+    def schedule(self, now: int) -> Step | None:
+        """Plan the next step, or None if there is nothing to run."""
+        self._decode_planned = self._preempted_now = False
+        self._start_decoding()
+        self.plan(now)
+        return self._seal()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is waiting or running."""
+        return not self.waiting and not self.running
+
+    # -- accounting --------------------------------------------------------------------------------------
+
+    def _misfit(self, request: Request) -> str | None:
+        config, total = self.config, request.prompt_len + request.max_tokens
+        # The last token is never fed back, so it needs no place in the cache and in no recomputed prefill.
+        if total > config.max_model_len:
+            return f"prompt + max_tokens is {total}, max_model_len {config.max_model_len}"
+        if self.pool.blocks_for(total - 1) > config.num_blocks:
+            return f"needs {self.pool.blocks_for(total - 1)} KV blocks, there are {config.num_blocks}"
+        if not self.chunked and total - 1 > config.max_batched_tokens:
+            return f"a prefill of up to {total - 1} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
+        return None
+
+    def _admit(self, request: Request, tokens: int) -> bool:
+        full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) > self.pool.free
+        if request.id not in self.waiting or full or self._preempted_now:
+            return False
+        del self.waiting[request.id]
+        self.running[request.id] = self.prefilling[request.id] = request
+        return True
+
+    def _grow(self, request: Request, tokens: int) -> bool:
+        """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
+        missing = self.pool.blocks_for(request.computed + tokens) - len(request.blocks)
+        while missing > self.pool.free:
+            victim = self.victim()
+            self.preempt(victim)
+            if victim is request:
+                return False
+        if missing > 0:
+            blocks = self.pool.allocate(missing)
+            request.blocks += blocks
+            self._step.blocks.setdefault(request.id, []).extend(blocks)
+        return True
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of every queue and out of the step under construction, and free its blocks."""
+        for place in (self.waiting, self.running, self.prefilling):
+            place.pop(request.id, None)
+        for part in (self._step.chunks, self._step.blocks, self._step.joined):
+            part.pop(request.id, None)
+        request.stop_decoding()
+        self.pool.release(request.blocks)
+        request.blocks = []
+
+    def _drop(self, request: Request, outcome: str) -> None:
+        if request.outcome is None:
+            self._leave(request)
+            request.outcome = outcome
+            self._step.dropped.append(request.id)
+
+    def _start_decoding(self) -> None:
+        for request in self._prefilled:
+            if request.id in self.running:
+                request.start_decoding(self.decoding)
+                self._step.joined[request.id] = request.computed
+                self.decoding.wake(request.id, request.max_tokens - request.generated)
+                self._watch_blocks(request)
+        self._prefilled = []
+
+    def _room(self, request: Request) -> int:
+        return len(request.blocks) * self.config.block_size - request.computed
+
+    def _watch_blocks(self, request: Request) -> None:
+        """Have a decoding request looked at again when its blocks are full."""
+        if room := self._room(request):
+            self.decoding.wake(request.id, room)
+        else:
+            self._out_of_block[request.id] = None
+
+    def _seal(self) -> Step | None:
+        """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
+        step = self._step
+        step.decodes = len(self.decoding) if self._decode_planned else 0
+        if not step.chunks and not step.decodes:
+            return None
+        step.kv_tokens = self.decoding.kv_tokens if step.decodes else 0
+        step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
+        self._count_progress(step)
+        step.digest = self._digest = chain_digest(self._digest, step)
+        self._step = Step(step.index + 1)
+        return step
+
+    def _count_progress(self, step: Step) -> None:
+        for request_id, chunk in step.chunks.items():
+            if chunk.samples:
+                request = self.running[request_id]
+                request.sampled()
+                self._prefilled.append(request)
+                self._finish_at_length(request, step)
+        for request_id in self.decoding.advance() if step.decodes else ():
+            if request_id in self.decoding:
+                request = self.running[request_id]
+                if not self._finish_at_length(request, step) and not self._room(request):
+                    self._out_of_block[request_id] = None
+
+    def _finish_at_length(self, request: Request, step: Step) -> bool:
+        if request.generated < request.max_tokens:
+            return False
+        request.stop_decoding()
+        self.pool.release(request.blocks)
+        request.blocks = []
+        del self.running[request.id]
+        request.outcome = LENGTH
+        step.finishing.append(request.id)
+        return True

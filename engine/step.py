@@ -1,0 +1,89 @@
+"""A Step: what one iteration changes in the running batch, and the digest that chains the decisions.
+
+A step is a delta. Requests that decode keep decoding, one token a step, until a step says otherwise, so a
+steady step names nobody. Prefill is the same thing with more tokens: a chunk of a request's known tokens
+(prompt, and after a preemption its output too) is run, and the chunk that reaches the last of them makes
+the next token. Mixing both in a step is SARATHI's piggybacking.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+ENCODING_VERSION = 1
+GENESIS = b"tandem decisions"
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` to `start + tokens` of a request's known tokens; `samples` if they are the last of them."""
+
+    start: int
+    tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `joined` enter the decode set,
+    chunks and decodes run, `finishing` leave.
+
+    Attributes:
+        index: the step's number, from 0.
+        dropped: requests that ended (stop token, cancellation) since the last step.
+        preempted: requests that lose their blocks and will be prefilled again.
+        joined: request id -> context, of those that decode from now on.
+        chunks: request id -> prefill chunk that runs in this step.
+        blocks: request id -> KV blocks appended to its block table.
+        decodes: decoding requests that make a token in this step: all of the decode set, or 0.
+        finishing: requests whose last token, by `max_tokens`, is made in this step.
+        digest: hash of this and all earlier steps.
+        kv_tokens, kv_blocks_used, running, waiting: for the records: context tokens of the decodes, blocks in
+            use, and queue lengths as the step was planned.
+    """
+
+    index: int
+    dropped: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    joined: dict[int, int] = field(default_factory=dict)
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    decodes: int = 0
+    finishing: list[int] = field(default_factory=list)
+    digest: bytes = b""
+    kv_tokens: int = 0
+    kv_blocks_used: int = 0
+    running: int = 0
+    waiting: int = 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of all chunks together."""
+        return sum(chunk.tokens for chunk in self.chunks.values())
+
+    @property
+    def kind(self) -> str:
+        """`decode`, `prefill`, or `mixed`."""
+        return ("mixed" if self.decodes else "prefill") if self.chunks else "decode"
+
+
+def chain_digest(previous: bytes, step: Step) -> bytes:
+    """d_n = H(d_{n-1}, canonical bytes of the delta): 16 bytes that stand for every decision so far."""
+    numbers = [ENCODING_VERSION, step.index, step.decodes]
+    for field_numbers in (
+        step.dropped,
+        step.preempted,
+        [n for item in step.joined.items() for n in item],
+        [n for request_id, chunk in step.chunks.items() for n in (request_id, *chunk)],
+        [n for request_id, blocks in step.blocks.items() for n in (request_id, len(blocks), *blocks)],
+        step.finishing,
+    ):
+        numbers.append(len(field_numbers))
+        numbers += field_numbers
+    return blake2b(previous + _encode(numbers), digest_size=16).digest()
+
+
+def _encode(numbers: list[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)

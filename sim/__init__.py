@@ -1,0 +1,1 @@
+"""The simulated backend: a SimPy clock, and step times from a latency profile. Never imports torch."""

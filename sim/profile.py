@@ -1,0 +1,180 @@
+"""Latency profiles: the format, reading and writing, and interpolation.
+
+A profile is one hardware x model shape x dtype: a folder of Parquet tables of measured times, and a `meta.yaml`
+that says what was measured, where, how, and how well the tables predict points that were held out of them.
+All times are microseconds for one step of the whole model (all layers).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from traces.errors import TandemError
+
+SCHEMA_VERSION = 1
+
+# table -> key columns; every table also has `time_us` and `spread` (interquartile range / median of the repeats)
+TABLES: dict[str, tuple[str, ...]] = {
+    "dense": ("op", "tokens"),  # everything whose cost depends on the number of tokens in the step alone
+    "prefill_attention": ("chunk", "context"),  # one request's chunk over `context` earlier tokens
+    "decode_attention": ("sequences", "kv_tokens"),  # all decodes of a step; kv_tokens is their sum
+    "head": ("samples",),  # final norm, language-model head and sampling
+    "host": ("term",),
+}
+# now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
+HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A profile in memory: `meta` as in meta.yaml, and rows by table."""
+
+    meta: dict[str, Any]
+    tables: dict[str, list[Row]]
+
+    def __post_init__(self) -> None:
+        for table, keys in TABLES.items():
+            _check_table(table, keys, self.tables.get(table, []))
+        missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
+        if missing:
+            raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
+
+    @property
+    def name(self) -> str:
+        """What was measured, for people."""
+        return f"{self.meta['model']['name']} {self.meta['dtype']} on {self.meta['device']}"
+
+    def host_us(self, term: str) -> float:
+        """The host's time for one of `HOST_TERMS`."""
+        return next(float(row["time_us"]) for row in self.tables["host"] if row["term"] == term)
+
+
+def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
+    if not rows:
+        raise TandemError(f"profile table {table} is missing or empty; measure the profile again")
+    for number, row in enumerate(rows):
+        absent = [column for column in (*keys, "time_us", "spread") if column not in row]
+        if absent:
+            raise TandemError(f"profile table {table}: no column {absent[0]}")
+        time_us = row["time_us"]
+        if not isinstance(time_us, int | float) or not math.isfinite(time_us) or time_us < 0:
+            raise TandemError(f"profile table {table}, row {number}: time_us is {time_us}; times are microseconds >= 0")
+
+
+def read_profile(folder: Path) -> Profile:
+    """Read a profile's folder.
+
+    Raises:
+        TandemError: a file is missing, damaged, or of another schema version.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    meta = _read_meta(folder / "meta.yaml")
+    tables = {}
+    for table in TABLES:
+        path = folder / f"{table}.parquet"
+        try:
+            tables[table] = pq.read_table(path).to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    return Profile(meta, tables)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA_VERSION:
+        raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; measure the profile again")
+    missing = [key for key in ("device", "model", "dtype", "source") if key not in meta]
+    if missing:
+        raise TandemError(f"{path}: no entry '{missing[0]}'")
+    return meta
+
+
+def write_profile(profile: Profile, folder: Path) -> None:
+    """Write a profile, or nothing. Raises TandemError if the folder cannot be written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draft = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for table, rows in profile.tables.items():
+            pq.write_table(pa.Table.from_pylist(rows), draft / f"{table}.parquet", compression="zstd")
+        meta = {"schema": SCHEMA_VERSION} | profile.meta
+        (draft / "meta.yaml").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise TandemError(f"cannot write profile {folder}: {error.strerror or error}") from error
+
+
+class Curve:
+    """Piecewise-linear time over one axis. Beyond its ends it goes on along its last (first) piece."""
+
+    __slots__ = ("_ys", "xs")
+
+    def __init__(self, points: Mapping[float, float]) -> None:
+        self.xs = sorted(points)
+        self._ys = [points[x] for x in self.xs]
+
+    def __call__(self, x: float) -> float:
+        """Time at `x`, at least 0."""
+        xs, ys = self.xs, self._ys
+        if len(xs) == 1:
+            return ys[0]
+        right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+        x0, y0 = xs[right - 1], ys[right - 1]
+        return max(0.0, y0 + (x - x0) * (ys[right] - y0) / (xs[right] - x0))
+
+    def covers(self, x: float) -> bool:
+        """Whether `x` lies in the measured range."""
+        return self.xs[0] <= x <= self.xs[-1]
+
+
+class Surface:
+    """Piecewise-linear time over two axes: a curve over the second axis at each measured value of the first."""
+
+    __slots__ = ("_curves", "xs")
+
+    def __init__(self, points: Mapping[tuple[float, float], float]) -> None:
+        rows: dict[float, dict[float, float]] = {}
+        for (x, y), time in points.items():
+            rows.setdefault(x, {})[y] = time
+        self.xs = sorted(rows)
+        self._curves = [Curve(rows[x]) for x in self.xs]
+
+    def __call__(self, x: float, y: float) -> float:
+        """Time at (x, y), at least 0."""
+        xs, curves = self.xs, self._curves
+        if len(xs) == 1:
+            return curves[0](y)
+        right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+        weight = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+        low = curves[right - 1](y)
+        return max(0.0, low + weight * (curves[right](y) - low))
+
+    def covers(self, x: float, y: float) -> bool:
+        """Whether (x, y) lies in the measured range."""
+        if not self.xs[0] <= x <= self.xs[-1]:
+            return False
+        right = min(bisect_right(self.xs, x), len(self.xs) - 1)
+        return self._curves[right].covers(y) or self._curves[max(right - 1, 0)].covers(y)

@@ -1,0 +1,64 @@
+"""Run a trace in simulation, and replay a recorded run's times to see whether the decisions are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import simpy
+
+from engine.config import ServingConfig
+from engine.recorder import Recorder
+from engine.records import RunRecords
+from engine.scheduler import load_scheduler
+from engine.serving_loop import serving_loop
+from sim.backend import SimBackend
+from sim.latency import LatencyModel
+from sim.profile import Profile
+from sim.timing import ProfiledTiming, RecordedTiming, ReplayOver, Timing
+from traces.request import TraceRequest
+
+
+def simulate(
+    requests: Sequence[TraceRequest], config: ServingConfig, timing: Timing, recorder: Recorder, start_ns: int = 0
+) -> None:
+    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`."""
+    env = simpy.Environment(initial_time=start_ns)
+    backend = SimBackend(env, requests, timing)
+    env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
+
+
+def predict(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile, recorder: Recorder) -> dict[str, int]:
+    """Simulate on the times of a profile.
+
+    Returns:
+        How often the profile was asked outside its measured range, by table; `lookups` counts all questions.
+    """
+    timing = ProfiledTiming(profile)
+    simulate(requests, config, timing, recorder)
+    return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
+
+
+def replay(
+    run: RunRecords, requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile | None = None
+) -> RunRecords:
+    """Give the simulator a recorded run's trace, events and times, never its plans, and see what it decides.
+
+    Args:
+        run: the recorded run.
+        requests: its trace, `output_len` being where each request really stopped in that run.
+        config: its limits and policy.
+        profile: if given, `device_ns` in the result is the latency model's prediction for the recorded batches.
+
+    Returns:
+        Records of the replay: equal digests mean equal decisions. It ends early where the recorded times no longer
+        fit the decisions.
+    """
+    steps, recorder = run.tables["steps"], Recorder()
+    device = list(zip(steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True))
+    latency = LatencyModel(profile) if profile else None
+    timing = RecordedTiming(run.tables["iterations"].to_pylist(), device, latency)
+    try:
+        simulate(requests, config, timing, recorder, timing.start_ns)
+    except ReplayOver:
+        pass
+    return RunRecords(run.manifest, recorder.tables(), partial=run.partial)

@@ -1,0 +1,127 @@
+"""When things happen in a simulation: as a latency profile predicts, or as a real run recorded.
+
+Both answer in absolute nanoseconds, and say when the serving loop goes on: the host's time between taking
+notice of something and reading the clock again is charged there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from engine.backend import Launch
+from engine.step import Step
+from sim.latency import LatencyModel
+from sim.profile import Profile
+
+
+class Work(NamedTuple):
+    """A completed step: when the host noticed, and when and how long the device worked."""
+
+    completed_ns: int
+    device_start_ns: int
+    device_ns: int
+
+
+class Timing(Protocol):
+    """What a simulated backend asks. The second value of each pair is when the loop goes on."""
+
+    def launch(self, step: Step, now: int) -> tuple[Launch, int]:
+        """The host launches a step."""
+
+    def complete(self, now: int) -> tuple[Work, int]:
+        """The host waits for the oldest step in flight."""
+
+    def wake(self, due_ns: int) -> int:
+        """The host, idle, is woken by an event that is due at `due_ns`; returns when the loop goes on."""
+
+
+class ProfiledTiming:
+    """Times as a profile predicts: the device runs steps back to back, the host overlaps it as the loop lets it."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.latency = LatencyModel(profile)
+        terms = ("plan", "launch", "notice", "turn", "wake")
+        self._plan, self._launch, self._notice, self._turn, self._wake = (
+            round(1000 * profile.host_us(term)) for term in terms
+        )
+        self._device_free_ns = 0
+        self._in_flight: deque[tuple[int, int]] = deque()
+
+    def launch(self, step: Step, now: int) -> tuple[Launch, int]:
+        """The device starts once the step is launched and its predecessor is done."""
+        launch = Launch(now + self._plan, now + self._plan + self._launch)
+        start = max(launch.launched_ns, self._device_free_ns)
+        device_ns = self.latency.device_ns(step)
+        self._device_free_ns = start + device_ns
+        self._in_flight.append((start, device_ns))
+        return launch, launch.launched_ns
+
+    def complete(self, now: int) -> tuple[Work, int]:
+        """The host notices a little after the device's end, or at once if that is past."""
+        start, device_ns = self._in_flight.popleft()
+        completed = max(now, start + device_ns + self._notice)
+        return Work(completed, start, device_ns), completed + self._turn
+
+    def wake(self, due_ns: int) -> int:
+        """Timers are late."""
+        return due_ns + self._wake
+
+
+class ReplayOver(Exception):
+    """The recorded times are used up, or the decisions differ from the recorded ones so that no time fits."""
+
+
+class RecordedTiming:
+    """The times of a recorded run, iteration by iteration, and of its decisions nothing.
+
+    With a latency model, `device_ns` is its prediction for the batch at hand, beside the recorded notice.
+    """
+
+    def __init__(
+        self, iterations: Sequence[dict[str, Any]], device: Sequence[tuple[int, int]], latency: LatencyModel | None
+    ) -> None:
+        self._iterations = iterations
+        self._device = device
+        self._latency = latency
+        self._turn = 0
+        self._in_flight: deque[int] = deque()
+        self._completed: Iterator[tuple[int, int]] = iter(device)
+
+    @property
+    def start_ns(self) -> int:
+        """The first clock read."""
+        return int(self._row["now_ns"])
+
+    @property
+    def _row(self) -> dict[str, Any]:
+        if self._turn == len(self._iterations):
+            raise ReplayOver
+        return self._iterations[self._turn]
+
+    def launch(self, step: Step, now: int) -> tuple[Launch, int]:
+        """The recorded launch of this iteration. Raises ReplayOver if the recorded run launched nothing here."""
+        row = self._row
+        if row["launched_ns"] is None:
+            raise ReplayOver
+        self._in_flight.append(self._latency.device_ns(step) if self._latency else -1)
+        launch = Launch(row["planned_ns"], row["launched_ns"])
+        return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read()
+
+    def complete(self, now: int) -> tuple[Work, int]:
+        """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
+        completed = self._row["completed_ns"]
+        if completed is None:
+            raise ReplayOver
+        predicted_ns = self._in_flight.popleft()
+        start, recorded_ns = next(self._completed)
+        return Work(completed, start, predicted_ns if self._latency else recorded_ns), self._next_read()
+
+    def wake(self, due_ns: int) -> int:
+        """When the recorded run woke up."""
+        return self._next_read()
+
+    def _next_read(self) -> int:
+        self._turn += 1
+        return int(self._row["now_ns"])

@@ -1,0 +1,70 @@
+"""The request as a workload knows it: when it arrives, how long it is, where it will stop.
+
+A trace knows the future (`output_len`); a scheduler does not. Only a backend may read `output_len`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from traces.errors import TandemError
+
+_INT64_MAX = 2**63 - 1  # every number of a request fits Parquet's int64 and the digest's
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request of a trace.
+
+    Attributes:
+        id: position in arrival order, from 0; the request's name everywhere.
+        arrival_ns: arrival, in integer nanoseconds since the start of the trace.
+        prompt_len: prompt tokens, at least 1.
+        output_len: output tokens at which the request really stops, 1 to `max_tokens`.
+        max_tokens: the limit the client asked for: what a scheduler is allowed to know.
+        prompt_token_ids: the prompt, `prompt_len` ids, or None when the trace carries lengths only.
+        predicted_length: somebody's estimate of `output_len`, shown to schedulers.
+        priority: smaller is more urgent.
+        client: who sent it, for fair sharing.
+        cancel_ns: when the client gives up (same clock as `arrival_ns`), or None.
+
+    Raises:
+        TandemError: a value is of the wrong type, out of its range, or contradicts another.
+    """
+
+    id: int
+    arrival_ns: int
+    prompt_len: int
+    output_len: int
+    max_tokens: int
+    prompt_token_ids: Sequence[int] | None = None
+    predicted_length: int | None = None
+    priority: int = 0
+    client: str | None = None
+    cancel_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_integer("id", self.id, 0)
+        _check_integer("arrival_ns", self.arrival_ns, 0)
+        _check_integer("prompt_len", self.prompt_len, 1)
+        _check_integer("output_len", self.output_len, 1)
+        _check_integer("max_tokens", self.max_tokens, 1)
+        _check_integer("priority", self.priority, -_INT64_MAX)
+        if self.predicted_length is not None:
+            _check_integer("predicted_length", self.predicted_length, 1)
+        if self.cancel_ns is not None:
+            _check_integer("cancel_ns", self.cancel_ns, self.arrival_ns)
+        if not isinstance(self.client, str | None):
+            raise TandemError(f"client is {self.client!r:.60}: it must be a string")
+        if self.output_len > self.max_tokens:
+            raise TandemError(f"output_len is {self.output_len}, more than max_tokens, {self.max_tokens}")
+        if self.prompt_token_ids is not None and len(self.prompt_token_ids) != self.prompt_len:
+            raise TandemError(f"prompt_len is {self.prompt_len}, but there are {len(self.prompt_token_ids)} token ids")
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    # `type`, not `isinstance`: a bool is an int to Python, and no length.
+    if type(value) is not int or not low <= value <= _INT64_MAX:
+        raise TandemError(f"{name} is {value!r:.60}: it must be an integer of at least {low}")
