@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch
+from engine.events import Event
 from engine.records import tables_from_rows
 from engine.request import Request
 from engine.step import Step
@@ -20,6 +21,7 @@ class _Life:
 
     request: Request
     delivered_ns: int
+    cancel_ns: int | None = None
     first_scheduled_ns: int | None = None
     first_token_step: int | None = None
     last_token_step: int | None = None
@@ -44,9 +46,12 @@ class Recorder:
         self._spans: list[tuple[Any, ...]] = []
         self._iterations: list[tuple[Any, ...]] = []
 
-    def delivered(self, request: Request, now: int) -> None:
-        """A request was handed to the scheduler."""
-        self._lives[request.id] = _Life(request, now)
+    def delivered(self, event: Event, now: int) -> None:
+        """An event was handed to the scheduler."""
+        if event.is_cancel:
+            self._lives[event.request.id].cancel_ns = event.time_ns
+        else:
+            self._lives[event.request.id] = _Life(event.request, now)
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
@@ -115,7 +120,8 @@ class Recorder:
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
             *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
-            *(request.prompt_len, request.max_tokens, output_len, generated - output_len),
+            *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
+            *(output_len, generated - output_len),
             *(request.preemptions, request.outcome or "unfinished", request.reason),
             *(request.priority, request.client),
         )

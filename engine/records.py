@@ -33,6 +33,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "last_token_ns": _INT,
         "prompt_len": _INT,
         "max_tokens": _INT,
+        "predicted_length": _INT,
+        "cancel_ns": _INT,
         "output_len": _INT,  # tokens that count
         "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
         "preemptions": _INT,
@@ -150,13 +152,13 @@ def read_run(folder: Path) -> RunRecords:
     manifest = _read_json(folder / "manifest.json")
     summary = _read_json(folder / "summary.json")
     tables = {}
-    for name in COLUMNS:
+    for name, columns in COLUMNS.items():
         path = folder / f"{name}.parquet"
         try:
             tables[name] = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
-        if tables[name].column_names != list(COLUMNS[name]):
+        if tables[name].column_names != list(columns):
             raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
     partial = manifest.pop("partial", False)
     return RunRecords(manifest, tables, summary, partial)

@@ -10,7 +10,6 @@ from collections.abc import Generator
 from typing import Any
 
 from engine.backend import Backend, Completion, Launch
-from engine.events import Event
 from engine.recorder import Recorder
 from engine.request import Request
 from engine.scheduler.base import Scheduler
@@ -39,7 +38,8 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         events = backend.due(now)
         for event in events:
             requests[event.request.id] = event.request
-            _deliver(event, scheduler, recorder, now)
+            recorder.delivered(event, now)
+            (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
         launch: Launch | None = None
         completion: Completion | None = None
         step = scheduler.schedule(now)
@@ -61,14 +61,6 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
             yield arrival
     if not scheduler.idle:
         raise StarvationError(_blame(scheduler))
-
-
-def _deliver(event: Event, scheduler: Scheduler, recorder: Recorder, now: int) -> None:
-    if event.is_cancel:
-        scheduler.cancel(event.request)
-    else:
-        recorder.delivered(event.request, now)
-        scheduler.arrive(event.request)
 
 
 def _blame(scheduler: Scheduler) -> str:

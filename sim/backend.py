@@ -77,7 +77,9 @@ class Endings:
             self._decoding.discard(request_id)
         for request_id, context in step.joined.items():
             self._join(request_id, context)
-        cached = [(request_id, chunk.start + chunk.tokens) for request_id, chunk in step.chunks.items() if chunk.samples]
+        cached = [
+            (request_id, chunk.start + chunk.tokens) for request_id, chunk in step.chunks.items() if chunk.samples
+        ]
         if step.decodes:
             ringing = self._decoding.advance()
             cached += [(each, self._decoding.context(each)) for each in ringing if each in self._decoding]

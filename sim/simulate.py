@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import simpy
 
 from engine.config import ServingConfig
 from engine.recorder import Recorder
 from engine.records import RunRecords
+from engine.request import STOP
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
@@ -27,7 +29,9 @@ def simulate(
     env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
 
 
-def predict(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile, recorder: Recorder) -> dict[str, int]:
+def predict(
+    requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile, recorder: Recorder
+) -> dict[str, int]:
     """Simulate on the times of a profile.
 
     Returns:
@@ -38,14 +42,29 @@ def predict(requests: Sequence[TraceRequest], config: ServingConfig, profile: Pr
     return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
 
 
-def replay(
-    run: RunRecords, requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile | None = None
-) -> RunRecords:
-    """Give the simulator a recorded run's trace, events and times, never its plans, and see what it decides.
+def recorded_requests(run: RunRecords) -> list[TraceRequest]:
+    """The workload of a recorded run, each request stopping where it did stop."""
+    return [
+        TraceRequest(
+            id=row["request"],
+            arrival_ns=row["arrival_ns"],
+            prompt_len=row["prompt_len"],
+            output_len=row["output_len"] if row["outcome"] == STOP else row["max_tokens"],
+            max_tokens=row["max_tokens"],
+            predicted_length=row["predicted_length"],
+            priority=row["priority"],
+            client=row["client"],
+            cancel_ns=row["cancel_ns"],
+        )
+        for row in run.tables["requests"].to_pylist()
+    ]
+
+
+def replay(run: RunRecords, config: ServingConfig, profile: Profile | None = None) -> RunRecords:
+    """Give the simulator a recorded run's workload and times, never its plans, and see what it decides.
 
     Args:
         run: the recorded run.
-        requests: its trace, `output_len` being where each request really stopped in that run.
         config: its limits and policy.
         profile: if given, `device_ns` in the result is the latency model's prediction for the recorded batches.
 
@@ -57,8 +76,6 @@ def replay(
     device = list(zip(steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True))
     latency = LatencyModel(profile) if profile else None
     timing = RecordedTiming(run.tables["iterations"].to_pylist(), device, latency)
-    try:
-        simulate(requests, config, timing, recorder, timing.start_ns)
-    except ReplayOver:
-        pass
+    with suppress(ReplayOver):
+        simulate(recorded_requests(run), config, timing, recorder, timing.start_ns)
     return RunRecords(run.manifest, recorder.tables(), partial=run.partial)

@@ -1,0 +1,79 @@
+"""What a run is: `workload` and `system` must match for two runs to be compared, `provenance` is for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from engine.config import ServingConfig
+from engine.model_config import ModelConfig
+from traces.errors import TandemError
+from traces.format import Trace
+
+Manifest = dict[str, Any]
+STOP_RULES = ("trace", "model")
+
+
+def workload(trace: Trace, model: ModelConfig, dtype: str, stop_rule: str) -> dict[str, Any]:
+    """The first part of a manifest.
+
+    Args:
+        stop_rule: `trace`: a request stops at its trace's output_len; `model`: where the model says so.
+    """
+    shape = {key: value for key, value in asdict(model).items() if key != "name"}
+    return {
+        "trace": trace.digest,
+        "requests": len(trace.requests),
+        "model": model.name,
+        "model_shape": shape,
+        "dtype": dtype,
+        "stop_rule": stop_rule,
+    }
+
+
+def system(device: str, config: ServingConfig) -> dict[str, Any]:
+    """The second part of a manifest."""
+    return {"device": device} | asdict(config)
+
+
+def config_of(manifest: Manifest) -> ServingConfig:
+    """The limits and policy of a recorded run. Raises TandemError if the manifest lacks one."""
+    try:
+        return ServingConfig(**{each.name: manifest["system"][each.name] for each in fields(ServingConfig)})
+    except KeyError as error:
+        raise TandemError(f"manifest.json: no {error} in system; it was written by another version") from error
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """The third part: versions, machine, date, and whatever else the caller knows."""
+    versions = {name: _version(name) for name in ("tandem-llm", "numpy", "simpy", "torch", "transformers")}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    } | facts
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = __file__.rpartition("/")[0]
+    git = ("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12")
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,86 @@
+"""A profile from a data sheet: each operation takes the longer of its arithmetic and its memory traffic.
+
+A floor, not a prediction: no kernel reaches both ceilings, and a host that takes no time does not exist. Good for
+trying things out before anything was measured; a profile made here says so in its `source`.
+(Williams, Waterman, Patterson: Roofline, CACM 2009.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from engine.model_config import ModelConfig
+from sim.profile import HOST_TERMS, Profile, Row
+from traces.errors import TandemError
+
+DATA_SHEETS = Path(__file__).parent / "hardware"
+BYTES = 2  # fp16
+MEMORY_FRACTION = 0.9  # of the card, for weights and KV blocks
+TOKENS = [2**power for power in range(14)]
+LENGTHS = [0, *(2**power for power in range(4, 18))]
+
+
+def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) -> Profile:
+    """A profile of `model` in fp16 on a card of `sim/hardware`.
+
+    Raises:
+        TandemError: no such card, or the model does not fit it.
+    """
+    sheet = _data_sheet(hardware)
+    flops_per_us, bytes_per_us = sheet["tflops"] * 1e6, sheet["memory_gb_per_s"] * 1e3
+
+    def row(flops: float, traffic: float) -> Row:
+        return {"time_us": max(flops / flops_per_us, traffic / bytes_per_us), "spread": 0.0}
+
+    width, kv_width = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
+    gemms = {
+        "qkv": (model.hidden_size, width + kv_width),
+        "o": (width, model.hidden_size),
+        "gate_up": (model.hidden_size, 2 * model.intermediate_size),
+        "down": (model.intermediate_size, model.hidden_size),
+    }
+
+    def gemm(m: int, k: int, n: int, count: int) -> Row:
+        return row(2.0 * count * m * k * n, count * BYTES * (k * n + m * k + m * n))
+
+    def attention(queries: int, pairs: float, cached: float) -> Row:
+        traffic = BYTES * (2 * queries * width + cached * kv_width)
+        return row(4.0 * model.num_layers * pairs * width, model.num_layers * traffic)
+
+    dense = [{"op": op, "tokens": m} | gemm(m, k, n, model.num_layers) for op, (k, n) in gemms.items() for m in TOKENS]
+    prefill = [{"chunk": c, "context": x} | attention(c, c * (x + (c + 1) / 2), x + c) for c in TOKENS for x in LENGTHS]
+    decode = [
+        {"sequences": n, "kv_tokens": n * x} | attention(n, n * x, n * x) for n in TOKENS[:11] for x in LENGTHS[1:]
+    ]
+    head = [{"samples": n} | gemm(n, model.hidden_size, model.vocab_size, 1) for n in TOKENS[:11]]
+    host = [{"term": term, "time_us": 0.0, "spread": 0.0} for term in HOST_TERMS]
+    meta = {
+        "device": sheet["device"],
+        "model": asdict(model),
+        "dtype": "float16",
+        "source": "roofline of the data sheet: a floor, nothing was measured",
+        "data_sheet": sheet,
+        "kv_blocks": _kv_blocks(sheet, model, block_size),
+        "block_size": block_size,
+    }
+    tables = {"dense": dense, "prefill_attention": prefill, "decode_attention": decode, "head": head, "host": host}
+    return Profile(meta, tables)
+
+
+def _kv_blocks(sheet: dict[str, float], model: ModelConfig, block_size: int) -> int:
+    room = MEMORY_FRACTION * sheet["memory_gb"] * 1e9 - BYTES * model.num_parameters
+    blocks = int(room // (block_size * model.kv_bytes_per_token(BYTES)))
+    if blocks < 1:
+        raise TandemError(f"{model.name} needs {BYTES * model.num_parameters / 1e9:.0f} GB for weights alone: too big")
+    return blocks
+
+
+def _data_sheet(hardware: str) -> dict[str, float]:
+    path = DATA_SHEETS / f"{hardware}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(each.stem for each in DATA_SHEETS.glob("*.yaml")))
+        raise TandemError(f"no data sheet for '{hardware}': choose {known}")
+    return dict(yaml.safe_load(path.read_text()))

@@ -1,0 +1,101 @@
+"""What must hold for every policy, at both depths, whatever the workload: searched for counterexamples."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shadow import serve
+
+from engine.config import ServingConfig
+from engine.request import CANCELLED, LENGTH, REJECTED, STOP
+from engine.scheduler import POLICIES
+from traces.request import TraceRequest
+
+MS = 1_000_000
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[TraceRequest]:
+    arrivals = sorted(draw(st.lists(st.integers(0, 60 * MS), min_size=1, max_size=25)))
+    requests = []
+    for number, arrival_ns in enumerate(arrivals):
+        max_tokens = draw(st.integers(1, 40))
+        cancelled = draw(st.integers(0, 9)) == 0
+        requests.append(
+            TraceRequest(
+                id=number,
+                arrival_ns=arrival_ns,
+                prompt_len=draw(st.integers(1, 90)),
+                output_len=draw(st.one_of(st.just(max_tokens), st.integers(1, max_tokens))),
+                max_tokens=max_tokens,
+                cancel_ns=arrival_ns + draw(st.integers(0, 40 * MS)) if cancelled else None,
+            )
+        )
+    return requests
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ServingConfig:
+    max_seqs = draw(st.integers(1, 12))
+    return ServingConfig(
+        num_blocks=draw(st.integers(2, 60)),
+        block_size=draw(st.sampled_from([1, 4, 16])),
+        max_seqs=max_seqs,
+        max_batched_tokens=draw(st.integers(max_seqs, 160)),
+        max_model_len=draw(st.integers(16, 160)),
+        scheduler=draw(st.sampled_from(sorted(POLICIES))),
+        pipeline_depth=draw(st.sampled_from([1, 2])),
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(workloads(), configs())
+def test_every_request_ends_with_exactly_its_tokens_and_no_step_breaks_an_invariant(requests, config):
+    # `serve` checks every step: budgets, blocks owned once in plan order, contexts, what is lost.
+    recorder, served = serve(requests, config)
+    rows = recorder.tables()["requests"].to_pylist()
+    assert len(rows) == len(requests) == len(served)
+    for source, row in zip(requests, sorted(rows, key=lambda row: row["request"]), strict=True):
+        if row["outcome"] == CANCELLED:
+            assert source.cancel_ns is not None
+        elif row["outcome"] == REJECTED:
+            assert row["reason"] and row["first_scheduled_ns"] is None
+        else:
+            expected = LENGTH if source.output_len == source.max_tokens else (STOP, LENGTH)
+            assert row["outcome"] in expected
+            assert row["output_len"] == source.output_len
+            assert source.arrival_ns <= row["delivered_ns"] <= row["first_scheduled_ns"]
+            assert row["first_scheduled_ns"] < row["first_token_ns"] <= row["last_token_ns"]
+        assert 0 <= row["wasted_tokens"] <= config.pipeline_depth - 1 or row["outcome"] == CANCELLED
+
+
+@settings(max_examples=60, deadline=None)
+@given(workloads(), configs())
+def test_a_repeated_run_has_identical_records(requests, config):
+    first, second = (serve(requests, config)[0].tables() for _ in range(2))
+    assert all(first[name].equals(second[name]) for name in first)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), configs())
+def test_a_request_is_rejected_only_if_it_could_never_run(requests, config):
+    _, served = serve(requests, config)
+    for request in served:
+        total = request.prompt_len + request.max_tokens
+        too_long = total > config.max_model_len
+        too_big = -(-(total - 1) // config.block_size) > config.num_blocks
+        unsplittable = config.scheduler != "chunked_prefill" and total - 1 > config.max_batched_tokens
+        if request.outcome != CANCELLED or request.reason:
+            assert (request.outcome == REJECTED) == (too_long or too_big or unsplittable)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_when_blocks_are_scarce_requests_are_preempted_and_the_oldest_is_not(policy, depth):
+    requests = [TraceRequest(i, i, prompt_len=20, output_len=60, max_tokens=60) for i in range(12)]
+    config = ServingConfig(num_blocks=20, max_seqs=12, scheduler=policy, pipeline_depth=depth, max_batched_tokens=300)
+    _, served = serve(requests, config)
+    assert sum(request.preemptions for request in served) > 0
+    assert served[0].preemptions == 0
+    assert all(request.outcome == LENGTH for request in served)
