@@ -27,13 +27,13 @@ class EventQueue:
 
     @classmethod
     def from_trace(cls, requests: Iterable[TraceRequest]) -> EventQueue:
-        """Arrivals in trace order; a cancellation comes no earlier than its arrival."""
+        """Arrivals in trace order, and cancellations; of events at one time, an earlier request's come first."""
         events = []
         for source in requests:
             request = Request.from_trace(source)
             events.append(Event(source.arrival_ns, 2 * source.id, request))
             if source.cancel_ns is not None:
-                events.append(Event(max(source.cancel_ns, source.arrival_ns), 2 * source.id + 1, request, True))
+                events.append(Event(source.cancel_ns, 2 * source.id + 1, request, True))
         return cls(events)
 
     def due(self, now: int) -> list[Event]:

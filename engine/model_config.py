@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,7 +230,7 @@ def _positive(config: dict[str, Any], key: str, name: str, default: float | None
 
 
 def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields in one place, as transformers 5 writes them; version 4 has `rope_theta` beside `rope_scaling`."""
+    """The rotary fields as transformers 5 writes them; version 4 has `rope_scaling` and, beside it, `rope_theta`."""
     beside = {"rope_theta": config.get("rope_theta")}
     return beside | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
 

@@ -107,7 +107,7 @@ class RecordedTiming:
             raise ReplayOver
         self._in_flight.append(self._latency.device_ns(step) if self._latency else -1)
         launch = Launch(row["planned_ns"], row["launched_ns"])
-        return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read()
+        return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read(launch.launched_ns)
 
     def complete(self, now: int) -> tuple[Work, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
@@ -116,12 +116,13 @@ class RecordedTiming:
             raise ReplayOver
         predicted_ns = self._in_flight.popleft()
         start, recorded_ns = next(self._completed)
-        return Work(completed, start, predicted_ns if self._latency else recorded_ns), self._next_read()
+        return Work(completed, start, predicted_ns if self._latency else recorded_ns), self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up."""
-        return self._next_read()
+        return self._next_read(due_ns)
 
-    def _next_read(self) -> int:
+    def _next_read(self, otherwise: int) -> int:
+        """The next iteration's clock read; after the last there is no telling, and the next question ends the replay."""
         self._turn += 1
-        return int(self._row["now_ns"])
+        return int(self._row["now_ns"]) if self._turn < len(self._iterations) else otherwise

@@ -1,0 +1,320 @@
+"""How far a simulated run is from a real one, and where the error comes from.
+
+The error is split into three parts: decisions (a replay on the recorded times must decide the same), latency
+model (predicted against measured time of the very batches that ran), and closed loop (what the requests saw).
+Beside them stands the spread of repeated real runs, without which an error means little. It compares records
+with records, and may not know how any of them came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analysis.metrics import (
+    Floats,
+    Ints,
+    column,
+    latencies,
+    latency_statistics,
+    metrics,
+    request_metrics,
+    step_kinds,
+)
+from engine.records import RunRecords
+from traces.errors import TandemError
+
+SCHEMA_VERSION = 1
+
+CLOSED_LOOP = ("ttft", "tpot", "itl", "e2el")
+STATISTICS = ("mean", "p50", "p90", "p99")
+KINDS = ("prefill", "decode", "mixed", "all")
+
+WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
+DIVERGED = "decisions differ"
+
+# What a scheduler decided and what it decided on: these columns of a step must be equal in a replay.
+_DECISION_COLUMNS = (
+    *("scheduled_ns", "prefill_tokens", "chunks", "decode_tokens", "kv_tokens", "kv_blocks_used"),
+    *("running", "waiting", "preemptions"),
+)
+_ABSENT = "(absent)"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The largest errors, as fractions, that a comparison calls `within`."""
+
+    mean_ttft: float = 0.15
+    mean_tpot: float = 0.10
+    mean_e2el: float = 0.10
+    latency_model_mape: float = 0.10
+
+
+DEFAULT_TARGETS = Targets()
+
+
+def compare(
+    sim: RunRecords,
+    real: RunRecords,
+    replayed: RunRecords,
+    repeats: Sequence[RunRecords] = (),
+    allow_different: Collection[str] = (),
+    *,
+    targets: Targets = DEFAULT_TARGETS,
+) -> dict[str, Any]:
+    """Compare a simulated run with a real one.
+
+    Args:
+        sim: the simulated run.
+        real: the real run.
+        replayed: the real run's times replayed in the simulator, `device_ns` being the latency model's prediction.
+        repeats: the same real run again, any number of times.
+        allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
+        targets: the errors allowed.
+
+    Returns:
+        The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
+        errors are fractions with sign, (sim - real) / real; what cannot be computed is None:
+
+        - `decisions`: {identical, steps, first_difference}
+        - `latency_model`: {kind of step: {steps, mape, mean_error}}
+        - `closed_loop`: {latency: {statistic: {real, sim, error}, mape, ks}}; `mape` is over requests (for `itl`
+          over their mean gaps), `ks` the Kolmogorov-Smirnov distance of the two distributions
+        - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the same of the
+          mean device time by kind of step, weighted by steps}
+        - `verdict`: {what is judged: {error, allowed, spread, verdict}}, and `overall` in one word
+        - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
+
+    Raises:
+        TandemError: workload or system differ in a field that is not allowed to.
+    """
+    others = {"sim": sim} | {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
+    differences = manifest_differences(real, others, allow_different)
+    ids = common_requests(sim, real)
+    decisions = compare_decisions(real, replayed)
+    latency_model = _latency_model(real, replayed, decisions)
+    closed_loop = _closed_loop(sim, real, ids)
+    spread = _repeat_spread([real, *repeats], ids)
+    verdict = _verdict(closed_loop, latency_model, spread, targets)
+    return {
+        "schema": SCHEMA_VERSION,
+        "overall": _overall(decisions["identical"], [item["verdict"] for item in verdict.values()]),
+        "verdict": verdict,
+        "requests": len(ids),
+        "partial": [name for name, run in ({"real": real} | others).items() if run.partial],
+        "decisions": decisions,
+        "latency_model": latency_model,
+        "closed_loop": closed_loop,
+        "repeats": len(repeats),
+        "repeat_spread": spread,
+        "metrics": {"real": metrics(real), "sim": metrics(sim)},
+        "manifest_differences": differences,
+    }
+
+
+# -- what was run ------------------------------------------------------------------------------------------
+
+
+def manifest_differences(
+    real: RunRecords, others: Mapping[str, RunRecords], allowed: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Fields of `workload` and `system` that differ, with the values of the real run and of each that differs.
+
+    Raises:
+        TandemError: a field differs that is not in `allowed`, itself or by a part that it lies in.
+    """
+    ours = flatten_manifest(real)
+    differences: dict[str, dict[str, Any]] = {}
+    for name, run in others.items():
+        theirs = flatten_manifest(run)
+        for field in sorted(ours.keys() | theirs.keys()):
+            values = {"real": ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
+            if values["real"] != values[name]:
+                differences.setdefault(field, {}).update(values)
+    refused = [field for field in differences if not any(f"{field}.".startswith(f"{each}.") for each in allowed)]
+    if refused:
+        told = "; ".join(f"{field}: {_both(differences[field])}" for field in refused)
+        options = " ".join(f"--allow-different {field}" for field in refused)
+        raise TandemError(f"the runs are not alike ({told}): run them alike, or compare anyway with {options}")
+    return differences
+
+
+def flatten_manifest(run: RunRecords, parts: Sequence[str] = ("workload", "system")) -> dict[str, Any]:
+    """A manifest's fields by dotted path, `provenance` left out unless asked for."""
+    return _flatten({part: run.manifest.get(part, {}) for part in parts})
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _both(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+# -- part 1: decisions -------------------------------------------------------------------------------------
+
+
+def compare_decisions(real: RunRecords, replayed: RunRecords) -> dict[str, Any]:
+    """Whether a replay reproduced every digest, and if not, the first step that differs and how.
+
+    Digests are chained, so that all steps before the first difference are equal in everything.
+    """
+    ours, theirs = (run.tables["steps"]["digest"].to_pylist() for run in (real, replayed))
+    step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    identical = step == len(ours) == len(theirs)
+    difference = None if identical else _first_difference(step, real, replayed)
+    return {"identical": identical, "steps": len(ours), "first_difference": difference}
+
+
+def _first_difference(step: int, real: RunRecords, replayed: RunRecords) -> dict[str, Any]:
+    rows = {name: _step_row(run, step) for name, run in (("real", real), ("replay", replayed))}
+    digests = {name: row["digest"].hex() if row else None for name, row in rows.items()}
+    values = {name: {which: row.get(name) for which, row in rows.items()} for name in _DECISION_COLUMNS}
+    columns = {name: value for name, value in values.items() if value["real"] != value["replay"]}
+    launched_in = (real if rows["real"] else replayed).tables["iterations"]["step"].to_pylist()
+    return {"step": step, "iteration": launched_in.index(step), **digests, "columns": columns}
+
+
+def _step_row(run: RunRecords, step: int) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = run.tables["steps"].slice(step, 1).to_pylist()
+    return rows[0] if rows else {}
+
+
+# -- part 2: latency model ---------------------------------------------------------------------------------
+
+
+def _latency_model(real: RunRecords, replayed: RunRecords, decisions: Mapping[str, Any]) -> dict[str, Any]:
+    # After the first difference the two no longer run the same batches.
+    difference = decisions["first_difference"]
+    equal_steps = difference["step"] if difference else decisions["steps"]
+    steps, predicted = (run.tables["steps"].slice(0, equal_steps) for run in (real, replayed))
+    errors = _errors(column(predicted, "device_ns"), column(steps, "device_ns"))
+    kinds = step_kinds(steps)
+    chosen = {kind: np.full(len(kinds), True) if kind == "all" else kinds == kind for kind in KINDS}
+    return {
+        kind: {"steps": int(mask.sum()), "mape": _mean(np.abs(errors[mask])), "mean_error": _mean(errors[mask])}
+        for kind, mask in chosen.items()
+        if mask.any()
+    }
+
+
+def _errors(sim: Ints | Floats, real: Ints | Floats) -> Floats:
+    """(sim - real) / real, element by element; NaN where it is undefined."""
+    known = np.where(real > 0, real, np.nan)
+    return np.asarray((sim - known) / known)
+
+
+def _mean(values: Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
+
+
+# -- part 3: closed loop -----------------------------------------------------------------------------------
+
+
+def common_requests(sim: RunRecords, real: RunRecords) -> Ints:
+    """Ids of the requests that completed in both runs."""
+    return np.intersect1d(request_metrics(sim)["request"], request_metrics(real)["request"])
+
+
+def _closed_loop(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
+    from scipy.stats import ks_2samp
+
+    values = {"sim": latencies(sim, ids), "real": latencies(real, ids)}
+    tables = {run: latency_statistics(of_run) for run, of_run in values.items()}
+    mape = _request_mape(sim, real, ids)
+    result: dict[str, Any] = {}
+    for name in CLOSED_LOOP:
+        result[name] = {stat: _pair(tables["sim"][name][stat], tables["real"][name][stat]) for stat in STATISTICS}
+        ours, theirs = values["sim"][name], values["real"][name]
+        distance = float(ks_2samp(ours, theirs).statistic) if len(ours) and len(theirs) else None
+        result[name] |= {"mape": mape[name], "ks": distance}
+    return result
+
+
+def _request_mape(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, float | None]:
+    ours, theirs = (_of_requests(run, ids) for run in (sim, real))
+    mape = {name: _mean(np.abs(_errors(ours[name], theirs[name]))) for name in ("ttft", "tpot", "e2el")}
+    return mape | {"itl": mape["tpot"]}  # the mean of a request's gaps is its TPOT
+
+
+def _of_requests(run: RunRecords, ids: Ints) -> dict[str, Any]:
+    per_request = request_metrics(run)
+    chosen = np.isin(per_request["request"], ids)
+    return {name: values[chosen] for name, values in per_request.items()}
+
+
+def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
+    error = (sim - real) / real if sim is not None and real else None
+    return {"real": real, "sim": sim, "error": error}
+
+
+# -- how much the real runs differ among themselves ------------------------------------------------------------
+
+
+def _repeat_spread(runs: Sequence[RunRecords], ids: Ints) -> dict[str, Any]:
+    tables = [latency_statistics(latencies(run, ids)) for run in runs]
+    closed_loop = {
+        name: {stat: _spread([table[name][stat] for table in tables]) for stat in STATISTICS} for name in CLOSED_LOOP
+    }
+    return closed_loop | {"latency_model": _device_spread(runs)}
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if len(values) < 2 or len(known) < len(values) or not sum(known):
+        return None
+    return (max(known) - min(known)) / (sum(known) / len(known))
+
+
+def _device_spread(runs: Sequence[RunRecords]) -> float | None:
+    means = [_mean_device_ns(run) for run in runs]
+    kinds = step_kinds(runs[0].tables["steps"])
+    spreads = {kind: _spread([of_run.get(kind) for of_run in means]) for kind in means[0]}
+    known = {kind: spread for kind, spread in spreads.items() if spread is not None}
+    weights = [int(np.count_nonzero(kinds == kind)) for kind in known]
+    return float(np.average(list(known.values()), weights=weights)) if known else None
+
+
+def _mean_device_ns(run: RunRecords) -> dict[str, float]:
+    device_ns, kinds = column(run.tables["steps"], "device_ns"), step_kinds(run.tables["steps"])
+    return {str(kind): float(device_ns[kinds == kind].mean()) for kind in np.unique(kinds)}
+
+
+# -- judgement ---------------------------------------------------------------------------------------------
+
+
+def _verdict(
+    closed_loop: Mapping[str, Any], latency_model: Mapping[str, Any], spread: Mapping[str, Any], targets: Targets
+) -> dict[str, dict[str, Any]]:
+    means = {
+        f"mean_{name}": (closed_loop[name]["mean"]["error"], getattr(targets, f"mean_{name}"), spread[name]["mean"])
+        for name in ("ttft", "tpot", "e2el")
+    }
+    mape = latency_model["all"]["mape"] if latency_model else None
+    judged = means | {"latency_model_mape": (mape, targets.latency_model_mape, spread["latency_model"])}
+    return {item: _judge(*numbers) for item, numbers in judged.items()}
+
+
+def _judge(error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:
+    if error is None:
+        verdict = NOTHING
+    elif spread is not None and spread > allowed:
+        verdict = NOISY
+    else:
+        verdict = WITHIN if abs(error) <= allowed else OUTSIDE
+    return {"error": error, "allowed": allowed, "spread": spread, "verdict": verdict}
+
+
+def _overall(identical: bool, verdicts: Collection[str]) -> str:
+    if not identical:
+        return DIVERGED
+    return next(word for word in (OUTSIDE, NOISY, NOTHING, WITHIN) if word in verdicts)

@@ -1,0 +1,432 @@
+"""Shows a comparison to people: tables on a console, and one HTML page that needs no network.
+
+It may not compute an error or a verdict: those come from `analysis.compare`. It draws from the records of the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.compare import (
+    CLOSED_LOOP,
+    NOISY,
+    NOTHING,
+    OUTSIDE,
+    STATISTICS,
+    WITHIN,
+    common_requests,
+    flatten_manifest,
+)
+from analysis.metrics import (
+    LATENCIES,
+    NS_PER_MS,
+    NS_PER_S,
+    P99_REQUESTS,
+    TOTALS,
+    Floats,
+    Ints,
+    column,
+    latencies,
+    step_kinds,
+)
+from engine.records import RunRecords
+from traces.format import atomic_file
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
+JUDGED_NAMES = {
+    "mean_ttft": "mean TTFT",
+    "mean_tpot": "mean TPOT",
+    "mean_e2el": "mean E2E",
+    "latency_model_mape": "latency model MAPE",
+}
+COLOURS = {"measured": "#1f5a92", "simulated": "#d9730d"}
+KIND_COLOURS = {"decode": "#1f5a92", "mixed": "#7a4fa3", "prefill": "#2e8b57"}
+LOG_AXIS = {"type": "log", "minorloglabels": "complete", "exponentformat": "none"}
+MAX_POINTS = 5000  # of one curve: more of them only make the page heavy
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A part of the comparison for people: a table, if it has rows, and a sentence about it.
+
+    The first `labels` columns are words, the others numbers.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int = 1
+
+
+def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
+    """Print the three parts of a comparison, then the verdict and what it means."""
+    from rich.text import Text
+
+    for table in (*_parts(comparison), _verdict_table(comparison)):
+        console.print(Text(table.title, style="bold"))
+        if table.rows:
+            console.print(_rich_table(table))
+        if table.note:
+            console.print(Text(table.note + "\n"))
+    console.print(Text(headline(comparison)))
+
+
+def _rich_table(table: TextTable) -> RichTable:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD)
+    for position, name in enumerate(table.columns):
+        shown.add_column(Text(name), justify="left" if position < table.labels else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def write_report(
+    comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: RunRecords, path: Path, *, title: str
+) -> None:
+    """Write a comparison as one self-contained HTML page, or nothing.
+
+    Args:
+        comparison: what `compare` returned for these runs.
+        sim: the simulated run.
+        real: the real run.
+        replayed: the real run's batches with predicted times.
+        path: the page.
+        title: its heading.
+
+    Raises:
+        TandemError: the page cannot be written.
+    """
+    decisions, latency_model, closed_loop = (_html_table(table) for table in _parts(comparison))
+    page = _PAGE.substitute(
+        title=escape(title),
+        headline=escape(headline(comparison)),
+        verdict=_html_table(_verdict_table(comparison)),
+        decisions=decisions,
+        latency_model=latency_model,
+        closed_loop=closed_loop,
+        definitions="".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(LATENCIES[key])}</dd>" for key, name in LATENCY_NAMES.items()
+        ),
+        totals=_html_table(_totals_table(comparison["metrics"])),
+        manifest=_html_table(_manifest_table(real, sim)),
+        **_figures(comparison, sim, real, replayed),
+    )
+    with atomic_file(path) as file:
+        file.write(page.encode())
+
+
+# -- words -------------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Mapping[str, Any]) -> str:
+    """What was compared and what came of it, in plain sentences."""
+    return " ".join(_sentences(comparison))
+
+
+def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{comparison['requests']:,} requests were served for real and in simulation."
+    yield _decisions_sentence(comparison["decisions"])
+    for word, opening in (
+        (OUTSIDE, "Outside the error allowed"),
+        (NOISY, "The machine was too noisy to judge (its own runs differ by more than the error allowed)"),
+        (NOTHING, "Nothing to judge for"),
+        (WITHIN, "Within the error allowed"),
+    ):
+        items = [JUDGED_NAMES[name] for name, item in comparison["verdict"].items() if item["verdict"] == word]
+        if items:
+            yield f"{opening}: {', '.join(items)}."
+    if not comparison["repeats"]:
+        yield "The real run was not repeated, so its own noise is unknown."
+    for name in comparison["partial"]:
+        yield f"The {name} run was interrupted: it counts up to there."
+    if fields := comparison["manifest_differences"]:
+        yield f"The runs were allowed to differ in {', '.join(fields)}."
+
+
+def _decisions_sentence(decisions: Mapping[str, Any]) -> str:
+    if decisions["identical"]:
+        return f"Given the real run's times, the simulator planned all {decisions['steps']:,} steps the same."
+    first, steps = decisions["first_difference"]["step"], decisions["steps"]
+    return f"Given the real run's times, the simulator planned {first:,} of {steps:,} steps the same, then differently."
+
+
+def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTable]:
+    return (
+        _decisions_table(comparison["decisions"]),
+        _latency_model_table(comparison["latency_model"]),
+        _closed_loop_table(comparison),
+    )
+
+
+def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
+    rows = []
+    for name, item in comparison["verdict"].items():
+        error = (_percent if name == "latency_model_mape" else _signed)(item["error"])
+        shown = (error, _percent(item["allowed"]), _spread(item["spread"], comparison["repeats"]))
+        rows.append((JUDGED_NAMES[name], item["verdict"], *shown))
+    return TextTable("Verdict", "", ("", "verdict", "error", "allowed", "repeat spread"), rows, labels=2)
+
+
+def _decisions_table(decisions: Mapping[str, Any]) -> TextTable:
+    rows: list[tuple[str, str, str]] = []
+    if difference := decisions["first_difference"]:
+        shared = {name: {"real": difference[name], "replay": difference[name]} for name in ("step", "iteration")}
+        digests = {"digest": {"real": difference["real"], "replay": difference["replay"]}}
+        compared = shared | digests | difference["columns"]
+        rows = [(name, _amount(both["real"]), _amount(both["replay"])) for name, both in compared.items()]
+    columns = ("at the first difference", "real", "replay")
+    return TextTable("1. Decisions: the real run against its replay", _decisions_sentence(decisions), columns, rows)
+
+
+def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
+    rows = [
+        (kind, f"{part['steps']:,}", _percent(part["mape"]), _signed(part["mean_error"]))
+        for kind, part in latency_model.items()
+    ]
+    title = "2. Latency model: predicted against measured time of the same batches"
+    return TextTable(title, "", ("kind of step", "steps", "MAPE", "mean error"), rows)
+
+
+def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
+    columns = ("latency", "", "real ms", "sim ms", "error", "repeat spread", "request MAPE", "KS")
+    rows = []
+    for name in CLOSED_LOOP:
+        part, spread = comparison["closed_loop"][name], comparison["repeat_spread"][name]
+        whole = (_percent(part["mape"]), _number(part["ks"]))
+        for stat in STATISTICS:
+            pair, first = part[stat], stat == STATISTICS[0]
+            values = (_number(pair["real"]), _number(pair["sim"]), _signed(pair["error"]))
+            spread_shown = _spread(spread[stat], comparison["repeats"])
+            head, tail = (LATENCY_NAMES[name], whole) if first else ("", ("", ""))
+            rows.append((head, stat, *values, spread_shown, *tail))
+    note = "" if comparison["requests"] >= P99_REQUESTS else f"P99 is shown from {P99_REQUESTS} requests up."
+    return TextTable("3. Closed loop: what the requests saw", note, columns, rows, labels=2)
+
+
+def _totals_table(of_runs: Mapping[str, Any]) -> TextTable:
+    rows = [(name, text, *(_amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in TOTALS.items()]
+    return TextTable("Totals", "", ("", "", "real", "sim"), rows, labels=2)
+
+
+def _manifest_table(real: RunRecords, sim: RunRecords) -> TextTable:
+    ours, theirs = (flatten_manifest(run, ("workload", "system", "provenance")) for run in (real, sim))
+    fields = list(dict.fromkeys([*ours, *theirs]))
+    rows = [(field, str(ours.get(field, "–")), str(theirs.get(field, "–"))) for field in fields]
+    return TextTable("Manifest", "", ("field", "real", "simulated"), rows, labels=3)
+
+
+def _signed(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:+.1%}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:.1%}"
+
+
+def _spread(fraction: float | None, repeats: int) -> str:
+    return _percent(fraction) if repeats else "not repeated"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.2f}"
+
+
+def _amount(value: float | str | None) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else _number(value)
+
+
+# -- figures -----------------------------------------------------------------------------------------------
+
+
+def _figures(comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: RunRecords) -> dict[str, str]:
+    """The page's figures as HTML by name; the first one brings plotly.js for all."""
+    difference = comparison["decisions"]["first_difference"]
+    equal_steps = difference["step"] if difference else comparison["decisions"]["steps"]
+    runs = {"measured": real, "simulated": sim}
+    return {
+        "steps_figure": _html_figure("steps", _steps_figure(real, replayed, equal_steps), plotly_js=True),
+        "cdf_figure": _html_figure("cdf", _cdf_figure(runs)),
+        "time_figure": _html_figure("time", _time_figure(runs)),
+    }
+
+
+def _html_figure(name: str, figure: Figure, plotly_js: bool = False) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        margin={"l": 70, "r": 20, "t": 60, "b": 50},
+        legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"},
+    )
+    options = {"displaylogo": False, "responsive": True}
+    return str(figure.to_html(options, full_html=False, include_plotlyjs=plotly_js, div_id=f"figure-{name}"))
+
+
+def _thin(points: int) -> Ints:
+    """Evenly spaced indices of at most `MAX_POINTS` of some points, the first and the last among them."""
+    return np.unique(np.linspace(0, points - 1, min(points, MAX_POINTS)).astype(np.int64))
+
+
+def _steps_figure(real: RunRecords, replayed: RunRecords, equal_steps: int) -> Figure:
+    from plotly.graph_objects import Figure
+
+    steps = real.tables["steps"].slice(0, equal_steps)
+    measured, predicted = (
+        column(run.tables["steps"], "device_ns")[:equal_steps] / NS_PER_MS for run in (real, replayed)
+    )
+    kinds = step_kinds(steps)
+    figure = Figure()
+    for kind, colour in KIND_COLOURS.items():
+        chosen = np.flatnonzero(kinds == kind)
+        shown = chosen[_thin(len(chosen))]
+        name = f"{kind}, {_shown(len(shown), len(chosen))} steps"
+        marker = {"color": colour, "size": 5, "opacity": 0.5}
+        figure.add_scatter(x=measured[shown], y=predicted[shown], mode="markers", name=name, marker=marker)
+    if equal_steps:
+        ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
+        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": "#888", "width": 1})
+    figure.update_xaxes(LOG_AXIS, title="measured device time of a step, ms")
+    figure.update_yaxes(LOG_AXIS, title="predicted, ms")
+    return figure.update_layout(height=560)
+
+
+def _shown(shown: int, points: int) -> str:
+    return f"{points:,}" if shown == points else f"{shown:,} of {points:,}"
+
+
+def _cdf_figure(runs: Mapping[str, RunRecords]) -> Figure:
+    from plotly.subplots import make_subplots
+
+    ids = common_requests(*runs.values())
+    titles = [LATENCY_NAMES[name] for name in CLOSED_LOOP]
+    figure = make_subplots(2, 2, subplot_titles=titles, vertical_spacing=0.18)
+    for run, records in runs.items():
+        values = latencies(records, ids)
+        for position, name in enumerate(CLOSED_LOOP):
+            line = _line(run) | {"shape": "hv"}
+            x, y = _cdf(values[name])
+            place = {"row": position // 2 + 1, "col": position % 2 + 1}
+            figure.add_scatter(x=x, y=y, mode="lines", name=run, line=line, showlegend=position == 0, **place)
+    figure.update_xaxes(LOG_AXIS, title="ms")
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    return figure.update_layout(height=720)
+
+
+def _cdf(values: Floats) -> tuple[Floats, Floats]:
+    """Points of the empirical distribution function."""
+    shown = _thin(len(values))
+    return np.sort(values)[shown], (shown + 1) / max(len(values), 1)
+
+
+def _line(run: str) -> dict[str, Any]:
+    style = {"width": 2.5, "dash": "solid"} if run == "measured" else {"width": 1.5, "dash": "dot"}
+    return {"color": COLOURS[run], **style}
+
+
+def _time_figure(runs: Mapping[str, RunRecords]) -> Figure:
+    from plotly.subplots import make_subplots
+
+    series = {"decode_tokens": "decodes", "prefill_tokens": "prefill tokens", "kv_blocks_used": "KV blocks used"}
+    figure = make_subplots(len(series), 1, shared_xaxes=True, vertical_spacing=0.04)
+    for run, records in runs.items():
+        for row, (name, title) in enumerate(series.items(), 1):
+            time_s, values = _over_time(records, name)
+            shown = _thin(len(time_s))
+            label = f"{run}, {_shown(len(shown), len(time_s))} points"
+            line = _line(run) | {"shape": "hv"}
+            # The highest of the points that one stands for: a prefill is a spike that thinning could hide.
+            x, y = time_s[shown], np.maximum.reduceat(values, shown) if len(shown) else values
+            figure.add_scatter(x=x, y=y, mode="lines", name=label, line=line, showlegend=row == 1, row=row, col=1)
+            figure.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(title="seconds since the run's start", row=len(series), col=1)
+    return figure.update_layout(height=720)
+
+
+def _over_time(run: RunRecords, name: str) -> tuple[Floats, Ints]:
+    """A column of the steps at the times they were scheduled, and 0 where the loop began to wait for arrivals."""
+    steps, iterations = run.tables["steps"], run.tables["iterations"]
+    waits = iterations["step"].is_null().to_numpy() & iterations["completed_step"].is_null().to_numpy()
+    idle_ns = column(iterations, "now_ns")[waits]
+    time_ns = np.concatenate([column(steps, "scheduled_ns"), idle_ns])
+    order = np.argsort(time_ns, kind="stable")
+    return time_ns[order] / NS_PER_S, np.concatenate([column(steps, name), np.zeros_like(idle_ns)])[order]
+
+
+# -- the page ----------------------------------------------------------------------------------------------
+
+
+def _html_table(table: TextTable) -> str:
+    head = _html_row("th", table.columns, table.labels)
+    body = "".join(_html_row("td", row, table.labels) for row in table.rows)
+    shown = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>" if table.rows else ""
+    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    return f"<h2>{escape(table.title)}</h2>\n{shown}{note}"
+
+
+def _html_row(tag: str, cells: Sequence[str], labels: int) -> str:
+    attributes = [' class="label"' if position < labels else "" for position, _ in enumerate(cells)]
+    row = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(attributes, cells, strict=True))
+    return f"<tr>{row}</tr>"
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2.5rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; break-after: avoid; }
+.headline { font-size: 1.05rem; max-width: 50rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
+th { font-weight: 600; border-bottom: 1px solid #888; }
+.label { text-align: left; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
+figure { margin: 1rem 0; break-inside: avoid; }
+figcaption, dd { color: #555; font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
+dd { margin: 0; }
+@media print { body { margin: 0; max-width: none; } .modebar { display: none; } tr { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="headline">$headline</p>
+$verdict
+$decisions
+$latency_model
+<figure>$steps_figure<figcaption>Each dot is a step of the real run. Above the line, the latency model predicts too
+much. Where there are many, evenly spaced ones are drawn.</figcaption></figure>
+$closed_loop
+<dl>$definitions</dl>
+<figure>$cdf_figure<figcaption>The fraction of values at or below a latency: of requests, or for ITL of all
+gaps. Where there are many, evenly spaced ones are drawn.</figcaption></figure>
+<h2>Batch and KV cache over time</h2>
+<figure>$time_figure<figcaption>As each step was planned; 0 while the serving loop waits for arrivals. In a long run,
+a point is the highest of several steps.</figcaption></figure>
+$totals
+$manifest
+</body>
+</html>
+""")

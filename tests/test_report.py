@@ -1,0 +1,199 @@
+"""What people get to see: one page that works without a network, and tables on a console."""
+
+from __future__ import annotations
+
+import io
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_compare import MS, replayed, serve, with_column, with_manifest, workload
+
+from analysis.compare import compare
+from analysis.report import MAX_POINTS, headline, print_comparison, write_report
+from engine.records import RunRecords
+from traces.errors import TandemError
+from traces.request import TraceRequest
+
+
+class Page(HTMLParser):
+    """Collects what a page loads from elsewhere, its figures, its table rows and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.figures: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self._open.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.figures += [value for name, value in attrs if name == "id" and value.startswith("figure-")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        inside = self._open[-1] if self._open else ""
+        if inside in ("td", "th"):
+            self.rows[-1][-1] += data
+        if inside not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def sim() -> RunRecords:
+    return serve()
+
+
+@pytest.fixture(scope="module")
+def real() -> RunRecords:
+    return serve(1.05)
+
+
+def write(folder: Path, sim: RunRecords, real: RunRecords, title: str = "A comparison") -> str:
+    replay = replayed(real)
+    write_report(compare(sim, real, replay), sim, real, replay, folder / "report.html", title=title)
+    assert [file.name for file in folder.iterdir()] == ["report.html"]
+    return (folder / "report.html").read_text()
+
+
+def printed(comparison: dict) -> str:
+    output = io.StringIO()
+    print_comparison(comparison, Console(file=output, width=100))
+    return output.getvalue()
+
+
+def test_the_page_loads_nothing_and_brings_plotly_once(tmp_path, sim, real):
+    html = write(tmp_path, sim, real)
+    page = Page(html)
+    assert page.loads == []
+    assert page.figures == ["figure-steps", "figure-cdf", "figure-time"]
+    assert html.count("Plotly.newPlot(") >= 3
+    assert html.count("* plotly.js v") == 1
+    assert "@import" not in html.split("<body>")[0]
+
+
+def test_the_page_says_what_was_compared_and_shows_every_part(tmp_path, sim, real):
+    comparison = compare(sim, real, replayed(real))
+    page = Page(write(tmp_path, sim, real))
+    assert "A comparison" in page.text
+    assert headline(comparison) in page.text
+    ttft = comparison["closed_loop"]["ttft"]["p50"]
+    shown = ["", "p50", f"{ttft['real']:,.2f}", f"{ttft['sim']:,.2f}", f"{ttft['error']:+.1%}", "not repeated", "", ""]
+    assert shown in page.rows
+    decode = comparison["latency_model"]["decode"]
+    assert ["decode", str(decode["steps"]), f"{decode['mape']:.1%}", f"{decode['mean_error']:+.1%}"] in page.rows
+    assert ["system.num_blocks", "60", "60"] in page.rows
+    assert ["provenance.host", "machine 1.05", "machine 1.0"] in page.rows
+
+
+def test_text_from_outside_is_escaped(tmp_path, sim, real):
+    attack = "<script>alert('&')</script>"
+    html = write(tmp_path, sim, with_manifest(real, "provenance", host=attack), title=attack)
+    page = Page(html)
+    assert attack not in html
+    assert page.text.count(attack) == 3  # title bar, heading, manifest
+    assert ["provenance.host", attack, "machine 1.0"] in page.rows
+
+
+def test_the_same_comparison_gives_the_same_page(tmp_path, sim, real):
+    assert write(tmp_path, sim, real) == write(tmp_path, sim, real)
+
+
+def test_a_run_in_which_nothing_ran_still_makes_a_page(tmp_path):
+    rejected = serve(requests=workload(prompt_len=500))
+    page = Page(write(tmp_path, rejected, rejected))
+    assert "0 requests were served" in page.text
+    assert "Nothing to judge for: mean TTFT, mean TPOT, mean E2E, latency model MAPE." in page.text
+
+
+def test_long_curves_are_thinned_and_the_figures_say_so(tmp_path):
+    tokens = MAX_POINTS // 30
+    long = serve(requests=[TraceRequest(i, i * 1000 * MS, 10, tokens, tokens) for i in range(40)])
+    steps = 40 * tokens
+    assert len(long.tables["steps"]) == steps > MAX_POINTS
+    html = write(tmp_path, long, long)
+    assert f"decode, {MAX_POINTS:,} of {steps - 40:,} steps" in html
+    assert f"measured, {MAX_POINTS:,} of {steps + 40:,} points" in html  # 39 waits for arrivals, and the end
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a tenth of a page."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, sim, real):
+    page = tmp_path / "report.html"
+    page.write_text("old")
+    replay = replayed(real)
+    comparison = compare(sim, real, replay)
+    with pytest.raises(TandemError, match=r"cannot write .*report\.html"), full_disk():
+        write_report(comparison, sim, real, replay, page, title="")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_console_shows_the_three_parts_and_the_verdict_in_lines_that_align(sim, real):
+    lines = printed(compare(sim, real, replayed(real), [serve(1.07)])).splitlines()
+    heads = [next(i for i, line in enumerate(lines) if line.startswith(title)) for title in ("1.", "2.", "3.", "Verd")]
+    assert heads == sorted(heads)
+    closed_loop = [
+        line for line in lines[heads[2] : heads[3]] if line.split()[-1:] and line.rstrip()[-1] in "%0123456789–"
+    ]
+    values = [line for line in closed_loop if " p50 " in line or " p90 " in line]
+    assert len(values) == 8
+    assert len({line.rstrip().rindex("%") for line in values}) == 1
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    assert any(line.split()[:3] == ["mean", "TTFT", "within"] for line in lines[heads[3] :])
+
+
+def test_the_console_shows_how_decisions_differ(sim):
+    arrivals = sim.tables["requests"]["arrival_ns"].to_pylist()
+    late = with_column(sim, "requests", "arrival_ns", [*arrivals[:20], arrivals[20] + 10 * MS, *arrivals[21:]])
+    comparison = compare(sim, sim, replayed(late))
+    difference = comparison["decisions"]["first_difference"]
+    text = printed(comparison)
+    assert (
+        f"planned {difference['step']} of {comparison['decisions']['steps']} steps the same, then differently" in text
+    )
+    assert difference["real"] in text
+    assert difference["replay"] in text
+
+
+def test_the_headline_does_not_call_a_noisy_machine_a_success(sim):
+    text = headline(compare(sim, sim, replayed(sim), [serve(2.0)]))
+    assert "too noisy to judge" in text
+    assert "Within" not in text
+
+
+def test_the_headline_says_what_limits_the_comparison(sim, real):
+    partial = replace(with_manifest(real, "system", num_blocks=99), partial=True)
+    text = headline(compare(sim, partial, replayed(real), allow_different=["system.num_blocks"]))
+    assert "The real run was not repeated, so its own noise is unknown." in text
+    assert "The real run was interrupted" in text
+    assert "allowed to differ in system.num_blocks" in text
+
+
+def test_the_headline_names_what_is_outside_and_what_is_within(sim):
+    real = serve(1.2)
+    targets_missed = headline(compare(sim, real, replayed(real)))
+    assert "Outside the error allowed: mean TTFT" in targets_missed
