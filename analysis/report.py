@@ -162,9 +162,19 @@ def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 def _decisions_sentence(decisions: Mapping[str, Any]) -> str:
     if decisions["identical"]:
-        return f"Given the real run's times, the simulator planned all {decisions['steps']:,} steps the same."
+        same = f"Given the real run's times, the simulator planned all {decisions['steps']:,} steps the same."
+        return f"{same} {_controls_sentence(decisions.get('negative_controls') or {})}".rstrip()
     first, steps = decisions["first_difference"]["step"], decisions["steps"]
     return f"Given the real run's times, the simulator planned {first:,} of {steps:,} steps the same, then differently."
+
+
+def _controls_sentence(controls: Mapping[str, bool | None]) -> str:
+    """What became of the falsifications of `sim.controls`."""
+    tried = {name.replace("_", " "): noticed for name, noticed in controls.items() if noticed is not None}
+    missed = [name for name, noticed in tried.items() if not noticed]
+    if missed:
+        return f"NOT NOTICED, so that this proves little: {', '.join(missed)}."
+    return f"Falsified times were noticed ({', '.join(tried)})." if tried else ""
 
 
 def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTable]:

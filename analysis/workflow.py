@@ -5,9 +5,10 @@ The one place that builds executors and tokenizers; torch is imported only where
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -17,28 +18,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from analysis.compare import compare
 from analysis.metrics import metrics
+from analysis.options import Limits
+from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
 from engine.model_config import ModelConfig
 from engine.recorder import Recorder
 from engine.records import RunRecords
+from sim.controls import negative_controls
 from sim.profile import Profile
+from sim.profiler import count_passes, measure_profile
 from sim.simulate import predict, recorded_requests, replay
 from traces.errors import TandemError
-from traces.format import Trace
+from traces.format import Trace, atomic_file
+from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 REFRESH_S = 0.5
-
-
-class Interrupted(Exception):
-    """A real run ended early; `records` holds what it did until then, marked partial."""
-
-    def __init__(self, records: RunRecords) -> None:
-        super().__init__("the run was interrupted")
-        self.records = records
 
 
 @contextmanager
@@ -70,49 +68,106 @@ def watched(console: Console, what: str, recorder: Recorder, total: int) -> Iter
             thread.join()
 
 
-def simulate_run(
-    trace: Trace,
-    profile: Profile,
-    config: ServingConfig,
+def sharegpt_trace(
+    model: str,
+    count: int,
+    seed: int,
+    lengths: LengthFilter,
     console: Console,
-    stop_rule: str = "trace",
-    stops_of: RunRecords | None = None,
-) -> RunRecords:
-    """Serve a trace in simulation.
-
-    Args:
-        stops_of: a real run of the trace: requests stop where they stopped there.
+    source: Path | None = None,
+    max_tokens: int | None = None,
+    strict: bool = False,
+) -> Trace:
+    """Sample real ShareGPT requests, counted with the model's tokenizer; all arrive at time 0.
 
     Raises:
-        TandemError: `stops_of` is a run of another trace.
+        TandemError: no tokenizer at `model`, no data set, or too few requests within `lengths`.
     """
-    if stops_of and stops_of.manifest["workload"]["trace"] != trace.digest:
-        raise TandemError("the run given as --like served another trace; give its own trace with --trace")
-    requests = recorded_requests(stops_of) if stops_of else trace.requests
+    from engine.executor.tokenizer import load_tokenizer, model_path
+
+    path = model_path(model)
+    with console.status(f"reading the tokenizer of {path.name}"):
+        tokenizer = load_tokenizer(path)
+    with console.status("reading ShareGPT"):
+        return sample_requests(
+            source or sharegpt_path(),
+            tokenizer.encode,
+            count,
+            seed,
+            tokenizer_name=path.name,
+            lengths=lengths,
+            max_tokens=max_tokens,
+            strict=strict,
+        )
+
+
+def load_executor(
+    model: str, console: Console, dtype: str = "float32", threads: int | None = None, load_format: str = "auto"
+) -> Executor:
+    """Load a model; arguments and errors are those of `engine.executor.executor.Executor`."""
+    from engine.executor.executor import Executor
+
+    with console.status(f"loading {model}"):
+        return Executor(model, dtype, threads, load_format)
+
+
+def real_config(executor: Executor, said: Limits) -> ServingConfig:
+    """The limits of a real run: as the user said, and as many KV blocks as memory holds."""
+    config = said.config(num_blocks=1)
+    if said.num_blocks is not None:
+        return config
+    blocks = executor.measure_blocks(config.block_size, config.max_seqs, config.max_model_len)
+    return replace(config, num_blocks=blocks)
+
+
+def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
+    """The limits of a simulated run: as the user said, else those of the run `like`, else the profile's blocks."""
+    if like:
+        return replace(manifest.config_of(like.manifest), **said.said())
+    return said.config(num_blocks=profile.meta["kv_blocks"], block_size=profile.meta["block_size"])
+
+
+def measure(executor: Executor, config: ServingConfig, console: Console) -> Profile:
+    """Profile the executor, with a progress bar."""
+    with progress_bar(console, "profile", count_passes(config)) as show:
+        return measure_profile(executor, config, show)
+
+
+def simulate_run(
+    trace: Trace, profile: Profile, config: ServingConfig, out: Path, console: Console, like: RunRecords | None = None
+) -> RunRecords:
+    """Serve a trace in simulation and write the run to `out`.
+
+    Args:
+        like: a real run of the trace: requests stop where they stopped there.
+
+    Raises:
+        TandemError: `like` is a run of another trace.
+    """
+    if like and like.manifest["workload"]["trace"] != trace.digest:
+        raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
+    stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
+    requests = recorded_requests(like) if like else trace.requests
     recorder = Recorder()
     with watched(console, "simulate", recorder, len(requests)):
         coverage = predict(requests, config, profile, recorder)
     parts = {
-        "workload": manifest.workload(trace, _model_of(profile), profile.meta["dtype"], stop_rule),
+        "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
         "provenance": manifest.provenance(backend="simulator", profile=profile.name, source=profile.meta["source"]),
     }
     run = RunRecords(parts, recorder.tables())
     run.summary = metrics(run) | {"profile_lookups": coverage}
+    run.write(out)
     return run
 
 
-def _model_of(profile: Profile) -> ModelConfig:
-    return ModelConfig.from_dict(profile.meta["model"])
-
-
 def real_run(
-    trace: Trace, executor: Executor, config: ServingConfig, console: Console, stop_rule: str = "trace"
+    trace: Trace, executor: Executor, config: ServingConfig, out: Path, console: Console, stop_rule: str = "trace"
 ) -> RunRecords:
-    """Serve a trace on the executor.
+    """Serve a trace on the executor and write the run to `out`.
 
-    Raises:
-        Interrupted: Ctrl-C, or the data plane failed; what was recorded until then comes with it.
+    Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
     recorder, failure = Recorder(), None
     with watched(console, "run", recorder, len(trace.requests)):
@@ -127,8 +182,10 @@ def real_run(
     }
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
     run.summary = metrics(run)
+    run.write(out)
     if failure:
-        raise Interrupted(run) from failure
+        console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
+        raise failure
     return run
 
 
@@ -137,39 +194,34 @@ def compare_runs(
     real: RunRecords,
     repeats: Sequence[RunRecords],
     profile: Profile,
+    out: Path,
     allow_different: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Replay the real run's times through the simulator, and set the two runs side by side."""
-    replayed = replay(real, manifest.config_of(real.manifest), profile)
-    return compare(sim, real, replayed, repeats, allow_different)
+    """Replay the real run's times through the simulator, and set the two runs side by side.
+
+    Returns:
+        The comparison, also written to `out` as compare.json, with report.html beside it.
+    """
+    config = manifest.config_of(real.manifest)
+    replayed = replay(real, config, profile)
+    comparison = compare(sim, real, replayed, repeats, allow_different)
+    comparison["decisions"]["negative_controls"] = negative_controls(real, config)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / "compare.json") as file:
+        file.write(json.dumps(comparison, indent=2).encode())
+    title = f"{config.scheduler} at depth {config.pipeline_depth}: simulated and real"
+    write_report(comparison, sim, real, replayed, out / "report.html", title=title)
+    return comparison
 
 
 def check_profile(profile: Profile, model: ModelConfig, device: str, dtype: str) -> None:
     """Raises TandemError if a profile is of another model, device or dtype."""
-    measured = _model_of(profile)
     for what, has, wanted in (
         ("device", profile.meta["device"], device),
         ("dtype", profile.meta["dtype"], dtype),
-        ("model shape", replace(measured, name=""), replace(model, name="")),
+        ("model shape", replace(profile.model, name=""), replace(model, name="")),
     ):
         if has != wanted:
             raise TandemError(
                 f"the profile is of another {what} ({has}, not {wanted}): measure one with tandem profile"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the user said of a run's limits; None is 'not said'."""
-
-    scheduler: str | None = None
-    pipeline_depth: int | None = None
-    num_blocks: int | None = None
-    block_size: int | None = None
-    max_seqs: int | None = None
-    max_batched_tokens: int | None = None
-    max_model_len: int | None = None
-
-    def said(self) -> dict[str, Any]:
-        """The limits that were given."""
-        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}

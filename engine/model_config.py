@@ -136,10 +136,17 @@ class ModelConfig:
         divisors = next((t.data.tolist() for t in reader.tensors if t.name == "rope_freqs.weight"), None)
         if divisors is None:
             return config
-        config = replace(config, rope_scaling=RopeScaling("llama3", factor=max(divisors)))
+        config = replace(config, rope_scaling=RopeScaling("llama3", factor=_meant(max(divisors))))
         if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(config.rope_divisors(), divisors, strict=True)):
             raise TandemError(f"{path}: tensor rope_freqs.weight is not LLaMA 3's scaling; use the model's HF folder")
         return config
+
+    @classmethod
+    def from_dict(cls, shape: dict[str, Any]) -> ModelConfig:
+        """Read what `dataclasses.asdict` made of a config, and JSON or YAML of that."""
+        scaling = shape["rope_scaling"]
+        rope_scaling = RopeScaling(**scaling) if scaling else None
+        return cls(**shape | {"rope_scaling": rope_scaling, "eos_token_ids": tuple(shape["eos_token_ids"])})
 
     @property
     def num_parameters(self) -> int:
@@ -260,14 +267,18 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
+def _meant(number: float) -> float:
+    """The number that was stored as float32, as GGUF does: 1e-05, not 9.99999975e-06."""
+    return float(f"{number:.6g}")
+
+
 def _gguf_fields(reader: Any) -> dict[str, Any]:
     """A GGUF file's metadata under Hugging Face's names."""
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.get_field(key)
         contents = default if field is None else field.contents()
-        # GGUF stores float32: six digits give back the number that was meant (1e-05, not 9.99999975e-06)
-        return float(f"{contents:.6g}") if isinstance(contents, float) else contents
+        return _meant(contents) if isinstance(contents, float) else contents
 
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     return {

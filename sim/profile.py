@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from engine.model_config import ModelConfig
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 1
@@ -54,6 +55,11 @@ class Profile:
     def name(self) -> str:
         """What was measured, for people."""
         return f"{self.meta['model']['name']} {self.meta['dtype']} on {self.meta['device']}"
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape that was measured."""
+        return ModelConfig.from_dict(self.meta["model"])
 
     def host_us(self, term: str) -> float:
         """The host's time for one of `HOST_TERMS`."""

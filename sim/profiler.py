@@ -10,6 +10,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SHORT_TOKENS, SHORT_REPEATS, LONG_REPEATS = 32, 15, 5  # short passes are quick, and vary more
 HELD_OUT, HELD_OUT_REPEATS = 12, 3
+WARM_UP = 2
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
 VOCABULARY_OF_PASSES = 1000  # token ids repeat: what they are costs nothing
@@ -97,10 +99,10 @@ def measure_profile(
     Returns:
         The profile, with the error of its latency model on random mixed batches that were held out.
     """
-    passes = plan(config)
-    meter = _Meter(executor, config, show)
-    for one in _shuffled([each for each in passes for _ in range(_repeats(each))]):
-        meter.measure(one)
+    with _Meter(executor, config, show) as meter:
+        for one in _shuffled([each for each in plan(config) for _ in range(_repeats(each))]):
+            meter.measure(one)
+        held_out = meter.measure_held_out()
     tables = meter.tables() | {"host": measure_host(executor, config)}
     meta = {
         "device": executor.device,
@@ -116,12 +118,12 @@ def measure_profile(
         "date": time.strftime("%Y-%m-%d"),
     }
     profile = Profile(meta, tables)
-    return replace(profile, meta=meta | {"held_out": meter.held_out(LatencyModel(profile))})
+    return replace(profile, meta=meta | {"held_out": _held_out_error(LatencyModel(profile), held_out)})
 
 
 def count_passes(config: ServingConfig) -> int:
     """How many passes `measure_profile` runs."""
-    return sum(_repeats(one) for one in plan(config)) + HELD_OUT * HELD_OUT_REPEATS
+    return WARM_UP + sum(_repeats(one) for one in plan(config)) + HELD_OUT * HELD_OUT_REPEATS
 
 
 def _repeats(one: Pass) -> int:
@@ -135,7 +137,7 @@ def _shuffled(passes: list[Pass]) -> list[Pass]:
 
 
 class _Meter:
-    """Runs passes and collects, for each table and point, the times in microseconds."""
+    """Runs passes on a thread like the one that serves, and collects times by table and point, in microseconds."""
 
     def __init__(self, executor: Executor, config: ServingConfig, show: Callable[[int], None]) -> None:
         self._cache = executor.cache(config)
@@ -145,8 +147,15 @@ class _Meter:
         self._show = show
         self._done = 0
         self._times: dict[str, dict[tuple[Any, ...], list[float]]] = {table: defaultdict(list) for table in TABLES}
-        for one in (Pass(((config.block_size, 0),), ()), Pass((), (1,))):  # first passes allocate
+
+    def __enter__(self) -> _Meter:
+        self._thread = ThreadPoolExecutor(1, initializer=self._executor.runner([], self._cache).prepare_thread)
+        for one in (Pass(((self._config.block_size, 0),), ()), Pass((), (1,))):  # first passes allocate
             self._run(one)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def measure(self, one: Pass) -> None:
         """Run a pass and file its times."""
@@ -162,18 +171,18 @@ class _Meter:
         self._file("head", (len(one.chunks) + len(one.decodes),), groups.pop("head"))
         for group, time_us in groups.items():
             self._file("dense", (group, one.tokens), time_us)
-        self._done += 1
-        self._show(self._done)
 
     def _file(self, table: str, key: tuple[Any, ...], time_us: float) -> None:
         self._times[table][key].append(time_us)
 
     def _run(self, one: Pass) -> dict[str, float]:
         """Microseconds by group of operations, from the step's delta to its tokens on the host."""
-        from engine.executor.runner import Runner
+        self._done += 1
+        self._show(self._done)
+        return self._thread.submit(self._time, one).result()
 
-        runner = Runner(self._executor.llama, self._cache, one.requests, None, self._executor.threads)
-        step = one.step(self._config.block_size)
+    def _time(self, one: Pass) -> dict[str, float]:
+        runner, step = self._executor.runner(one.requests, self._cache), one.step(self._config.block_size)
         groups: defaultdict[str, float] = defaultdict(float)
         last = time.perf_counter_ns()
 
@@ -187,6 +196,16 @@ class _Meter:
         mark("finish")
         return groups
 
+    def measure_held_out(self) -> list[tuple[Step, float]]:
+        """Random mixed batches that are not in the tables, and how long they take in microseconds."""
+        return [
+            (
+                one.step(self._config.block_size),
+                median(sum(self._run(one).values()) for _ in range(HELD_OUT_REPEATS)),
+            )
+            for one in _mixed_passes(self._config)
+        ]
+
     def tables(self) -> dict[str, list[Row]]:
         """Medians and spreads."""
         return {
@@ -197,16 +216,10 @@ class _Meter:
             for table, keys in TABLES.items()
         }
 
-    def held_out(self, latency: LatencyModel) -> dict[str, Any]:
-        """The latency model's error on random mixed batches that are not in the tables."""
-        errors = []
-        for one in _mixed_passes(self._config):
-            measured_us = median(sum(self._run(one).values()) for _ in range(HELD_OUT_REPEATS))
-            predicted_us = latency.device_ns(one.step(self._config.block_size)) / 1000
-            errors.append(predicted_us / measured_us - 1)
-            self._done += HELD_OUT_REPEATS
-            self._show(self._done)
-        return {"batches": len(errors), "mape": fmean(map(abs, errors)), "mean_error": fmean(errors)}
+
+def _held_out_error(latency: LatencyModel, batches: Sequence[tuple[Step, float]]) -> dict[str, Any]:
+    errors = [latency.device_ns(step) / 1000 / measured_us - 1 for step, measured_us in batches]
+    return {"batches": len(errors), "mape": fmean(map(abs, errors)), "mean_error": fmean(errors)}
 
 
 def _mixed_passes(config: ServingConfig) -> list[Pass]:
@@ -236,9 +249,11 @@ def measure_host(executor: Executor, config: ServingConfig) -> list[Row]:
         "turn": _differences(turns["now_ns"][1:], turns["completed_ns"][:-1]),
         "wake": _differences(*_woken(served, turns)),
     }
-    return [
-        {"term": term, "time_us": max(0.0, median(times or [0.0])), "spread": _spread(times)} for term, times in samples.items()
-    ]
+    return [_host_row(term, times) for term, times in samples.items()]
+
+
+def _host_row(term: str, times: Sequence[float]) -> Row:
+    return {"term": term, "time_us": max(0.0, median(times or [0.0])), "spread": _spread(times)}
 
 
 def _woken(served: dict[str, list[Any]], turns: dict[str, list[Any]]) -> tuple[list[int], list[int]]:

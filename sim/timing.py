@@ -123,6 +123,6 @@ class RecordedTiming:
         return self._next_read(due_ns)
 
     def _next_read(self, otherwise: int) -> int:
-        """The next iteration's clock read; after the last there is no telling, and the next question ends the replay."""
+        """The next iteration's clock read; after the last there is none, and the next question ends the replay."""
         self._turn += 1
         return int(self._row["now_ns"]) if self._turn < len(self._iterations) else otherwise

