@@ -207,8 +207,12 @@ def open_gguf(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise TandemError(f"{path}: corrupt or cut off GGUF file ({reason}); download it again") from None
+        raise TandemError(f"{path}: corrupt or cut off GGUF file ({first_line(error)}); download it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for an error of ours."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _refuse_other_models(config: dict[str, Any], name: str) -> None:
@@ -283,7 +287,7 @@ def _gguf_fields(reader: Any) -> dict[str, Any]:
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     return {
         "model_type": value("general.architecture"),
-        "num_local_experts": value("llama.expert_count"),
+        "num_local_experts": value("llama.expert_count") or None,
         "vocab_size": shapes.get("token_embd.weight", [None])[-1],
         "hidden_size": value("llama.embedding_length"),
         "intermediate_size": value("llama.feed_forward_length"),

@@ -9,42 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import PagedPool, load_llama, tiny_model
+from tiny_models import KINDS, PagedPool, load_llama, tiny_model
 from transformers import LlamaForCausalLM
 
 from engine.executor.model import Llama
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-KINDS: dict[str, dict[str, object]] = {
-    "MHA, tied": {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True},
-    "MQA of 2": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128},
-    "GQA of 3, odd hidden": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 117},
-    "GQA of 4, head_dim 80": {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 80},
-    "GQA of 5, head_dim 96": {"num_attention_heads": 10, "num_key_value_heads": 2, "hidden_size": 50, "head_dim": 96},
-    "MQA of 6": {"num_attention_heads": 6, "num_key_value_heads": 1},
-    "GQA of 7, odd hidden": {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 77, "head_dim": 80},
-    "GQA of 8, tied": {
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "hidden_size": 96,
-        "tie_word_embeddings": True,
-    },
-    "head_dim from hidden size": {"hidden_size": 120, "num_attention_heads": 6, "head_dim": None},
-    "linear RoPE": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "llama3 RoPE": {"rope_parameters": LLAMA3},
-    "theta 500000, eps 1e-3": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "rms_norm_eps": 1e-3,
-    },
-    "biases": {"attention_bias": True, "mlp_bias": True},
-}
 
 
 def reload(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> Llama:

@@ -10,12 +10,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from test_model import KINDS
-from tiny_models import PagedPool, load_llama, tiny_model
+from tiny_models import KINDS, PagedPool, assert_same, load_llama, tensors, theirs, tiny_model
 from transformers import LlamaForCausalLM
 
 from engine.executor.tokenizer import load_tokenizer, smollm2_path
-from engine.executor.weights import Weights, dummy_weights, load_weights
+from engine.executor.weights import dummy_weights, load_weights
 from engine.model_config import PRESETS, ModelConfig, RopeScaling, load_model_config
 from traces.errors import TandemError
 
@@ -44,32 +43,6 @@ FORMATS = {
     "bin": lambda model, folder: save_bin(model, folder, 1),
     "sharded bin": lambda model, folder: save_bin(model, folder, 3),
 }
-
-
-def tensors(weights: Weights) -> list[torch.Tensor]:
-    ours = [weights.embedding, weights.final_norm, weights.head]
-    for layer in weights.layers:
-        ours += [tensor for name in layer.__slots__ if (tensor := getattr(layer, name)) is not None]
-    return ours
-
-
-def theirs(model: LlamaForCausalLM) -> list[torch.Tensor]:
-    """The same tensors from transformers' model, stacked as ours are."""
-    stacked = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        q_k_v, gate_up = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-        matrices = [q_k_v, [attention.o_proj], gate_up, [mlp.down_proj]]
-        weights = [torch.cat([part.weight for part in parts]) for parts in matrices]
-        biases = [torch.cat([part.bias for part in parts]) for parts in matrices if parts[0].bias is not None]
-        norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-        stacked += [norms[0], *weights[:2], norms[1], *weights[2:], *biases]
-    return stacked
-
-
-def assert_same(weights: Weights, model: LlamaForCausalLM) -> None:
-    for ours, expected in zip(tensors(weights), theirs(model), strict=True):
-        assert torch.equal(ours.to_dense() if ours.is_mkldnn else ours, expected)
 
 
 def logits(path: Path) -> torch.Tensor:

@@ -11,12 +11,44 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.executor.batch import ForwardBatch, KVCache
 from engine.executor.model import Llama
 from engine.executor.runner import Rows, build_batch
-from engine.executor.weights import load_weights
+from engine.executor.weights import Weights, load_weights
 from engine.model_config import load_model_config
 
 NO_BLOCK = 2**31 - 1
 
 torch.set_num_threads(1)  # on tensors this small a second thread is only waited for
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS: dict[str, dict[str, object]] = {
+    "MHA, tied": {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "MQA of 2": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128},
+    "GQA of 3, odd hidden": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 117},
+    "GQA of 4, head_dim 80": {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 80},
+    "GQA of 5, head_dim 96": {"num_attention_heads": 10, "num_key_value_heads": 2, "hidden_size": 50, "head_dim": 96},
+    "MQA of 6": {"num_attention_heads": 6, "num_key_value_heads": 1},
+    "GQA of 7, odd hidden": {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 77, "head_dim": 80},
+    "GQA of 8, tied": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "hidden_size": 96,
+        "tie_word_embeddings": True,
+    },
+    "head_dim from hidden size": {"hidden_size": 120, "num_attention_heads": 6, "head_dim": None},
+    "linear RoPE": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "llama3 RoPE": {"rope_parameters": LLAMA3},
+    "theta 500000, eps 1e-3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rms_norm_eps": 1e-3,
+    },
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
 
 
 def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -41,6 +73,32 @@ def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
             else:
                 parameter.normal_(1, 0.2, generator=generator)
     return model
+
+
+def tensors(weights: Weights) -> list[torch.Tensor]:
+    ours = [weights.embedding, weights.final_norm, weights.head]
+    for layer in weights.layers:
+        ours += [tensor for name in layer.__slots__ if (tensor := getattr(layer, name)) is not None]
+    return ours
+
+
+def theirs(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    """The same tensors from transformers' model, stacked as ours are."""
+    stacked = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        q_k_v, gate_up = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+        matrices = [q_k_v, [attention.o_proj], gate_up, [mlp.down_proj]]
+        weights = [torch.cat([part.weight for part in parts]) for parts in matrices]
+        biases = [torch.cat([part.bias for part in parts]) for parts in matrices if parts[0].bias is not None]
+        norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        stacked += [norms[0], *weights[:2], norms[1], *weights[2:], *biases]
+    return stacked
+
+
+def assert_same(weights: Weights, model: LlamaForCausalLM) -> None:
+    for ours, expected in zip(tensors(weights), theirs(model), strict=True):
+        assert torch.equal(ours.to_dense() if ours.is_mkldnn else ours, expected)
 
 
 def load_llama(path: Path, dtype: torch.dtype = torch.float32) -> Llama:

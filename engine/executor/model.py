@@ -37,7 +37,8 @@ class Llama:
 
     Args:
         config: the model's shape.
-        weights: taken over: each matrix is repacked in place for `ops`, one at a time.
+        weights: taken over: each matrix is repacked in place for `ops`, one at a time. (A tied head is packed too; the
+            embedding, which is looked up by row, stays beside it as it is.)
         ops: the data plane, a module like `engine.executor.reference.ops`.
     """
 

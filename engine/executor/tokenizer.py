@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engine.model_config import first_line
 from traces.errors import TandemError
 
 
@@ -21,7 +22,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path.parent if where else path, local_files_only=True, **where)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TandemError(f"{path}: no readable tokenizer ({str(error).splitlines()[0]})") from None
+        raise TandemError(f"{path}: no readable tokenizer ({first_line(error)})") from None
 
 
 def smollm2_path() -> Path:

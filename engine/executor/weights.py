@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from gguf import dequantize
+from safetensors import SafetensorError, safe_open
 
-from engine.model_config import ModelConfig, open_gguf, read_json
+from engine.model_config import ModelConfig, first_line, open_gguf, read_json
 from traces.errors import TandemError
 
 
@@ -85,7 +88,7 @@ class _Checkpoint(NamedTuple):
         try:
             tensor = self.readers.pop(name)()
         except (RuntimeError, OSError, ValueError, NotImplementedError) as error:
-            raise TandemError(f"{self.path}: cannot read tensor {name} ({_first_line(error)})") from None
+            raise TandemError(f"{self.path}: cannot read tensor {name} ({first_line(error)})") from None
         if tensor.shape != part.shape:
             shapes = f"{tuple(tensor.shape)}, where the config says {part.shape}"
             raise TandemError(f"{self.path}: tensor {name} is {shapes}; file and config are of different models")
@@ -178,12 +181,10 @@ def _open_folder(folder: Path) -> _Checkpoint:
 
 
 def _open_safetensors(file: Path) -> _Readers:
-    from safetensors import SafetensorError, safe_open
-
     try:
         shard: Any = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise TandemError(f"{file}: missing, corrupt or cut off ({_first_line(error)}); download it again") from None
+        raise TandemError(f"{file}: missing, corrupt or cut off ({first_line(error)}); download it again") from None
     names: list[str] = shard.keys()
     return {name: partial(shard.get_tensor, name) for name in names}
 
@@ -192,7 +193,7 @@ def _open_bin(file: Path) -> _Readers:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise TandemError(f"{file}: missing, corrupt or cut off ({_first_line(error)}); download it again") from None
+        raise TandemError(f"{file}: missing, corrupt or cut off ({first_line(error)}); download it again") from None
     return {name: partial(torch.Tensor.detach, tensor) for name, tensor in tensors.items()}
 
 
@@ -210,14 +211,7 @@ def _read_gguf(tensor: Any, heads: int | None) -> torch.Tensor:
 
     llama.cpp turns neighbours (2i, 2i + 1), so its converter interleaves the halves of each head.
     """
-    import numpy as np
-    from gguf import dequantize
-
     values: torch.Tensor = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W"))
     if heads is None:
         return values
     return values.view(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
