@@ -65,6 +65,7 @@ def compare(
     allow_different: Collection[str] = (),
     *,
     targets: Targets = DEFAULT_TARGETS,
+    drift: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
 
@@ -75,6 +76,7 @@ def compare(
         repeats: the same real run again, any number of times.
         allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
         targets: the errors allowed.
+        drift: how far the machine has moved since it was profiled, {mean_error, mape}, if that was measured.
 
     Returns:
         The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
@@ -86,7 +88,7 @@ def compare(
           over their mean gaps), `ks` the Kolmogorov-Smirnov distance of the two distributions
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the same of the
           mean device time by kind of step, weighted by steps}
-        - `verdict`: {what is judged: {error, allowed, spread, verdict}}, and `overall` in one word
+        - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
     Raises:
@@ -99,7 +101,7 @@ def compare(
     latency_model = _latency_model(real, replayed, decisions)
     closed_loop = _closed_loop(sim, real, ids)
     spread = _repeat_spread([real, *repeats], ids)
-    verdict = _verdict(closed_loop, latency_model, spread, targets)
+    verdict = _verdict(closed_loop, latency_model, spread, targets, drift or {})
     return {
         "schema": SCHEMA_VERSION,
         "overall": _overall(decisions["identical"], [item["verdict"] for item in verdict.values()]),
@@ -111,6 +113,7 @@ def compare(
         "closed_loop": closed_loop,
         "repeats": len(repeats),
         "repeat_spread": spread,
+        "machine_drift": drift,
         "metrics": {"real": metrics(real), "sim": metrics(sim)},
         "manifest_differences": differences,
     }
@@ -293,25 +296,33 @@ def _mean_device_ns(run: RunRecords) -> dict[str, float]:
 
 
 def _verdict(
-    closed_loop: Mapping[str, Any], latency_model: Mapping[str, Any], spread: Mapping[str, Any], targets: Targets
+    closed_loop: Mapping[str, Any],
+    latency_model: Mapping[str, Any],
+    spread: Mapping[str, Any],
+    targets: Targets,
+    drift: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
+    moved = drift.get("mean_error")
     means = {
-        f"mean_{name}": (closed_loop[name]["mean"]["error"], getattr(targets, f"mean_{name}"), spread[name]["mean"])
+        f"mean_{name}": _judge(
+            closed_loop[name]["mean"]["error"], getattr(targets, f"mean_{name}"), spread[name]["mean"], moved
+        )
         for name in ("ttft", "tpot", "e2el")
     }
     mape = latency_model["all"]["mape"] if latency_model else None
-    judged = means | {"latency_model_mape": (mape, targets.latency_model_mape, spread["latency_model"])}
-    return {item: _judge(*numbers) for item, numbers in judged.items()}
+    model = _judge(mape, targets.latency_model_mape, spread["latency_model"], drift.get("mape"))
+    return means | {"latency_model_mape": model}
 
 
-def _judge(error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:
+def _judge(error: float | None, allowed: float, spread: float | None, drift: float | None) -> dict[str, Any]:
+    """No error is judged on a machine that differs from itself by more than the error allowed."""
     if error is None:
         verdict = NOTHING
-    elif spread is not None and spread > allowed:
+    elif any(noise is not None and abs(noise) > allowed for noise in (spread, drift)):
         verdict = NOISY
     else:
         verdict = WITHIN if abs(error) <= allowed else OUTSIDE
-    return {"error": error, "allowed": allowed, "spread": spread, "verdict": verdict}
+    return {"error": error, "allowed": allowed, "spread": spread, "drift": drift, "verdict": verdict}
 
 
 def _overall(identical: bool, verdicts: Collection[str]) -> str:

@@ -12,8 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from analysis.compare import (
     CLOSED_LOOP,
     NOISY,
@@ -21,40 +19,27 @@ from analysis.compare import (
     OUTSIDE,
     STATISTICS,
     WITHIN,
-    common_requests,
     flatten_manifest,
 )
+from analysis.figures import LATENCY_NAMES, html_figures
 from analysis.metrics import (
     LATENCIES,
-    NS_PER_MS,
-    NS_PER_S,
     P99_REQUESTS,
     TOTALS,
-    Floats,
-    Ints,
-    column,
-    latencies,
-    step_kinds,
 )
 from engine.records import RunRecords
 from traces.format import atomic_file
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
     from rich.console import Console
     from rich.table import Table as RichTable
 
-LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 JUDGED_NAMES = {
     "mean_ttft": "mean TTFT",
     "mean_tpot": "mean TPOT",
     "mean_e2el": "mean E2E",
     "latency_model_mape": "latency model MAPE",
 }
-COLOURS = {"measured": "#1f5a92", "simulated": "#d9730d"}
-KIND_COLOURS = {"decode": "#1f5a92", "mixed": "#7a4fa3", "prefill": "#2e8b57"}
-LOG_AXIS = {"type": "log", "minorloglabels": "complete", "exponentformat": "none"}
-MAX_POINTS = 5000  # of one curve: more of them only make the page heavy
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +74,7 @@ def _rich_table(table: TextTable) -> RichTable:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, name in enumerate(table.columns):
         shown.add_column(Text(name), justify="left" if position < table.labels else "right", no_wrap=True)
     for row in table.rows:
@@ -126,7 +111,7 @@ def write_report(
         ),
         totals=_html_table(_totals_table(comparison["metrics"])),
         manifest=_html_table(_manifest_table(real, sim)),
-        **_figures(comparison, sim, real, replayed),
+        **html_figures(comparison, sim, real, replayed),
     )
     with atomic_file(path) as file:
         file.write(page.encode())
@@ -145,7 +130,7 @@ def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
     yield _decisions_sentence(comparison["decisions"])
     for word, opening in (
         (OUTSIDE, "Outside the error allowed"),
-        (NOISY, "The machine was too noisy to judge (its own runs differ by more than the error allowed)"),
+        (NOISY, "The machine was too noisy to judge (it differs from itself by more than the error allowed)"),
         (NOTHING, "Nothing to judge for"),
         (WITHIN, "Within the error allowed"),
     ):
@@ -189,9 +174,11 @@ def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
     rows = []
     for name, item in comparison["verdict"].items():
         error = (_percent if name == "latency_model_mape" else _signed)(item["error"])
-        shown = (error, _percent(item["allowed"]), _spread(item["spread"], comparison["repeats"]))
+        noise = (_spread(item["spread"], comparison["repeats"]), _signed(item["drift"]))
+        shown = (error, _percent(item["allowed"]), *noise)
         rows.append((JUDGED_NAMES[name], item["verdict"], *shown))
-    return TextTable("Verdict", "", ("", "verdict", "error", "allowed", "repeat spread"), rows, labels=2)
+    note = "Spread: of repeats of the real run. Drift: of the machine since it was profiled, on the same batches."
+    return TextTable("Verdict", note, ("", "verdict", "error", "allowed", "spread", "drift"), rows, labels=2)
 
 
 def _decisions_table(decisions: Mapping[str, Any]) -> TextTable:
@@ -215,18 +202,22 @@ def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
 
 
 def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
-    columns = ("latency", "", "real ms", "sim ms", "error", "repeat spread", "request MAPE", "KS")
+    columns = ("", "", "real ms", "sim ms", "error", "spread", "MAPE", "KS")
     rows = []
     for name in CLOSED_LOOP:
         part, spread = comparison["closed_loop"][name], comparison["repeat_spread"][name]
         whole = (_percent(part["mape"]), _number(part["ks"]))
         for stat in STATISTICS:
             pair, first = part[stat], stat == STATISTICS[0]
+            if stat == "p99" and comparison["requests"] < P99_REQUESTS:
+                continue
             values = (_number(pair["real"]), _number(pair["sim"]), _signed(pair["error"]))
             spread_shown = _spread(spread[stat], comparison["repeats"])
             head, tail = (LATENCY_NAMES[name], whole) if first else ("", ("", ""))
             rows.append((head, stat, *values, spread_shown, *tail))
-    note = "" if comparison["requests"] >= P99_REQUESTS else f"P99 is shown from {P99_REQUESTS} requests up."
+    note = "Spread: of repeats of the real run. MAPE: per request. KS: distance of the two distributions."
+    if comparison["requests"] < P99_REQUESTS:
+        note += f" P99 is shown from {P99_REQUESTS} requests up."
     return TextTable("3. Closed loop: what the requests saw", note, columns, rows, labels=2)
 
 
@@ -255,129 +246,13 @@ def _spread(fraction: float | None, repeats: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.2f}"
+    return "–" if value is None else f"{value:,.{0 if value >= 1000 else 2}f}"
 
 
 def _amount(value: float | str | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return value if isinstance(value, str) else _number(value)
-
-
-# -- figures -----------------------------------------------------------------------------------------------
-
-
-def _figures(comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: RunRecords) -> dict[str, str]:
-    """The page's figures as HTML by name; the first one brings plotly.js for all."""
-    difference = comparison["decisions"]["first_difference"]
-    equal_steps = difference["step"] if difference else comparison["decisions"]["steps"]
-    runs = {"measured": real, "simulated": sim}
-    return {
-        "steps_figure": _html_figure("steps", _steps_figure(real, replayed, equal_steps), plotly_js=True),
-        "cdf_figure": _html_figure("cdf", _cdf_figure(runs)),
-        "time_figure": _html_figure("time", _time_figure(runs)),
-    }
-
-
-def _html_figure(name: str, figure: Figure, plotly_js: bool = False) -> str:
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13},
-        margin={"l": 70, "r": 20, "t": 60, "b": 50},
-        legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"},
-    )
-    options = {"displaylogo": False, "responsive": True}
-    return str(figure.to_html(options, full_html=False, include_plotlyjs=plotly_js, div_id=f"figure-{name}"))
-
-
-def _thin(points: int) -> Ints:
-    """Evenly spaced indices of at most `MAX_POINTS` of some points, the first and the last among them."""
-    return np.unique(np.linspace(0, points - 1, min(points, MAX_POINTS)).astype(np.int64))
-
-
-def _steps_figure(real: RunRecords, replayed: RunRecords, equal_steps: int) -> Figure:
-    from plotly.graph_objects import Figure
-
-    steps = real.tables["steps"].slice(0, equal_steps)
-    measured, predicted = (
-        column(run.tables["steps"], "device_ns")[:equal_steps] / NS_PER_MS for run in (real, replayed)
-    )
-    kinds = step_kinds(steps)
-    figure = Figure()
-    for kind, colour in KIND_COLOURS.items():
-        chosen = np.flatnonzero(kinds == kind)
-        shown = chosen[_thin(len(chosen))]
-        name = f"{kind}, {_shown(len(shown), len(chosen))} steps"
-        marker = {"color": colour, "size": 5, "opacity": 0.5}
-        figure.add_scatter(x=measured[shown], y=predicted[shown], mode="markers", name=name, marker=marker)
-    if equal_steps:
-        ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
-        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": "#888", "width": 1})
-    figure.update_xaxes(LOG_AXIS, title="measured device time of a step, ms")
-    figure.update_yaxes(LOG_AXIS, title="predicted, ms")
-    return figure.update_layout(height=560)
-
-
-def _shown(shown: int, points: int) -> str:
-    return f"{points:,}" if shown == points else f"{shown:,} of {points:,}"
-
-
-def _cdf_figure(runs: Mapping[str, RunRecords]) -> Figure:
-    from plotly.subplots import make_subplots
-
-    ids = common_requests(*runs.values())
-    titles = [LATENCY_NAMES[name] for name in CLOSED_LOOP]
-    figure = make_subplots(2, 2, subplot_titles=titles, vertical_spacing=0.18)
-    for run, records in runs.items():
-        values = latencies(records, ids)
-        for position, name in enumerate(CLOSED_LOOP):
-            line = _line(run) | {"shape": "hv"}
-            x, y = _cdf(values[name])
-            place = {"row": position // 2 + 1, "col": position % 2 + 1}
-            figure.add_scatter(x=x, y=y, mode="lines", name=run, line=line, showlegend=position == 0, **place)
-    figure.update_xaxes(LOG_AXIS, title="ms")
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    return figure.update_layout(height=720)
-
-
-def _cdf(values: Floats) -> tuple[Floats, Floats]:
-    """Points of the empirical distribution function."""
-    shown = _thin(len(values))
-    return np.sort(values)[shown], (shown + 1) / max(len(values), 1)
-
-
-def _line(run: str) -> dict[str, Any]:
-    style = {"width": 2.5, "dash": "solid"} if run == "measured" else {"width": 1.5, "dash": "dot"}
-    return {"color": COLOURS[run], **style}
-
-
-def _time_figure(runs: Mapping[str, RunRecords]) -> Figure:
-    from plotly.subplots import make_subplots
-
-    series = {"decode_tokens": "decodes", "prefill_tokens": "prefill tokens", "kv_blocks_used": "KV blocks used"}
-    figure = make_subplots(len(series), 1, shared_xaxes=True, vertical_spacing=0.04)
-    for run, records in runs.items():
-        for row, (name, title) in enumerate(series.items(), 1):
-            time_s, values = _over_time(records, name)
-            shown = _thin(len(time_s))
-            label = f"{run}, {_shown(len(shown), len(time_s))} points"
-            line = _line(run) | {"shape": "hv"}
-            # The highest of the points that one stands for: a prefill is a spike that thinning could hide.
-            x, y = time_s[shown], np.maximum.reduceat(values, shown) if len(shown) else values
-            figure.add_scatter(x=x, y=y, mode="lines", name=label, line=line, showlegend=row == 1, row=row, col=1)
-            figure.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
-    figure.update_xaxes(title="seconds since the run's start", row=len(series), col=1)
-    return figure.update_layout(height=720)
-
-
-def _over_time(run: RunRecords, name: str) -> tuple[Floats, Ints]:
-    """A column of the steps at the times they were scheduled, and 0 where the loop began to wait for arrivals."""
-    steps, iterations = run.tables["steps"], run.tables["iterations"]
-    waits = iterations["step"].is_null().to_numpy() & iterations["completed_step"].is_null().to_numpy()
-    idle_ns = column(iterations, "now_ns")[waits]
-    time_ns = np.concatenate([column(steps, "scheduled_ns"), idle_ns])
-    order = np.argsort(time_ns, kind="stable")
-    return time_ns[order] / NS_PER_S, np.concatenate([column(steps, name), np.zeros_like(idle_ns)])[order]
 
 
 # -- the page ----------------------------------------------------------------------------------------------

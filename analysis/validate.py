@@ -15,6 +15,7 @@ from analysis.report import print_comparison
 from analysis.workflow import (
     check_profile,
     compare_runs,
+    drift_since,
     load_executor,
     measure,
     real_config,
@@ -63,7 +64,8 @@ def validate_one(job: Job, console: Console) -> int:
         real_run(trace, executor, config, job.out / name, console)
         for name in ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
     ]
-    comparison = compare_runs(sim, real, repeats, profile, job.out)
+    drift = drift_since(profile, executor, console)
+    comparison = compare_runs(sim, real, repeats, profile, job.out, drift=drift)
     print_comparison(comparison, Console())
     console.print(f"report: {job.out / 'report.html'}", highlight=False)
     return 0 if comparison["decisions"]["identical"] else 1

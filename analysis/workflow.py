@@ -6,7 +6,7 @@ The one place that builds executors and tokenizers; torch is imported only where
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from engine import manifest
 from engine.config import ServingConfig
 from engine.model_config import ModelConfig
 from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import RunRecords, check_out
+from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
 from sim.profile import Profile
-from sim.profiler import count_passes, measure_profile
+from sim.profiler import COUNT_DRIFT, count_passes, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, replay
 from traces.errors import TandemError
 from traces.format import Trace, atomic_file
@@ -46,7 +47,6 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
     with Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
-        progress.update(task, completed=total)
 
 
 @contextmanager
@@ -66,6 +66,7 @@ def watched(console: Console, what: str, recorder: Recorder, total: int) -> Iter
         finally:
             over.set()
             thread.join()
+            show(recorder.ended)
 
 
 def sharegpt_trace(
@@ -133,6 +134,18 @@ def measure(executor: Executor, config: ServingConfig, console: Console) -> Prof
         return measure_profile(executor, config, show)
 
 
+def drift_since(profile: Profile, executor: Executor, console: Console) -> dict[str, float]:
+    """How far the machine has moved since it was profiled, with a progress bar."""
+    with progress_bar(console, "drift", COUNT_DRIFT) as show:
+        return measure_drift(executor, profile, show)
+
+
+def check_before(config: ServingConfig, out: Path) -> None:
+    """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, a bad folder."""
+    load_scheduler(config)
+    check_out(out)
+
+
 def simulate_run(
     trace: Trace, profile: Profile, config: ServingConfig, out: Path, console: Console, like: RunRecords | None = None
 ) -> RunRecords:
@@ -146,6 +159,7 @@ def simulate_run(
     """
     if like and like.manifest["workload"]["trace"] != trace.digest:
         raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
+    check_before(config, out)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = recorded_requests(like) if like else trace.requests
     recorder = Recorder()
@@ -169,6 +183,7 @@ def real_run(
 
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
+    check_before(config, out)
     recorder, failure = Recorder(), None
     with watched(console, "run", recorder, len(trace.requests)):
         try:
@@ -196,6 +211,7 @@ def compare_runs(
     profile: Profile,
     out: Path,
     allow_different: Collection[str] = (),
+    drift: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Replay the real run's times through the simulator, and set the two runs side by side.
 
@@ -204,7 +220,7 @@ def compare_runs(
     """
     config = manifest.config_of(real.manifest)
     replayed = replay(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different)
+    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift)
     comparison["decisions"]["negative_controls"] = negative_controls(real, config)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / "compare.json") as file:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.backend import Completion, Launch
 from engine.events import Event
 from engine.records import tables_from_rows
-from engine.request import Request
+from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Step
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Recorder:
     """Collects one run's rows. The serving loop calls it; `tables` gives them.
 
     Attributes:
-        ended: requests that were served, stopped or cancelled so far.
+        ended: requests that were served, stopped, cancelled or rejected so far.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class Recorder:
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
+        self.ended += event.request.outcome in (REJECTED, CANCELLED)
         if event.is_cancel:
             self._lives[event.request.id].cancel_ns = event.time_ns
         else:
@@ -78,7 +79,7 @@ class Recorder:
         for request_id in step.finishing:
             self._close_span(request_id, step.index)
             self._lives[request_id].last_token_step = step.index
-        self.ended += len(step.finishing) + len(step.dropped)
+        self.ended += len(step.finishing)
 
     def _close_span(self, request_id: int, last_step: int) -> None:
         life = self._decoding.pop(request_id, None)
@@ -88,6 +89,7 @@ class Recorder:
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
         self._completions.append(completion)
+        self.ended += len(completion.stops)
         for stop in completion.stops:
             life = self._lives[stop.request_id]
             life.last_token_step, life.output_len = completion.step, stop.output_len

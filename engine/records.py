@@ -116,8 +116,7 @@ class RunRecords:
         Raises:
             TandemError: the folder holds something else, or cannot be written.
         """
-        if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
-            raise TandemError(f"{folder} is not empty and not a run: choose another --out")
+        check_out(folder)
         draft = folder.with_name(folder.name + ".tmp")
         try:
             shutil.rmtree(draft, ignore_errors=True)
@@ -138,6 +137,13 @@ class RunRecords:
         header = {"schema": SCHEMA_VERSION, "partial": self.partial}
         for name, content in (("summary", self.summary), ("manifest", self.manifest)):
             (folder / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
+
+
+def check_out(folder: Path) -> None:
+    """Raises TandemError if a run may not be written to `folder`, because something else is there."""
+    is_run = (folder / "manifest.json").exists()
+    if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
+        raise TandemError(f"{folder} is not empty and not a run: choose another --out")
 
 
 def read_run(folder: Path) -> RunRecords:

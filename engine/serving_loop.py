@@ -38,8 +38,8 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         events = backend.due(now)
         for event in events:
             requests[event.request.id] = event.request
-            recorder.delivered(event, now)
             (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
+            recorder.delivered(event, now)
         launch: Launch | None = None
         completion: Completion | None = None
         step = scheduler.schedule(now)

@@ -25,9 +25,10 @@ from traces.request import TraceRequest
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
-SHORT_TOKENS, SHORT_REPEATS, LONG_REPEATS = 32, 15, 5  # short passes are quick, and vary more
+SHORT_TOKENS, SHORT_REPEATS, LONG_REPEATS = 32, 12, 5  # short passes are quick, and vary more
 HELD_OUT, HELD_OUT_REPEATS = 12, 3
 WARM_UP = 2
+OUTLIER = 2.0
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
 VOCABULARY_OF_PASSES = 1000  # token ids repeat: what they are costs nothing
@@ -112,18 +113,35 @@ def measure_profile(
         "kernels": executor.kernels,
         "kv_blocks": config.num_blocks,
         "block_size": config.block_size,
-        "limits": {"max_seqs": config.max_seqs, "max_batched_tokens": config.max_batched_tokens},
+        "limits": asdict(config),
         "repeats": {f"up to {SHORT_TOKENS} tokens": SHORT_REPEATS, "longer": LONG_REPEATS},
-        "statistic": "median",
+        "statistic": f"mean, outliers clipped at {OUTLIER:g} x median",
         "date": time.strftime("%Y-%m-%d"),
     }
     profile = Profile(meta, tables)
     return replace(profile, meta=meta | {"held_out": _held_out_error(LatencyModel(profile), held_out)})
 
 
+def measure_drift(
+    executor: Executor, profile: Profile, show: Callable[[int], None] = lambda done: None
+) -> dict[str, float]:
+    """How far the machine has moved since it was profiled: the held-out batches, measured again.
+
+    Returns:
+        `mean_error`, `mape`: of the old times against the new ones, as if those had been a prediction.
+    """
+    with _Meter(executor, ServingConfig(**profile.meta["limits"]), show) as meter:
+        now = [time_us for _, time_us in meter.measure_held_out()]
+    return _errors(profile.meta["held_out"]["measured_us"], now)
+
+
+COUNT_DRIFT = WARM_UP + HELD_OUT * HELD_OUT_REPEATS
+"""How many passes `measure_drift` runs."""
+
+
 def count_passes(config: ServingConfig) -> int:
     """How many passes `measure_profile` runs."""
-    return WARM_UP + sum(_repeats(one) for one in plan(config)) + HELD_OUT * HELD_OUT_REPEATS
+    return COUNT_DRIFT + sum(_repeats(one) for one in plan(config))
 
 
 def _repeats(one: Pass) -> int:
@@ -201,7 +219,7 @@ class _Meter:
         return [
             (
                 one.step(self._config.block_size),
-                median(sum(self._run(one).values()) for _ in range(HELD_OUT_REPEATS)),
+                typical([sum(self._run(one).values()) for _ in range(HELD_OUT_REPEATS)]),
             )
             for one in _mixed_passes(self._config)
         ]
@@ -210,7 +228,7 @@ class _Meter:
         """Medians and spreads."""
         return {
             table: [
-                dict(zip(keys, key, strict=True)) | {"time_us": median(times), "spread": _spread(times)}
+                dict(zip(keys, key, strict=True)) | {"time_us": typical(times), "spread": _spread(times)}
                 for key, times in sorted(self._times[table].items())
             ]
             for table, keys in TABLES.items()
@@ -218,8 +236,14 @@ class _Meter:
 
 
 def _held_out_error(latency: LatencyModel, batches: Sequence[tuple[Step, float]]) -> dict[str, Any]:
-    errors = [latency.device_ns(step) / 1000 / measured_us - 1 for step, measured_us in batches]
-    return {"batches": len(errors), "mape": fmean(map(abs, errors)), "mean_error": fmean(errors)}
+    measured = [measured_us for _, measured_us in batches]
+    predicted = [latency.device_ns(step) / 1000 for step, _ in batches]
+    return {"batches": len(batches), **_errors(predicted, measured), "measured_us": measured}
+
+
+def _errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
+    errors = [one / other - 1 for one, other in zip(predicted, measured, strict=True)]
+    return {"mape": fmean(map(abs, errors)), "mean_error": fmean(errors)}
 
 
 def _mixed_passes(config: ServingConfig) -> list[Pass]:
@@ -253,7 +277,7 @@ def measure_host(executor: Executor, config: ServingConfig) -> list[Row]:
 
 
 def _host_row(term: str, times: Sequence[float]) -> Row:
-    return {"term": term, "time_us": max(0.0, median(times or [0.0])), "spread": _spread(times)}
+    return {"term": term, "time_us": max(0.0, typical(times or [0.0])), "spread": _spread(times)}
 
 
 def _woken(served: dict[str, list[Any]], turns: dict[str, list[Any]]) -> tuple[list[int], list[int]]:
@@ -268,6 +292,12 @@ def _woken(served: dict[str, list[Any]], turns: dict[str, list[Any]]) -> tuple[l
 def _differences(later: Sequence[int | None], earlier: Sequence[int | None]) -> list[float]:
     pairs = zip(later, earlier, strict=True)
     return [(end - start) / 1000 for end, start in pairs if end is not None and start is not None]
+
+
+def typical(times: Sequence[float]) -> float:
+    """The mean of repeats, outliers clipped. Means add up where medians do not: a step is a sum of many groups."""
+    ceiling = OUTLIER * median(times)
+    return fmean(min(time, ceiling) for time in times)
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -15,7 +15,8 @@ from rich.console import Console
 from test_compare import MS, replayed, serve, with_column, with_manifest, workload
 
 from analysis.compare import compare
-from analysis.report import MAX_POINTS, headline, print_comparison, write_report
+from analysis.figures import MAX_POINTS
+from analysis.report import headline, print_comparison, write_report
 from engine.records import RunRecords
 from traces.errors import TandemError
 from traces.request import TraceRequest
