@@ -276,7 +276,7 @@ def compare(
 def validate(
     out: options.Out = Path("runs/validate"),
     model: options.Model = "smollm2",
-    requests: options.Requests = 40,
+    requests: options.Requests = 36,
     rate: options.Rate = 0.5,
     seed: options.Seed = 0,
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,

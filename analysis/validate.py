@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 SCARCE = 1.5  # the matrix has KV blocks for so many of the longest requests, so that policies must preempt
-MATRIX_SPEEDUP = 4.0  # and requests arrive so much faster
+MATRIX_SPEEDUP = 4.0  # and requests arrive so much faster,
+MATRIX_SHARE = 3  # and are so many times fewer than in a single validation
+OPEN_ENDED = 256  # where the model decides when to stop, it may make so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def validate_matrix(job: Job, console: Console) -> int:
     Returns:
         The exit status: 0, or 1 where decisions differ anywhere or a falsified run goes unnoticed.
     """
-    job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // 2, 2))
+    job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
     trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads)
     config = _scarce(real_config(executor, job.limits), job.max_total)
     profile = _profile(job.out / "profile", executor, config, console)
@@ -121,9 +124,10 @@ def _cell(
 
 
 def _print_matrix(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Decisions: each real run against its replay in the simulator", title_justify="left")
+    title = "Decisions: each real run against its replay in the simulator"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name == "run" else "right")
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             *(("yes" if value else "NO") if isinstance(value, bool) else str(value) for value in row.values())
@@ -143,9 +147,10 @@ def _trace(job: Job, console: Console) -> Trace:
 
 
 def _open_ended(trace: Trace, max_total: int) -> Trace:
-    """The same requests, each allowed to go on until the model stops or `max_total` is reached."""
-    requests = [replace(each, max_tokens=max_total - each.prompt_len) for each in trace.requests]
-    return replace(trace, requests=requests)
+    """The same requests, each allowed to go on until the model stops, within `OPEN_ENDED` and `max_total`."""
+    limits = [min(OPEN_ENDED, max_total - each.prompt_len) for each in trace.requests]
+    pairs = zip(trace.requests, limits, strict=True)
+    return replace(trace, requests=[replace(each, max_tokens=limit, output_len=limit) for each, limit in pairs])
 
 
 def _profile(folder: Path, executor: Executor, config: ServingConfig, console: Console) -> Profile:
