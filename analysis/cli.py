@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -151,66 +152,58 @@ def _say_notes(trace: Trace) -> None:
 
 
 @app.command()
+@options.takes_limits("scheduler", "pipeline_depth")
 def profile(
+    limits: Limits,
     out: options.Out,
     model: options.Model = "smollm2",
     roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     load_format: options.LoadFormat = "auto",
-    kv_blocks: options.Blocks = None,
-    block_size: options.BlockSize = None,
-    max_seqs: options.MaxSeqs = None,
-    max_batched_tokens: options.MaxBatchedTokens = None,
-    max_model_len: options.MaxModelLen = None,
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on."""
     from analysis.workflow import load_executor, measure, real_config
     from sim.profile import write_profile
 
-    said = Limits(None, None, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
     if roofline is not None:
         from engine.model_config import load_model_config
         from sim.roofline import roofline_profile
 
-        write_profile(roofline_profile(roofline, load_model_config(model), block_size or 16), out)
+        write_profile(roofline_profile(roofline, load_model_config(model), limits.block_size or 16), out)
     else:
         executor = load_executor(model, console, dtype, threads, load_format)
-        write_profile(measure(executor, real_config(executor, said), console), out)
+        write_profile(measure(executor, real_config(executor, limits), console), out)
     console.print(f"{out}: profile written", highlight=False)
 
 
 @app.command()
+@options.takes_limits()
 def simulate(
+    limits: Limits,
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
     like: Annotated[
         Path | None, typer.Option(help="Take limits and policy, and where requests stopped, of this run.")
     ] = None,
-    scheduler: options.Scheduler = None,
-    depth: options.Depth = None,
-    kv_blocks: options.Blocks = None,
-    block_size: options.BlockSize = None,
-    max_seqs: options.MaxSeqs = None,
-    max_batched_tokens: options.MaxBatchedTokens = None,
-    max_model_len: options.MaxModelLen = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace in simulation, on the times of a profile."""
     from analysis.workflow import simulate_run, simulated_config
     from sim.profile import read_profile
 
-    said = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
     times, requests = read_profile(profile), read_trace(trace)
     _say_notes(requests)
     template = read_run(like) if like else None
-    run = simulate_run(requests, times, simulated_config(times, said, template), out, console, template)
+    run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template)
     _print_summary(run, out, as_json)
 
 
 @app.command()
+@options.takes_limits()
 def run(
+    limits: Limits,
     trace: options.TracePath,
     out: options.Out,
     model: options.Model = "smollm2",
@@ -218,13 +211,6 @@ def run(
     threads: options.Threads = None,
     load_format: options.LoadFormat = "auto",
     stops: options.Stops = "trace",
-    scheduler: options.Scheduler = None,
-    depth: options.Depth = None,
-    kv_blocks: options.Blocks = None,
-    block_size: options.BlockSize = None,
-    max_seqs: options.MaxSeqs = None,
-    max_batched_tokens: options.MaxBatchedTokens = None,
-    max_model_len: options.MaxModelLen = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
@@ -233,9 +219,8 @@ def run(
     options.check_stops(stops)
     requests = read_trace(trace)
     _say_notes(requests)
-    said = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_model_len)
     executor = load_executor(model, console, dtype, threads, load_format)
-    done = real_run(requests, executor, real_config(executor, said), out, console, stops)
+    done = real_run(requests, executor, real_config(executor, limits), out, console, stops)
     _print_summary(done, out, as_json)
 
 
@@ -273,7 +258,9 @@ def compare(
 
 
 @app.command()
+@options.takes_limits("max_model_len", max_seqs=16, max_batched_tokens=128)
 def validate(
+    limits: Limits,
     out: options.Out = Path("runs/validate"),
     model: options.Model = "smollm2",
     requests: options.Requests = 36,
@@ -284,18 +271,13 @@ def validate(
     matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
-    scheduler: options.Scheduler = None,
-    depth: options.Depth = None,
-    kv_blocks: options.Blocks = None,
-    block_size: options.BlockSize = None,
-    max_seqs: options.MaxSeqs = 16,
-    max_batched_tokens: options.MaxBatchedTokens = 128,
 ) -> int:
     """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html."""
     from analysis.validate import Job, validate_matrix, validate_one
 
-    limits = Limits(scheduler, depth, kv_blocks, block_size, max_seqs, max_batched_tokens, max_total)
-    job = Job(out, model, dtype, threads, requests, rate, seed, max_total, repeats, limits)
+    job = Job(
+        out, model, dtype, threads, requests, rate, seed, max_total, repeats, replace(limits, max_model_len=max_total)
+    )
     return (validate_matrix if matrix else validate_one)(job, console)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
 from engine.config import ServingConfig
 from engine.manifest import STOP_RULES
 from traces.errors import TandemError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
@@ -22,13 +27,6 @@ Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Threads = Annotated[int | None, typer.Option(help="Torch threads; default: all cores but one.", min=1)]
 LoadFormat = Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", "-s", help="A policy's name, or module:Class.")]
-Depth = Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap planning.")]
-Blocks = Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")]
-BlockSize = Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")]
-MaxSeqs = Annotated[int | None, typer.Option("--max-seqs", help="Requests that may hold KV blocks at once.")]
-MaxBatchedTokens = Annotated[int | None, typer.Option("--max-batched-tokens", help="Token budget of a step.")]
-MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt + output served.")]
 Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace', or where the 'model' says so.")]
 Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]
 Requests = Annotated[int, typer.Option("--requests", "-n", help="How many requests.", min=1)]
@@ -41,13 +39,13 @@ Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals; 1 is Poisson
 class Limits:
     """What the user said of a run's limits and policy; None is 'not said'."""
 
-    scheduler: str | None = None
-    pipeline_depth: int | None = None
-    num_blocks: int | None = None
-    block_size: int | None = None
-    max_seqs: int | None = None
-    max_batched_tokens: int | None = None
-    max_model_len: int | None = None
+    scheduler: Annotated[str | None, typer.Option("--scheduler", "-s", help="A policy's name, or module:Class.")] = None
+    pipeline_depth: Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap.")] = None
+    num_blocks: Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None
+    max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
+    max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output served.")] = None
 
     def said(self) -> dict[str, Any]:
         """The limits that were given."""
@@ -56,6 +54,32 @@ class Limits:
     def config(self, **defaults: Any) -> ServingConfig:
         """What was said, else `defaults`, else the config's own defaults."""
         return ServingConfig(**defaults | self.said())
+
+
+def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]:
+    """Give a command with a parameter `limits` an option for each field of `Limits`.
+
+    Args:
+        omitted: fields that make no sense for this command.
+        defaults: of fields that are not None here unless the user says so.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(Limits, include_extras=True)
+        said = [field.name for field in fields(Limits) if field.name not in omitted]
+
+        @wraps(command)
+        def with_limits(**options: Any) -> Any:
+            return command(limits=Limits(**{name: options.pop(name) for name in said}), **options)
+
+        own = signature(command, eval_str=True).parameters
+        parameters = [each for each in own.values() if each.name != "limits"]
+        parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=defaults.get(n), annotation=hints[n]) for n in said]
+        with_limits.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        with_limits.__annotations__ = {each.name: each.annotation for each in parameters}
+        return cast(Command, with_limits)
+
+    return decorate
 
 
 def check_stops(stops: str) -> None:
