@@ -43,6 +43,9 @@ _DECISION_COLUMNS = (
 )
 _ABSENT = "(absent)"
 
+TWIN_KV = 0.05  # twin steps' KV tokens differ by no more than this
+KV_TOKENS_MAX = 2**40
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -86,8 +89,8 @@ def compare(
         - `latency_model`: {kind of step: {steps, mape, mean_error}}
         - `closed_loop`: {latency: {statistic: {real, sim, error}, mape, ks}}; `mape` is over requests (for `itl`
           over their mean gaps), `ks` the Kolmogorov-Smirnov distance of the two distributions
-        - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the same of the
-          mean device time by kind of step, weighted by steps}
+        - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
+          a perfect model would show, from what twin steps of the runs differ by}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
@@ -268,7 +271,7 @@ def _repeat_spread(runs: Sequence[RunRecords], ids: Ints) -> dict[str, Any]:
     closed_loop = {
         name: {stat: _spread([table[name][stat] for table in tables]) for stat in STATISTICS} for name in CLOSED_LOOP
     }
-    return closed_loop | {"latency_model": _device_spread(runs)}
+    return closed_loop | {"latency_model": _step_noise(runs)}
 
 
 def _spread(values: Sequence[float | None]) -> float | None:
@@ -278,18 +281,35 @@ def _spread(values: Sequence[float | None]) -> float | None:
     return (max(known) - min(known)) / (sum(known) / len(known))
 
 
-def _device_spread(runs: Sequence[RunRecords]) -> float | None:
-    means = [_mean_device_ns(run) for run in runs]
-    kinds = step_kinds(runs[0].tables["steps"])
-    spreads = {kind: _spread([of_run.get(kind) for of_run in means]) for kind in means[0]}
-    known = {kind: spread for kind, spread in spreads.items() if spread is not None}
-    weights = [int(np.count_nonzero(kinds == kind)) for kind in known]
-    return float(np.average(list(known.values()), weights=weights)) if known else None
+def _step_noise(runs: Sequence[RunRecords]) -> float | None:
+    """The MAPE that a perfect latency model would show on a machine that differs from itself from step to step.
+
+    Twin decode steps (as many sequences, about as many KV tokens) of the first run and its repeats differ by the noise
+    of both; the square root of 2 takes one of them out.
+    """
+    differences = [_twin_differences(runs[0], repeat) for repeat in runs[1:]]
+    known = np.concatenate(differences) if differences else np.zeros(0)
+    return float(np.abs(known).mean() / np.sqrt(2)) if len(known) else None
 
 
-def _mean_device_ns(run: RunRecords) -> dict[str, float]:
-    device_ns, kinds = column(run.tables["steps"], "device_ns"), step_kinds(run.tables["steps"])
-    return {str(kind): float(device_ns[kinds == kind].mean()) for kind in np.unique(kinds)}
+def _twin_differences(run: RunRecords, repeat: RunRecords) -> Floats:
+    """Relative difference in device time between each decode step of `run` and its twin in `repeat`, if it has one."""
+    (ours, our_ns), (theirs, their_ns) = _decode_steps(run), _decode_steps(repeat)
+    if not len(theirs):
+        return np.zeros(0)
+    order = np.lexsort(theirs.T[::-1])
+    theirs, their_ns = theirs[order], their_ns[order]
+    keys = theirs[:, 0] * KV_TOKENS_MAX + theirs[:, 1]
+    twin = np.minimum(np.searchsorted(keys, ours[:, 0] * KV_TOKENS_MAX + ours[:, 1]), len(keys) - 1)
+    same = (theirs[twin, 0] == ours[:, 0]) & (np.abs(theirs[twin, 1] - ours[:, 1]) <= TWIN_KV * ours[:, 1])
+    return np.asarray(their_ns[twin][same] / our_ns[same] - 1)
+
+
+def _decode_steps(run: RunRecords) -> tuple[Ints, Floats]:
+    """Sequences and KV tokens (steps, 2), and device time (steps,), of the steps that only decode."""
+    steps = run.tables["steps"].filter(step_kinds(run.tables["steps"]) == "decode")
+    load = np.stack([column(steps, "decode_tokens"), column(steps, "kv_tokens")], axis=1)
+    return load, column(steps, "device_ns").astype(np.float64)
 
 
 # -- judgement ---------------------------------------------------------------------------------------------

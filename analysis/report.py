@@ -177,7 +177,10 @@ def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
         noise = (_spread(item["spread"], comparison["repeats"]), _signed(item["drift"]))
         shown = (error, _percent(item["allowed"]), *noise)
         rows.append((JUDGED_NAMES[name], item["verdict"], *shown))
-    note = "Spread: of repeats of the real run. Drift: of the machine since it was profiled, on the same batches."
+    note = (
+        "Spread: of repeats of the real run; for the latency model, the MAPE that a perfect one would show. "
+        "Drift: of the machine since it was profiled, on the same batches."
+    )
     return TextTable("Verdict", note, ("", "verdict", "error", "allowed", "spread", "drift"), rows, labels=2)
 
 
