@@ -94,7 +94,7 @@ def _cdf_figure(runs: Mapping[str, RunRecords]) -> Figure:
             x, y = _cdf(values[name])
             place = {"row": position // 2 + 1, "col": position % 2 + 1}
             figure.add_scatter(x=x, y=y, mode="lines", name=run, line=line, showlegend=position == 0, **place)
-    figure.update_xaxes(LOG_AXIS, title="ms")
+    figure.update_xaxes(LOG_AXIS, title="ms", minorloglabels="small digits")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     return figure.update_layout(height=720)
 

@@ -154,11 +154,11 @@ def _open_ended(trace: Trace, max_total: int) -> Trace:
 
 
 def _profile(folder: Path, executor: Executor, config: ServingConfig, console: Console) -> Profile:
-    """The profile of an earlier run, if it is of this model and machine; else a new one."""
+    """The profile of an earlier run, if it is of this model and machine and wide enough; else a new one."""
     if folder.exists():
         try:
             profile = read_profile(folder)
-            check_profile(profile, executor.model, executor.device, executor.dtype)
+            check_profile(profile, executor, config)
         except TandemError as error:
             console.print(f"note: {folder}: {error}; measuring a new one", highlight=False, soft_wrap=True)
         else:

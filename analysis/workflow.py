@@ -22,7 +22,6 @@ from analysis.options import Limits
 from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
-from engine.model_config import ModelConfig
 from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
@@ -230,14 +229,16 @@ def compare_runs(
     return comparison
 
 
-def check_profile(profile: Profile, model: ModelConfig, device: str, dtype: str) -> None:
-    """Raises TandemError if a profile is of another model, device or dtype."""
+def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
+    """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
     for what, has, wanted in (
-        ("device", profile.meta["device"], device),
-        ("dtype", profile.meta["dtype"], dtype),
-        ("model shape", replace(profile.model, name=""), replace(model, name="")),
+        ("device", profile.meta["device"], executor.device),
+        ("dtype", profile.meta["dtype"], executor.dtype),
+        ("model shape", replace(profile.model, name=""), replace(executor.model, name="")),
     ):
         if has != wanted:
-            raise TandemError(
-                f"the profile is of another {what} ({has}, not {wanted}): measure one with tandem profile"
-            )
+            raise TandemError(f"the profile is of another {what} ({has}, not {wanted})")
+    for limit, measured in profile.meta.get("limits", {}).items():
+        wanted = getattr(config, limit)
+        if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:
+            raise TandemError(f"the profile was measured for a {limit} of {measured}, not {wanted}")

@@ -108,7 +108,7 @@ def test_ctrl_c_keeps_what_a_real_run_recorded_and_marks_it_partial(work):
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     # A test run in the background inherits an ignored SIGINT; a user's shell does not hand one down.
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, cwd=work, stderr=its, env=environment, preexec_fn=heard)
+    process = subprocess.Popen(command, cwd=work, stderr=its, env=environment, preexec_fn=heard)  # noqa: PLW1509
     os.close(its)
     wait_until_shown(ours, rb"[1-9]/30")
     process.send_signal(signal.SIGINT)
