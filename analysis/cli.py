@@ -46,7 +46,8 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    print(f"tandem: {message}", file=sys.stderr)
+    if message:  # click has none where it has printed the help instead
+        print(f"tandem: {message}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -191,6 +191,11 @@ def test_a_mistake_gets_one_clear_line_status_2_and_leaves_nothing_behind(broken
     assert (broken / "notes/thesis.txt").read_text() == "irreplaceable"
 
 
+def test_without_a_command_the_help_is_shown(tmp_path):
+    done = tandem(cwd=tmp_path, check=False)
+    assert "validate" in done.stdout + done.stderr and "tandem:" not in done.stderr
+
+
 def test_a_profile_of_another_machine_is_not_silently_used(work):
     simulate = ("simulate", "-t", "t.parquet", "-p", "a100", "-o", "elsewhere", *LIMITS)
     tandem(*simulate, cwd=work)
