@@ -1,0 +1,51 @@
+"""Greedy sampling: the likeliest token of each row of logits.
+
+Grid: (samples, parts), one program for a part of a row, since one row alone must fill the GPU; then (samples,), over
+the parts' winners. Ties go to the lowest token id in both, so that the result does not depend on how a row is cut.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_PART = 4096  # tokens of a program
+
+
+@triton.jit
+def _argmax_of_parts(
+    tokens: tl.tensor,  # (samples, parts) int32
+    best: tl.tensor,  # (samples, parts) float32
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    vocab: tl.tensor,
+    PART: tl.constexpr,
+) -> None:
+    sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = part * PART + tl.arange(0, PART)
+    row = tl.load(logits + sample * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    value, index = tl.max(row, 0, return_indices=True)
+    at = sample * tl.num_programs(1) + part
+    tl.store(tokens + at, part * PART + index)
+    tl.store(best + at, value)
+
+
+@triton.jit
+def _argmax(out: tl.tensor, tokens: tl.tensor, best: tl.tensor, parts: tl.tensor, PADDED: tl.constexpr) -> None:
+    sample = tl.program_id(0)
+    i = tl.arange(0, PADDED)
+    part = tl.argmax(tl.load(best + sample * parts + i, mask=i < parts, other=float("-inf")), 0)
+    tl.store(out + sample, tl.load(tokens + sample * parts + part).to(tl.int64))
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest token of each row of (samples, vocab): (samples,) int64, of equals the first."""
+    samples, vocab = logits.shape
+    parts = triton.cdiv(vocab, _PART)
+    tokens = torch.empty(samples, parts, dtype=torch.int32, device=logits.device)
+    best = torch.empty(samples, parts, dtype=torch.float32, device=logits.device)
+    out = torch.empty(samples, dtype=torch.int64, device=logits.device)
+    _argmax_of_parts[(samples, parts)](tokens, best, logits, logits.stride(0), vocab, PART=_PART)
+    _argmax[(samples,)](out, tokens, best, parts, PADDED=triton.next_power_of_2(parts), num_warps=1)
+    return out

@@ -1,0 +1,47 @@
+"""RMSNorm fused with the residual add.
+
+Grid: (tokens,), one program a row, which it holds in registers: the row is read once, and written twice, as the new
+residual stream and normed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_rms_norm(
+    out: tl.tensor,
+    hidden: tl.tensor,
+    update: tl.tensor,
+    weight: tl.tensor,
+    eps: tl.tensor,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    i = tl.arange(0, PADDED)
+    exists = i < WIDTH
+    old = tl.load(hidden + row + i, mask=exists, other=0.0).to(tl.float32)
+    new = (old + tl.load(update + row + i, mask=exists, other=0.0).to(tl.float32)).to(hidden.dtype.element_ty)
+    tl.store(hidden + row + i, new, mask=exists)
+    x = new.to(tl.float32)  # rounded: what is normed is what the next layer adds to
+    scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+    normed = x * scale * tl.load(weight + i, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + row + i, normed.to(out.dtype.element_ty), mask=exists)
+
+
+def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add `update` to `hidden` in place, both contiguous (tokens, hidden), and return the RMS norm of the sum.
+
+    Root Mean Square Layer Normalization (Zhang and Sennrich 2019).
+    """
+    out = torch.empty_like(hidden)
+    padded = triton.next_power_of_2(hidden.shape[1])
+    _add_rms_norm[(len(hidden),)](
+        out, hidden, update, weight, eps,
+        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,90 @@
+"""Tile shapes per GPU, measured offline by `engine.executor.kernels.bench`; nothing is tuned while serving.
+
+Knows GPUs, element sizes and head_dims; does not know the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How an attention kernel cuts its work."""
+
+    rows: int  # query rows of a program
+    tokens: int  # KV tokens of an iteration
+    warps: int
+    stages: int  # iterations whose loads are in flight, and the one at work
+    bulk: bool = False  # prefill: fetch KV by the copy engine, where `tokens` divides the block size
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What attention needs to know of a GPU, for one element size and head_dim."""
+
+    prefill: Tiles
+    decode: Tiles
+    programs: int  # that fill the memory's bandwidth in decode
+    chunk: int = 64  # requests are split at multiples of so many KV tokens, for decode
+
+
+_PROGRAMS_PER_PROCESSOR = 4
+_DEFAULT = (8, 0)  # fits into the 100 KB of shared memory of 8.6 and 8.9 too
+
+_PREFILL = {  # compute capability: (bytes of an element, largest head_dim)
+    (8, 0): {
+        (2, 64): Tiles(128, 64, 4, 3),
+        (2, 128): Tiles(128, 64, 8, 3),
+        (2, 256): Tiles(64, 32, 4, 2),
+        (4, 64): Tiles(32, 32, 4, 2),
+        (4, 128): Tiles(32, 32, 4, 2),
+        (4, 256): Tiles(32, 16, 4, 2),
+    },
+    (9, 0): {
+        (2, 64): Tiles(64, 64, 4, 3),
+        (2, 128): Tiles(128, 128, 8, 3),
+        (2, 256): Tiles(128, 64, 8, 2),
+    },
+}
+_PREFILL_IN_BULK = {  # likewise, for blocks that `tokens` divides
+    (9, 0): {
+        (2, 64): Tiles(64, 64, 4, 3, bulk=True),
+        (2, 128): Tiles(64, 64, 4, 3, bulk=True),
+        (2, 256): Tiles(128, 64, 8, 2, bulk=True),
+    },
+}
+_DECODE = {
+    (8, 0): {
+        (2, 64): Tiles(16, 64, 2, 3),
+        (2, 128): Tiles(16, 32, 2, 3),
+        (2, 256): Tiles(16, 32, 4, 2),
+        (4, 64): Tiles(16, 32, 4, 2),
+        (4, 128): Tiles(16, 32, 4, 2),
+        (4, 256): Tiles(16, 16, 4, 2),
+    },
+}
+
+
+def tuning(device: torch.device, itemsize: int, head_dim: int, block_size: int) -> Tuning:
+    """Look up the tiles of a GPU; of one that is not in the table, those of the default.
+
+    Args:
+        device: of the tensors; a CPU, where Triton's interpreter runs, is given the default too.
+        itemsize: bytes of an element.
+        head_dim: at most 256.
+        block_size: tokens of a KV block.
+    """
+    gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if gpu else _DEFAULT
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 1
+    shape = (itemsize, max(64, triton.next_power_of_2(head_dim)))
+    prefill = _PREFILL.get(capability, {}).get(shape) or _PREFILL[_DEFAULT][shape]
+    bulk = _PREFILL_IN_BULK.get(capability, {}).get(shape)
+    if bulk and block_size % bulk.tokens == 0:
+        prefill = bulk
+    decode = _DECODE.get(capability, {}).get(shape) or _DECODE[_DEFAULT][shape]
+    return Tuning(prefill, decode, processors * _PROGRAMS_PER_PROCESSOR)

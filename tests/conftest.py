@@ -1,0 +1,25 @@
+"""Where there is no GPU, has Triton's kernels run in its interpreter: a choice Triton reads once, when imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def let_kernels_loop() -> None:
+    """Mend Triton 3.6's interpreter for NumPy 2.4: it makes an int of a one-element array at every loop's bounds."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    let_kernels_loop()
