@@ -51,7 +51,7 @@ def test_the_commands_leave_the_runs_that_the_text_speaks_of(followed):
 
 def test_shortest_first_serves_short_requests_sooner(followed):
     mean = {name: read_run(followed / name).summary["mean_normalized_latency_ms"] for name in ("sjf", "sarathi")}
-    assert mean["sjf"] <= mean["sarathi"]
+    assert mean["sjf"] < 0.8 * mean["sarathi"]
 
 
 def test_the_trace_lines_are_a_trace(tmp_path):
