@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from engine.serving_loop import StarvationError
 from traces.errors import TandemError
 from traces.format import Trace, read_trace, write_trace
 
+if TYPE_CHECKING:
+    from analysis.bench import Benchmark
+
 app = typer.Typer(
     name="tandem",
     help="One scheduler, two riders: try an LLM serving policy in simulation, then on the real engine, and compare.",
@@ -27,6 +30,8 @@ app = typer.Typer(
 )
 trace_app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+bench_app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=True)
 
 
@@ -159,7 +164,8 @@ def profile(
     out: options.Out,
     model: options.Model = "smollm2",
     roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     load_format: options.LoadFormat = "auto",
 ) -> None:
@@ -173,7 +179,7 @@ def profile(
 
         write_profile(roofline_profile(roofline, load_model_config(model), limits.block_size or 16), out)
     else:
-        executor = load_executor(model, console, dtype, threads, load_format)
+        executor = load_executor(model, console, dtype, threads, load_format, device)
         write_profile(measure(executor, real_config(executor, limits), console), out)
     console.print(f"{out}: profile written", highlight=False)
 
@@ -208,7 +214,8 @@ def run(
     trace: options.TracePath,
     out: options.Out,
     model: options.Model = "smollm2",
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = None,
     load_format: options.LoadFormat = "auto",
     stops: options.Stops = "trace",
@@ -220,7 +227,7 @@ def run(
     options.check_stops(stops)
     requests = read_trace(trace)
     _say_notes(requests)
-    executor = load_executor(model, console, dtype, threads, load_format)
+    executor = load_executor(model, console, dtype, threads, load_format, device)
     done = real_run(requests, executor, real_config(executor, limits), out, console, stops)
     _print_summary(done, out, as_json)
 
@@ -270,16 +277,105 @@ def validate(
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,
     repeats: Annotated[int, typer.Option(help="Further real runs, for the spread.", min=0)] = 1,
     matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> int:
     """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html."""
     from analysis.validate import Job, validate_matrix, validate_one
 
     job = Job(
-        out, model, dtype, threads, requests, rate, seed, max_total, repeats, replace(limits, max_model_len=max_total)
+        out,
+        model,
+        dtype,
+        device,
+        threads,
+        requests,
+        rate,
+        seed,
+        max_total,
+        repeats,
+        replace(limits, max_model_len=max_total),
     )
     return (validate_matrix if matrix else validate_one)(job, console)
+
+
+# -- bench -------------------------------------------------------------------------------------------------
+
+# The baselines' 20 rows: as many tokens in many ways, contexts up to 64k, and batches up to 256.
+ROWS = (
+    "128x128,64x256,32x512,16x1024,8x2048,4x4096,2x8192,2x16384,2x32700,1x65336,"
+    "1x128,1x1024,8x128,8x1024,32x128,64x1024,128x512,256x128,256x512,256x1024"
+)
+BenchOut = Annotated[Path | None, typer.Option("--out", "-o", help="A file that gets the JSON as well.")]
+
+
+@bench_app.command("forward")
+@options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
+def bench_forward(
+    limits: Limits,
+    rows: Annotated[str, typer.Option(help="BATCHxINPUT, with commas between.")] = ROWS,
+    outputs: Annotated[int, typer.Option(help="Decode steps that are timed.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 3,
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    load_format: options.LoadFormat = "auto",
+    out: BenchOut = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time a prefill and a decode step of batches that are handed in at once. Ctrl-C keeps what was measured."""
+    from analysis.bench import Forward, listed, read_batch
+
+    batches = listed("--rows", rows, read_batch, "1x128,8x1024")
+    _bench(Forward(batches, outputs, repeats, limits), model, dtype, device, threads, load_format, out, as_json)
+
+
+@bench_app.command("online")
+@options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+def bench_online(
+    limits: Limits,
+    trace: options.TracePath,
+    rates: Annotated[str, typer.Option(help="Requests a second, with commas between; '' for none.")] = "5,10,20,30,40",
+    all_at_once: Annotated[bool, typer.Option("--all-at-once", help="Also 2,000 requests at time 0.")] = False,
+    seeds: Annotated[str, typer.Option(help="Of the arrivals, with commas between: a run each.")] = "0,1,2",
+    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=0)] = 40,
+    keep: Annotated[Path | None, typer.Option(help="A folder that gets the records of every run.")] = None,
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    load_format: options.LoadFormat = "auto",
+    out: BenchOut = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Serve a trace's requests, in its order, at Poisson arrivals of several rates. Ctrl-C keeps what was measured."""
+    from analysis.bench import Online, listed, read_rate, read_seed, scenarios
+
+    wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_seed, "0,1,2")
+    requests = read_trace(trace)
+    _say_notes(requests)
+    benchmark = Online(scenarios(requests, *wanted, seconds, all_at_once), limits, keep)
+    _bench(benchmark, model, dtype, device, threads, load_format, out, as_json)
+
+
+def _bench(
+    benchmark: Benchmark,
+    model: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    load_format: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from analysis.bench import check_benchmark, run_benchmark
+    from analysis.workflow import load_executor
+
+    check_benchmark(benchmark, out)
+    executor = load_executor(model, console, dtype, threads, load_format, device)
+    run_benchmark(benchmark, executor, out, as_json, console, load_format=load_format)
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool, title: str) -> None:

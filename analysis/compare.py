@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 
 CLOSED_LOOP = ("ttft", "tpot", "itl", "e2el")
 STATISTICS = ("mean", "p50", "p90", "p99")
-KINDS = ("prefill", "decode", "mixed", "all")
+KINDS = ("prefill", "decode", "mixed", "swap", "all")
 
 WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
 DIVERGED = "decisions differ"

@@ -198,9 +198,9 @@ def _statistics(values: Floats, requests: int) -> dict[str, float | None]:
 
 
 def step_kinds(steps: pa.Table) -> NDArray[np.str_]:
-    """`prefill`, `decode` or `mixed` for each step, (steps,)."""
+    """`prefill`, `decode`, `mixed` or `swap` for each step, (steps,)."""
     prefill, decode = column(steps, "prefill_tokens") > 0, column(steps, "decode_tokens") > 0
-    return np.where(prefill & decode, "mixed", np.where(prefill, "prefill", "decode"))
+    return np.select([prefill & decode, prefill, decode], ["mixed", "prefill", "decode"], "swap")
 
 
 def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict[str, int | float | None]:

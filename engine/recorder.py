@@ -57,14 +57,18 @@ class Recorder:
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
         times = (now, launch.planned_ns, launch.launched_ns)
-        load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting, len(step.preempted))
+        load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting)
+        lost = (
+            len(step.preempted) + len(step.swapped_out),
+            *(sum(len(copies.source) for copies in swaps.values()) for swaps in (step.swapped_out, step.swapped_in)),
+        )
         self._steps.append(
-            (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load)
+            (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load, *lost)
         )
         self._track(step, now)
 
     def _track(self, step: Step, now: int) -> None:
-        for request_id in (*step.dropped, *step.preempted):
+        for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
             self._close_span(request_id, step.index - 1)
         for request_id, context in step.joined.items():
             life = self._decoding[request_id] = self._lives[request_id]
@@ -124,7 +128,7 @@ class Recorder:
             *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
-            *(request.preemptions, request.outcome or "unfinished", request.reason),
+            *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
             *(request.priority, request.client),
         )
 

@@ -20,7 +20,7 @@ from traces.errors import TandemError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _INT = "int64"
 COLUMNS: dict[str, dict[str, str]] = {
@@ -38,6 +38,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "output_len": _INT,  # tokens that count
         "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
         "preemptions": _INT,
+        "swaps": _INT,  # of the preemptions
         "outcome": "string",  # length, stop, cancelled, rejected, unfinished
         "reason": "string",
         "priority": _INT,
@@ -57,6 +58,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "running": _INT,
         "waiting": _INT,
         "preemptions": _INT,
+        "swapped_out_blocks": _INT,
+        "swapped_in_blocks": _INT,
         "completed_ns": _INT,
         "device_start_ns": _INT,
         "device_ns": _INT,

@@ -25,7 +25,9 @@ class Request:
         priority: smaller is more urgent.
         client: who sent it.
         blocks: ids of its KV blocks, in order of position.
+        cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
+        swaps: how often they were swapped out.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
     """
@@ -38,7 +40,9 @@ class Request:
     priority: int = 0
     client: str | None = None
     blocks: list[int] = field(default_factory=list)
+    cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
+    swaps: int = 0
     outcome: str | None = None
     reason: str | None = None
     _computed: int = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 GENESIS = b"tandem decisions"
 
 
@@ -25,15 +25,24 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+class Copies(NamedTuple):
+    """KV blocks that are copied from one tier to the other: `source[i]` to `target[i]`."""
+
+    source: list[int]
+    target: list[int]
+
+
 @dataclass(slots=True)
 class Step:
-    """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `joined` enter the decode set,
-    chunks and decodes run, `finishing` leave.
+    """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `swapped_out` leave and are copied,
+    `swapped_in` are copied back, `joined` enter the decode set, chunks and decodes run, `finishing` leave.
 
     Attributes:
         index: the step's number, from 0.
         dropped: requests that ended (stop token, cancellation) since the last step.
         preempted: requests that lose their blocks and will be prefilled again.
+        swapped_out: request id -> its GPU blocks, and the CPU blocks that keep their contents.
+        swapped_in: request id -> those CPU blocks, and its new GPU blocks; it joins in a later step.
         joined: request id -> context, of those that decode from now on.
         chunks: request id -> prefill chunk that runs in this step.
         blocks: request id -> KV blocks appended to its block table.
@@ -47,6 +56,8 @@ class Step:
     index: int
     dropped: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    swapped_out: dict[int, Copies] = field(default_factory=dict)
+    swapped_in: dict[int, Copies] = field(default_factory=dict)
     joined: dict[int, int] = field(default_factory=dict)
     chunks: dict[int, Chunk] = field(default_factory=dict)
     blocks: dict[int, list[int]] = field(default_factory=dict)
@@ -65,8 +76,10 @@ class Step:
 
     @property
     def kind(self) -> str:
-        """`decode`, `prefill`, or `mixed`."""
-        return ("mixed" if self.decodes else "prefill") if self.chunks else "decode"
+        """`decode`, `prefill`, `mixed`, or `swap` if it runs no token."""
+        if self.chunks:
+            return "mixed" if self.decodes else "prefill"
+        return "decode" if self.decodes else "swap"
 
 
 def chain_digest(previous: bytes, step: Step) -> bytes:
@@ -75,6 +88,10 @@ def chain_digest(previous: bytes, step: Step) -> bytes:
     for field_numbers in (
         step.dropped,
         step.preempted,
+        *(
+            [n for each, copies in swaps.items() for n in (each, len(copies.source), *copies.source, *copies.target)]
+            for swaps in (step.swapped_out, step.swapped_in)
+        ),
         [n for item in step.joined.items() for n in item],
         [n for request_id, chunk in step.chunks.items() for n in (request_id, *chunk)],
         [n for request_id, blocks in step.blocks.items() for n in (request_id, len(blocks), *blocks)],

@@ -73,7 +73,7 @@ class Endings:
         """The requests whose end-of-sequence is among the step's tokens."""
         if not self._last_context:
             return []
-        for request_id in (*step.dropped, *step.preempted):
+        for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
             self._decoding.discard(request_id)
         for request_id, context in step.joined.items():
             self._join(request_id, context)

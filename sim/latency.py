@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
-from engine.step import Chunk, Step
+from engine.step import Chunk, Copies, Step
 from sim.profile import Curve, Profile, Surface
+from traces.errors import TandemError
 
 
 class LatencyModel:
@@ -26,6 +28,10 @@ class LatencyModel:
         self._dense = _sum_of([Curve(points) for points in ops.values()])
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
+        directions: dict[str, dict[float, float]] = {}
+        for row in tables.get("swap", ()):
+            directions.setdefault(row["direction"], {})[row["blocks"]] = row["time_us"]
+        self._swap = {direction: Curve(points) for direction, points in directions.items()}
         # Over the mean context, so that interpolating between numbers of sequences keeps their lengths.
         self._decode = Surface(
             {
@@ -35,7 +41,9 @@ class LatencyModel:
         )
 
     def device_ns(self, step: Step) -> int:
-        """Time that the data plane works on a step."""
+        """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
+        if step.kind == "swap":
+            return self.copies_ns(step)
         samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
         time_us = self._dense_us(step.prefill_tokens + step.decodes) + self._head_us(samples)
         for chunk in step.chunks.values():
@@ -43,6 +51,22 @@ class LatencyModel:
         if step.decodes:
             time_us += self._decode_us(step.decodes, step.kv_tokens)
         return round(time_us * 1000)
+
+    def copies_ns(self, step: Step) -> int:
+        """Time of a step's copies between the tiers. Raises TandemError if the profile has none."""
+        return round(1000 * (self._copies_us("out", step.swapped_out) + self._copies_us("in", step.swapped_in)))
+
+    def _copies_us(self, direction: str, swaps: Mapping[int, Copies]) -> float:
+        if not swaps:
+            return 0.0
+        if direction not in self._swap:
+            raise TandemError(
+                "the profile has no table swap, and the run swaps: "
+                "measure the profile with --cpu-blocks, or simulate with --cpu-blocks 0"
+            )
+        blocks, curve = sum(len(copies.source) for copies in swaps.values()), self._swap[direction]
+        self._count("swap", curve.covers(blocks))
+        return curve(blocks)
 
     def _dense_us(self, tokens: int) -> float:
         self._count("dense", self._dense.covers(tokens))

@@ -31,6 +31,9 @@ TABLES: dict[str, tuple[str, ...]] = {
     "head": ("samples",),  # final norm, language-model head and sampling
     "host": ("term",),
 }
+OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
+    "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
+}
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
 
@@ -47,6 +50,9 @@ class Profile:
     def __post_init__(self) -> None:
         for table, keys in TABLES.items():
             _check_table(table, keys, self.tables.get(table, []))
+        for table, keys in OPTIONAL_TABLES.items():
+            if table in self.tables:
+                _check_table(table, keys, self.tables[table])
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
@@ -89,8 +95,10 @@ def read_profile(folder: Path) -> Profile:
 
     meta = _read_meta(folder / "meta.yaml")
     tables = {}
-    for table in TABLES:
+    for table in (*TABLES, *OPTIONAL_TABLES):
         path = folder / f"{table}.parquet"
+        if table in OPTIONAL_TABLES and not path.exists():
+            continue
         try:
             tables[table] = pq.read_table(path).to_pylist()
         except (OSError, pa.ArrowInvalid) as error:

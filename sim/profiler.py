@@ -24,6 +24,7 @@ from traces.request import TraceRequest
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
+    from engine.executor.runner import Runner
 
 SHORT_TOKENS, SHORT_REPEATS, LONG_REPEATS = 32, 12, 5  # short passes are quick, and vary more
 HELD_OUT, HELD_OUT_REPEATS = 12, 3
@@ -105,6 +106,11 @@ def measure_profile(
             meter.measure(one)
         held_out = meter.measure_held_out()
     tables = meter.tables() | {"host": measure_host(executor, config)}
+    if config.num_cpu_blocks:
+        tables["swap"] = [
+            {"direction": direction, "blocks": blocks, "time_us": typical(times), "spread": _spread(times)}
+            for direction, blocks, times in executor.measure_swap(config)
+        ]
     meta = {
         "device": executor.device,
         "model": asdict(executor.model),
@@ -158,8 +164,8 @@ class _Meter:
     """Runs passes on a thread like the one that serves, and collects times by table and point, in microseconds."""
 
     def __init__(self, executor: Executor, config: ServingConfig, show: Callable[[int], None]) -> None:
-        self._cache = executor.cache(config)
-        self._cache.data.normal_()  # unwritten memory may hold denormals, which are slow to compute with
+        self._caches = executor.caches(config)
+        self._caches[0].data.normal_()  # unwritten memory may hold denormals, which are slow to compute with
         self._executor = executor
         self._config = config
         self._show = show
@@ -167,13 +173,16 @@ class _Meter:
         self._times: dict[str, dict[tuple[Any, ...], list[float]]] = {table: defaultdict(list) for table in TABLES}
 
     def __enter__(self) -> _Meter:
-        self._thread = ThreadPoolExecutor(1, initializer=self._executor.runner([], self._cache).prepare_thread)
+        self._thread = ThreadPoolExecutor(1, initializer=self._runner([]).prepare_thread)
         for one in (Pass(((self._config.block_size, 0),), ()), Pass((), (1,))):  # first passes allocate
             self._run(one)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+
+    def _runner(self, requests: Sequence[TraceRequest]) -> Runner:
+        return self._executor.runner(requests, self._caches, self._config)
 
     def measure(self, one: Pass) -> None:
         """Run a pass and file its times."""
@@ -200,7 +209,7 @@ class _Meter:
         return self._thread.submit(self._time, one).result()
 
     def _time(self, one: Pass) -> dict[str, float]:
-        runner, step = self._executor.runner(one.requests, self._cache), one.step(self._config.block_size)
+        runner, step = self._runner(one.requests), one.step(self._config.block_size)
         groups: defaultdict[str, float] = defaultdict(float)
         last = time.perf_counter_ns()
 

@@ -56,6 +56,12 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         {"sequences": n, "kv_tokens": n * x} | attention(n, n * x, n * x) for n in TOKENS[:11] for x in LENGTHS[1:]
     ]
     head = [{"samples": n} | gemm(n, model.hidden_size, model.vocab_size, 1) for n in TOKENS[:11]]
+    block_bytes = block_size * model.kv_bytes_per_token(BYTES)
+    swap = [
+        {"direction": direction, "blocks": n, "time_us": n * block_bytes / (sheet["bus_gb_per_s"] * 1e3), "spread": 0.0}
+        for direction in ("out", "in")
+        for n in TOKENS[:9]
+    ]
     host = [{"term": term, "time_us": 0.0, "spread": 0.0} for term in HOST_TERMS]
     meta = {
         "device": sheet["device"],
@@ -67,7 +73,7 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         "block_size": block_size,
     }
     tables = {"dense": dense, "prefill_attention": prefill, "decode_attention": decode, "head": head, "host": host}
-    return Profile(meta, tables)
+    return Profile(meta, tables | {"swap": swap})
 
 
 def _kv_blocks(sheet: dict[str, float], model: ModelConfig, block_size: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from engine.backend import Launch
+from engine.copies import CopyOrder
 from engine.step import Step
 from sim.latency import LatencyModel
 from sim.profile import Profile
@@ -38,7 +39,10 @@ class Timing(Protocol):
 
 
 class ProfiledTiming:
-    """Times as a profile predicts: the device runs steps back to back, the host overlaps it as the loop lets it."""
+    """Times as a profile predicts: the device runs steps back to back, the host overlaps it as the loop lets it.
+
+    Copies between the tiers are a resource of their own, which works beside the compute that does not depend on them.
+    """
 
     def __init__(self, profile: Profile) -> None:
         self.latency = LatencyModel(profile)
@@ -47,14 +51,27 @@ class ProfiledTiming:
             round(1000 * profile.host_us(term)) for term in terms
         )
         self._device_free_ns = 0
+        self._copies = CopyOrder()
+        self._copies_free_ns = 0
+        self._copied_ns: dict[int, int] = {}  # by step, of copies that no compute has waited for yet
         self._in_flight: deque[tuple[int, int]] = deque()
 
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
-        """The device starts once the step is launched and its predecessor is done."""
+        """The device starts once the step is launched, and its predecessor and the copies that it needs are done."""
         launch = Launch(now + self._plan, now + self._plan + self._launch)
-        start = max(launch.launched_ns, self._device_free_ns)
         device_ns = self.latency.device_ns(step)
-        self._device_free_ns = start + device_ns
+        if step.swapped_out or step.swapped_in:
+            copy_start = max(launch.launched_ns, self._device_free_ns, self._copies_free_ns)
+            self._copied_ns[step.index] = self._copies_free_ns = copy_start + self.latency.copies_ns(step)
+        if (needed := self._copies.needs(step)) is not None:
+            # Later compute is held up too, should this step have none: `CopyOrder` names what to wait for once.
+            self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
+            self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
+        if step.kind == "swap":
+            start = self._copies_free_ns - device_ns
+        else:
+            start = max(launch.launched_ns, self._device_free_ns)
+            self._device_free_ns = start + device_ns
         self._in_flight.append((start, device_ns))
         return launch, launch.launched_ns
 

@@ -10,7 +10,7 @@ from engine.request import Request
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from engine.serving_loop import serving_loop
-from engine.step import Step
+from engine.step import Copies, Step
 from sim.backend import SimBackend
 from sim.profile import HOST_TERMS, Profile
 from sim.timing import ProfiledTiming, Timing
@@ -25,6 +25,8 @@ class Mirror:
     cached: int = 0
     made: int = 0
     blocks: list[int] = field(default_factory=list)
+    cpu_blocks: list[int] = field(default_factory=list)
+    arrived_in: int = -1  # the step that swapped it in
 
 
 class Shadow:
@@ -35,7 +37,9 @@ class Shadow:
         self.mirrors = {source.id: Mirror(source) for source in requests}
         self.decoding: dict[int, None] = {}
         self.owner: dict[int, int] = {}
+        self.cpu_owner: dict[int, int] = {}
         self.steps = 0
+        self.swaps = 0
 
     def check(self, step: Step) -> None:
         assert step.index == self.steps
@@ -43,11 +47,18 @@ class Shadow:
         for request_id in (*step.dropped, *step.preempted):
             self._free(request_id)
             self.mirrors[request_id].cached = 0
+        for request_id, copies in step.swapped_out.items():
+            self._swap_out(request_id, copies)
+        returned = [block for copies in step.swapped_in.values() for block in copies.source]
+        for request_id, copies in step.swapped_in.items():
+            self._swap_in(request_id, copies, step.index)
+        assert not {*returned} & {block for copies in step.swapped_out.values() for block in copies.target}
         for request_id, blocks in step.blocks.items():
             self._own(request_id, blocks)
         for request_id, context in step.joined.items():
             assert context == self.mirrors[request_id].cached
             assert request_id not in self.decoding
+            assert self.mirrors[request_id].arrived_in < step.index
             self.decoding[request_id] = None
         self._run(step)
         for request_id in step.finishing:
@@ -61,16 +72,44 @@ class Shadow:
             self.owner[block] = request_id
         self.mirrors[request_id].blocks += blocks
 
+    def _swap_out(self, request_id: int, copies: Copies) -> None:
+        """Exactly the blocks of its cache leave, and all but its newest token are in it: no half prefill is kept."""
+        mirror = self.mirrors[request_id]
+        assert mirror.made and not mirror.cpu_blocks
+        assert mirror.cached == mirror.source.prompt_len + mirror.made - 1
+        assert copies.source == mirror.blocks[: -(-mirror.cached // self.config.block_size)]
+        assert len(copies.target) == len(copies.source)
+        self._free(request_id)
+        for block in copies.target:
+            assert 0 <= block < self.config.num_cpu_blocks and block not in self.cpu_owner
+            self.cpu_owner[block] = request_id
+        mirror.cpu_blocks = copies.target
+        self.swaps += 1
+
+    def _swap_in(self, request_id: int, copies: Copies, step: int) -> None:
+        mirror = self.mirrors[request_id]
+        assert copies.source == mirror.cpu_blocks and len(copies.target) == len(copies.source)
+        self._free_cpu(mirror)
+        mirror.arrived_in = step
+        self._own(request_id, copies.target)
+
+    def _free_cpu(self, mirror: Mirror) -> None:
+        for block in mirror.cpu_blocks:
+            assert self.cpu_owner.pop(block) == mirror.source.id
+        mirror.cpu_blocks = []
+
     def _free(self, request_id: int) -> None:
         mirror = self.mirrors[request_id]
         for block in mirror.blocks:
             assert self.owner.pop(block) == request_id
         mirror.blocks = []
+        self._free_cpu(mirror)
         self.decoding.pop(request_id, None)
 
     def _run(self, step: Step) -> None:
         assert step.decodes in (0, len(self.decoding))
-        assert step.chunks or step.decodes
+        assert step.chunks or step.decodes or step.swapped_in or step.swapped_out
+        assert (step.kind == "swap") == (not step.chunks and not step.decodes)
         assert step.prefill_tokens + step.decodes <= self.config.max_batched_tokens
         holders = sum(bool(mirror.blocks) for mirror in self.mirrors.values())
         assert holders == step.running <= self.config.max_seqs
@@ -119,7 +158,9 @@ def serve(
     recorder = Recorder()
     scheduler = scheduler or load_scheduler(config)
     env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
-    assert scheduler.pool.used == 0, "blocks were lost"
+    assert scheduler.pool.used == 0 and scheduler.cpu_pool.used == 0, "blocks were lost"
+    holders = {*backend.shadow.owner.values(), *backend.shadow.cpu_owner.values()}
+    assert holders <= {*scheduler._step.dropped}, "only who ended after the last step, which nobody was told"
     return recorder, [life.request for _, life in sorted(recorder._lives.items())]
 
 
@@ -141,6 +182,7 @@ def small_profile(scale: float = 1.0) -> Profile:
         time_us=[0.1 * scale, 409.6 * scale, 25.6 * scale, 25.6 * 4096 * scale],
     )
     head = rows(samples=[1, 256], time_us=[100 * scale, 200 * scale])
+    swap = rows(blocks=[1, 64], time_us=[50 * scale, 50 * 64 * scale])
     host = [{"term": term, "time_us": 20.0, "spread": 0.0} for term in HOST_TERMS]
     tables = {
         "dense": dense,
@@ -148,5 +190,6 @@ def small_profile(scale: float = 1.0) -> Profile:
         "decode_attention": decode,
         "head": head,
         "host": host,
+        "swap": [row | {"direction": "out"} for row in swap] + [row | {"direction": "in"} for row in swap],
     }
     return Profile({"device": "test", "model": {"name": "small"}, "dtype": "float32", "source": "invented"}, tables)

@@ -16,6 +16,7 @@ from engine.records import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
 from sim.simulate import replay
+from traces.errors import TandemError
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -107,8 +108,8 @@ def test_at_depth_1_it_is_not(executor):
 
 
 def test_a_failing_data_plane_ends_the_run_with_its_own_error(executor):
-    bad = [TraceRequest(0, 0, 1, 5, 5, [100_000])]  # no such token
-    with pytest.raises(IndexError):
+    bad = [TraceRequest(0, 0, 1, 5, 5, [100_000])]
+    with pytest.raises(TandemError, match="request 0 has token ids outside the model's vocabulary of 101"):
         serve(executor, bad, LIMITS)
 
 

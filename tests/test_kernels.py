@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tensors
 
-from engine.executor.batch import ForwardBatch, KVCache
+from engine.executor.batch import ForwardBatch, KVCache, Span, build_batch, query_tiles
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.paged_decode import cut, paged_decode
-from engine.executor.kernels.paged_prefill import paged_prefill, query_tiles
-from engine.executor.kernels.tuning import Tiles
+from engine.executor.kernels.paged_prefill import paged_prefill
+from engine.executor.kernels.skinny_linear import skinny_linear
+from engine.executor.kernels.tuning import Skinny, Tiles
 from engine.executor.model import Llama
 from engine.executor.reference import ops as reference
-from engine.executor.runner import Rows, build_batch
 from engine.executor.weights import dummy_weights
 from engine.model_config import ModelConfig
 
@@ -40,15 +40,27 @@ def distance(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def paged(contexts: Sequence[int], rows: Sequence[int], block_size: int) -> ForwardBatch:
-    """A batch whose requests own shuffled blocks; those of one row at its end are decodes."""
+    """A batch whose requests own shuffled blocks; decodes, if all have one row."""
     blocks = [-(-context // block_size) for context in contexts]
     ids = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).split(blocks)
     parts = zip(contexts, rows, ids, strict=True)
-    batch = build_batch([Rows([0] * m, n - m, owned.tolist(), True) for n, m, owned in parts], 0, block_size)
-    batch.num_decodes = len(rows) if set(rows) == {1} else 0
+    requests = [([0] * m, n - m, owned.tolist()) for n, m, owned in parts]
+    batch = build_batch(requests, len(rows) if set(rows) == {1} else 0, block_size)
     for table, used in zip(batch.block_tables, blocks, strict=True):
         table[used:] = PADDING
     return batch
+
+
+def contexts_of(batch: ForwardBatch) -> list[int]:
+    return [*batch.context_lens.tolist(), *(span.context for span in batch.prefills)]
+
+
+def oracle(q: torch.Tensor, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """The reference's attention of a batch that has only decodes, or only others."""
+    plan = reference.plan_decodes if batch.num_decodes else reference.plan_prefills
+    out = torch.empty_like(q)
+    reference.attention(out, q, kv, plan(batch, kv[None]))
+    return out
 
 
 def cache_of(batch: ForwardBatch, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -56,7 +68,7 @@ def cache_of(batch: ForwardBatch, kv_heads: int, head_dim: int, block_size: int,
     tables = batch.block_tables
     num_blocks = int(tables[tables != PADDING].max()) + 2
     kv = torch.full((2, num_blocks, block_size, kv_heads, head_dim), torch.nan)
-    for table, context in zip(tables, batch.context_lens, strict=True):
+    for table, context in zip(tables, contexts_of(batch), strict=True):
         token = torch.arange(context)
         slots = table[token // block_size].long() * block_size + token % block_size
         kv.view(2, -1, kv_heads, head_dim)[:, slots] = torch.randn(2, context, kv_heads, head_dim)
@@ -76,15 +88,19 @@ def attend(
     batch = paged(contexts, rows, block_size)
     kv = cache_of(batch, heads[1], head_dim, block_size, dtype)
     q = torch.randn(sum(rows), heads[0] + 2, head_dim).to(dtype)[:, : heads[0]]
-    plan = reference.plan_attention(batch, 0, len(rows), block_size)
-    expected = reference.attention(q.double(), kv.double(), plan)
-    out = ops.attention(q.to(DEVICE), kv.to(DEVICE), ops.plan_attention(move(batch), 0, len(rows), block_size))
+    expected = oracle(q.double(), kv.double(), batch)
+    caches = kv[None].to(DEVICE)
+    batch = move(batch, ops.tile_rows(caches))
+    plan = ops.plan_decodes(batch, caches) if batch.num_decodes else ops.plan_prefills(batch, caches)
+    out = torch.full(q.shape, torch.nan, dtype=dtype, device=DEVICE)
+    ops.attention(out, q.to(DEVICE), caches[0], plan)
     return distance(out, expected)
 
 
-def move(batch: ForwardBatch) -> ForwardBatch:
-    """The same batch on the device."""
+def move(batch: ForwardBatch, tile_rows: int) -> ForwardBatch:
+    """The same batch on the device, with the tiles that the kernels want."""
     fields = {name: getattr(batch, name) for name in ForwardBatch.__slots__}
+    fields["tiles"] = torch.from_numpy(query_tiles(batch.prefills, batch.num_decodes, tile_rows))
     tensors = {name: value.to(DEVICE) for name, value in fields.items() if isinstance(value, torch.Tensor)}
     return ForwardBatch(**(fields | tensors))
 
@@ -129,10 +145,9 @@ def test_blocks_fetched_in_bulk_change_nothing(head_dim):
     q = torch.randn(403, 2, head_dim).half()
     tiles = Tiles(rows=64, tokens=64 if head_dim < 256 else 32, warps=4, stages=2, bulk=True)
     out = torch.full_like(q, torch.nan, device=DEVICE)
-    listed = query_tiles(batch.query_start, batch.context_lens, tiles.rows).to(DEVICE)
-    paged_prefill(out, q.to(DEVICE), kv.to(DEVICE), listed, batch.block_tables.to(DEVICE), tiles)
-    expected = reference.attention(q.double(), kv.double(), reference.plan_attention(batch, 0, 4, 64))
-    assert distance(out, expected) < TOLERANCE[torch.float16]
+    moved = move(batch, tiles.rows)
+    paged_prefill(out, q.to(DEVICE), kv.to(DEVICE), moved.tiles, moved.block_tables, tiles)
+    assert distance(out, oracle(q.double(), kv.double(), batch)) < TOLERANCE[torch.float16]
 
 
 @settings(max_examples=50, deadline=None)
@@ -170,25 +185,25 @@ def test_a_request_without_tokens_pads_a_decode_batch_and_is_given_zeros():
 
 def test_a_plan_serves_layer_after_layer():
     batch = paged([900, 20], [1, 1], 16)
-    pieces = cut(torch.tensor(batch.context_lens, dtype=torch.int32, device=DEVICE), 1, programs=8, chunk=64)
+    pieces = cut(batch.context_lens.to(DEVICE), 1, programs=8, chunk=64)
     tables = batch.block_tables.to(DEVICE)
     for _ in range(2):
         kv = cache_of(batch, 1, 64, 16, torch.float32)
         q = torch.randn(2, 3, 64)
         out = torch.full((2, 3, 64), torch.nan, device=DEVICE)
         paged_decode(out, q.to(DEVICE), kv.to(DEVICE), tables, pieces, Tiles(16, 32, 4, 2))
-        assert distance(out, reference.attention(q, kv, reference.plan_attention(batch, 0, 2, 16))) < 2e-6
+        assert distance(out, oracle(q, kv, batch)) < 2e-6
 
 
 def test_query_tiles_are_a_flat_list_with_the_longest_context_first():
-    tiles = query_tiles(query_start=[0, 5, 6, 9], context_lens=[5, 1, 103], rows=2)
+    tiles = query_tiles([Span(0, 5, 5), Span(5, 1, 1), Span(6, 3, 103)], first=4, rows=2)
     assert tiles.tolist() == [
-        [2, 8, 9, 102],
-        [2, 6, 9, 100],
-        [0, 4, 5, 4],
-        [0, 2, 5, 2],
-        [0, 0, 5, 0],
-        [1, 5, 6, 0],
+        [6, 8, 9, 102],
+        [6, 6, 9, 100],
+        [4, 4, 5, 4],
+        [4, 2, 5, 2],
+        [4, 0, 5, 0],
+        [5, 5, 6, 0],
     ]
 
 
@@ -285,7 +300,7 @@ TINY = ModelConfig(
 
 STEPS = [  # (text, from, to) of each request, and how many of them decode
     ([(0, 0, 50), (1, 0, 89), (2, 0, 30)], 0),
-    ([(0, 50, 80), (1, 89, 90), (2, 30, 31)], 2),
+    ([(1, 89, 90), (2, 30, 31), (0, 50, 80)], 2),
     ([(0, 80, 81), (2, 31, 32)], 2),
 ]
 
@@ -302,8 +317,8 @@ def logits_of_steps(data_plane: ModuleType) -> torch.Tensor:
     blocks = [[6, 0, 3], [1, 8, 2], [5, 4, 7]]
     logits = []
     for requests, decodes in STEPS:
-        rows = [Rows(texts[text][begin:end], begin, blocks[text], True) for text, begin, end in requests]
-        logits.append(llama.logits(move(build_batch(rows, decodes, block_size=32)), cache))
+        rows = [(texts[text][begin:end], begin, blocks[text]) for text, begin, end in requests]
+        logits.append(llama.logits(llama.batch(rows, decodes, cache), cache))
     return torch.cat(logits)
 
 
@@ -316,7 +331,7 @@ gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: the interpreter n
 
 @gpu_only
 def test_a_captured_decode_follows_contexts_that_grow():
-    batch = move(paged([2000, 1500], [1, 1], 16))
+    batch = move(paged([2000, 1500], [1, 1], 16), tile_rows=64)
     kv = cache_of(paged([2000, 1500], [1, 1], 16), 1, 64, 16, torch.float32).to(DEVICE)
     lengths = torch.tensor([1, 1], dtype=torch.int32, device=DEVICE)
     q = torch.randn(2, 3, 64, device=DEVICE)
@@ -333,9 +348,8 @@ def test_a_captured_decode_follows_contexts_that_grow():
     for contexts in ([5, 1500], [2000, 64], [1, 1]):
         lengths.copy_(torch.tensor(contexts))
         graph.replay()
-        batch.context_lens = contexts
-        expected = reference.attention(q, kv, reference.plan_attention(batch, 0, 2, 16))
-        assert distance(out, expected) < TOLERANCE[torch.float32]
+        batch.context_lens = lengths
+        assert distance(out, oracle(q, kv, batch)) < TOLERANCE[torch.float32]
 
 
 @gpu_only
@@ -352,3 +366,21 @@ def test_no_length_or_batch_size_makes_a_kernel_compile_again(monkeypatch):
     for contexts in ([2], [100, 1], [33, 512, 16], [1000] * 17):
         run(contexts)
     assert compiled == []
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize(("columns", "depth"), [(64, 64), (101, 192), (7, 128)])
+def test_a_product_of_few_rows_is_that_of_many(rows, columns, depth):
+    x, weight = torch.randn(rows, depth).half(), torch.randn(columns, depth).half()
+    out = skinny_linear(x.to(DEVICE), weight.to(DEVICE), Skinny(16, 32, 64, 4, 3))
+    assert distance(out, reference.linear(x.double(), weight.double(), None)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuBLAS multiplies where no GPU's table says otherwise")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1024, 4096, 6144, 28672, 28700])
+def test_every_product_of_few_rows_that_the_table_knows(columns, dtype):
+    for rows in (1, 2, 15, 16, 17, 32, 33, 63, 64, 65):
+        x, weight = (torch.randn(each, 512, dtype=dtype, device=DEVICE) for each in (rows, columns))
+        expected = reference.linear(x.double(), weight.double(), None)
+        assert distance(ops.linear(x, weight, None), expected.cpu()) < TOLERANCE[dtype]

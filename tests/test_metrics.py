@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from shadow import serve, small_profile
-from test_scheduling_properties import configs, workloads
+from test_scheduling_properties import configs, schedulers, workloads
 
 from analysis.metrics import (
     GOODPUT,
@@ -215,7 +216,7 @@ class TokenWatch(ProfiledTiming):
         self.makers: list[list[int]] = []
 
     def launch(self, step: Step, now: int):
-        self.decoding -= {*step.dropped, *step.preempted}
+        self.decoding -= {*step.dropped, *step.preempted, *step.swapped_out}
         self.decoding |= set(step.joined)
         sampled = [request_id for request_id, chunk in step.chunks.items() if chunk.samples]
         self.makers.append(sampled + (sorted(self.decoding) if step.decodes else []))
@@ -224,10 +225,10 @@ class TokenWatch(ProfiledTiming):
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads(), configs())
-def test_token_times_equal_those_of_a_loop_over_steps_and_requests(requests, config):
+@given(workloads(), configs(), st.data())
+def test_token_times_equal_those_of_a_loop_over_steps_and_requests(requests, config, data):
     watch = TokenWatch()
-    run = RunRecords({}, serve(requests, config, watch)[0].tables())
+    run = RunRecords({}, serve(requests, config, watch, data.draw(schedulers(config)))[0].tables())
     rows = {row["request"]: row for row in run.tables["requests"].to_pylist()}
     made: dict[int, list[int]] = defaultdict(list)
     for makers, row in zip(watch.makers, run.tables["steps"].to_pylist(), strict=True):

@@ -48,8 +48,8 @@ def run_mixed(llama: Llama, texts: list[list[int]], chunks: list[list[int]], blo
         prefills = [i for i in running if rows[i] > 1 or sequences[i].cached == 0]
         decodes = [i for i in running if i not in prefills]
         batch = pool.batch([(sequences[i], rows[i]) for i in prefills], [sequences[i] for i in decodes], all_rows=True)
-        got = llama.logits(batch, pool.cache).split([rows[i] for i in prefills + decodes])
-        for i, part in zip(prefills + decodes, got, strict=True):
+        got = llama.logits(batch, pool.cache).split([rows[i] for i in decodes + prefills])
+        for i, part in zip(decodes + prefills, got, strict=True):
             logits[i].append(part)
         step += 1
     return [torch.cat(parts) for parts in logits]
@@ -148,6 +148,6 @@ def test_marks_follow_every_group_of_operations(gqa: tuple[LlamaForCausalLM, Lla
     llama.forward(pool.batch([(decoding, 8)], [], all_rows=False), pool.cache)
     mixed = pool.batch([(pool.sequence(random_tokens([5])[0]), 5)], [decoding], all_rows=False)
     llama.forward(mixed, pool.cache, names.append)
-    attention = ["norm", "qkv", "rope_and_cache", "attention_prefill", "attention_decode", "o"]
+    attention = ["norm", "qkv", "rope_and_cache", "attention_decode", "attention_prefill", "o"]
     layer = [*attention, "norm", "gate_up", "silu", "down"]
     assert names == ["plan", "embed", *layer, *layer, "head"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shadow import serve
 
 from engine.config import ServingConfig
-from engine.request import CANCELLED, LENGTH, REJECTED, STOP
-from engine.scheduler import POLICIES
+from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
+from engine.scheduler import POLICIES, load_scheduler
+from engine.scheduler.base import Scheduler
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -46,14 +49,50 @@ def configs(draw: st.DrawFn) -> ServingConfig:
         max_model_len=draw(st.integers(16, 160)),
         scheduler=draw(st.sampled_from(sorted(POLICIES))),
         pipeline_depth=draw(st.sampled_from([1, 2])),
+        num_cpu_blocks=draw(st.sampled_from([0, 0, 5, 60])),
     )
 
 
+class Whimsical(Scheduler):
+    """Uses its verbs in any order, and preempts whom it likes but the oldest: a policy that somebody may yet write."""
+
+    chunked = True
+
+    def __init__(self, config: ServingConfig, seed: int) -> None:
+        super().__init__(config)
+        self.whims = random.Random(seed)
+
+    def plan(self, now: int) -> None:
+        if len(self.running) > 1 and self.whims.random() < 0.1:
+            self.preempt(self.victim())
+        for verb in self.whims.sample([self.decode, self.fill], 2):
+            verb()
+
+    def fill(self) -> None:
+        for request in self.queue():
+            if not self.prefill(request):
+                break
+
+    def victim(self) -> Request:
+        oldest, *others = self.running.values()
+        return self.whims.choice(others) if others else oldest
+
+    def swaps(self, request: Request) -> bool:
+        return self.whims.random() < 0.8
+
+
+@st.composite
+def schedulers(draw: st.DrawFn, config: ServingConfig) -> Scheduler:
+    """The config's own policy, or a whimsical one."""
+    seed = draw(st.none() | st.integers(0, 10**6))
+    return load_scheduler(config) if seed is None else Whimsical(config, seed)
+
+
 @settings(max_examples=400, deadline=None)
-@given(workloads(), configs())
-def test_every_request_ends_with_exactly_its_tokens_and_no_step_breaks_an_invariant(requests, config):
+@given(workloads(), configs(), st.data())
+def test_every_request_ends_with_exactly_its_tokens_and_no_step_breaks_an_invariant(requests, config, data):
     # `serve` checks every step: budgets, blocks owned once in plan order, contexts, what is lost.
-    recorder, served = serve(requests, config)
+    recorder, served = serve(requests, config, scheduler=data.draw(schedulers(config)))
     rows = recorder.tables()["requests"].to_pylist()
     assert len(rows) == len(requests) == len(served)
     for source, row in zip(requests, sorted(rows, key=lambda row: row["request"]), strict=True):

@@ -60,7 +60,7 @@ def serve(llama: Llama, prompts: list[list[int]], chunk: int = 48, most_running:
             started.append(filling)
         prefills = [(filling, min(chunk, filling.prompt_len - filling.cached))] if filling else []
         tokens = llama.forward(pool.batch(prefills, running, all_rows=False), pool.cache).tolist()
-        running = [sequence for sequence, _ in prefills] + running
+        running = running + [sequence for sequence, _ in prefills]
         for sequence, token in zip(running, tokens, strict=True):
             if sequence.cached == len(sequence.token_ids):  # else it is in the middle of its prompt
                 sequence.token_ids.append(token)

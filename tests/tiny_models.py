@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.executor.batch import ForwardBatch, KVCache
 from engine.executor.model import Llama
-from engine.executor.runner import Rows, build_batch
 from engine.executor.weights import Weights, load_weights
 from engine.model_config import load_model_config
 
@@ -140,16 +139,16 @@ class PagedPool:
         self.free.extend(sequence.blocks)
 
     def batch(self, prefills: list[tuple[Sequence, int]], decodes: list[Sequence], all_rows: bool) -> ForwardBatch:
-        """The next tokens of some sequences, which count as cached from now on.
+        """The next tokens of some sequences, decodes first, which count as cached from now on.
 
         Samples every row, or the last row of each sequence. Block tables are padded with what must not be read.
         """
-        parts = [*prefills, *((sequence, 1) for sequence in decodes)]
-        rows = [Rows(one.token_ids[one.cached : one.cached + n], one.cached, one.blocks, True) for one, n in parts]
-        batch = build_batch(rows, len(decodes), self.block_size)
+        parts = [*((sequence, 1) for sequence in decodes), *prefills]
+        rows = [(one.token_ids[one.cached : one.cached + n], one.cached, one.blocks) for one, n in parts]
+        batch = self.llama.batch(rows, len(decodes), self.cache)
         for table, (sequence, count) in zip(batch.block_tables, parts, strict=True):
             sequence.cached += count
             table[-(-sequence.cached // self.block_size) :] = NO_BLOCK
         if all_rows:
-            batch.sample_rows = torch.arange(len(batch.token_ids))
+            batch.sample_rows = None
         return batch

@@ -1,7 +1,6 @@
 """The real backend: the machine's clock, and a data plane that works through steps in the order of launching.
 
-The data plane runs in a thread of its own, so that `launch` returns before the step is done and the serving loop
-can plan the next one meanwhile. It imports no torch: what a step computes is the business of the `DataPlane`.
+It imports no torch: what a step computes, and on what, is the business of the `DataPlane`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,29 @@ from engine.events import Event, EventQueue
 from engine.step import Step
 
 
+class Work(NamedTuple):
+    """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it found."""
+
+    step: int
+    start_ns: int
+    device_ns: int
+    stops: Sequence[Stop]
+
+
 class DataPlane(Protocol):
-    """Runs steps, one after the other, on one thread."""
+    """Runs steps, one after the other, beside the thread that launches them. Used as a context manager."""
 
-    def prepare_thread(self) -> None:
-        """Called once on the thread that will run the steps."""
+    def __enter__(self) -> Any:
+        """Get ready to run."""
 
-    def run(self, step: Step) -> list[Stop]:
-        """Apply the step's delta, compute its tokens, and say which requests were found to have ended."""
+    def __exit__(self, *exception: object) -> None:
+        """Let what was launched finish."""
+
+    def launch(self, step: Step) -> None:
+        """Put a step behind those launched before; returns before it is done."""
+
+    def complete(self) -> Work:
+        """Wait for the oldest step in flight; raises what went wrong."""
 
 
 class _Done(NamedTuple):
@@ -46,28 +60,25 @@ class _Later:
 
 
 class ExecutorBackend:
-    """Implements `engine.backend.Backend` on the machine's own time. Use as a context manager: it owns a thread."""
+    """Implements `engine.backend.Backend` on the machine's own time. Use as a context manager."""
 
     def __init__(self, data_plane: DataPlane, events: EventQueue) -> None:
         self._data_plane = data_plane
         self._events = events
-        self._steps: SimpleQueue[Step | None] = SimpleQueue()
-        self._results: SimpleQueue[tuple[int, int, int, Sequence[Stop]] | BaseException] = SimpleQueue()
-        self._worker = Thread(target=self._work, name="data-plane", daemon=True)
         self._start_ns = 0
 
     def __enter__(self) -> ExecutorBackend:
-        self._worker.start()
-        self._next_result()  # the thread is ready
+        self._data_plane.__enter__()
         gc.collect()
-        gc.freeze()  # nothing allocated so far is looked at again: collections during the run stay short
+        gc.freeze()
+        gc.disable()  # a collection can take as long as many steps, and a run's records hold no cycles
         self._start_ns = time.perf_counter_ns()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._steps.put(None)
-        self._worker.join()
+    def __exit__(self, *exception: object) -> None:
+        gc.enable()
         gc.unfreeze()
+        self._data_plane.__exit__(*exception)
 
     def now(self) -> int:
         """Nanoseconds since the run's start."""
@@ -78,35 +89,76 @@ class ExecutorBackend:
         return self._events.due(now)
 
     def launch(self, step: Step) -> _Done:
-        """Hands the step to the data plane's thread."""
+        """Hands the step to the data plane."""
         planned_ns = self.now()
-        self._steps.put(step)
+        self._data_plane.launch(step)
         return _Done(Launch(planned_ns, self.now()))
 
     def complete(self) -> _Later:
         """Waits for the oldest step in flight; raises what the data plane raised."""
-        return _Later(self._next_result)
+        return _Later(self._complete)
 
     def wait(self) -> _Later | None:
         """Sleeps until the next external event."""
         due_ns = self._events.next_ns
         return None if due_ns is None else _Later(lambda: time.sleep(max(0, due_ns - self.now()) / 1e9))
 
-    def _next_result(self) -> Completion:
+    def _complete(self) -> Completion:
+        step, start_ns, device_ns, stops = self._data_plane.complete()
+        return Completion(step, self.now(), start_ns - self._start_ns, device_ns, stops)
+
+
+class Runs(Protocol):
+    """Runs one step at a time, in the calling thread."""
+
+    def prepare_thread(self) -> None:
+        """Called once on the thread that will run the steps."""
+
+    def run(self, step: Step) -> list[Stop]:
+        """Apply the step's delta, compute its tokens, and say which requests were found to have ended."""
+
+
+class ThreadedDataPlane:
+    """A data plane for a machine whose processors compute and launch alike: it runs in a thread of its own."""
+
+    def __init__(self, runner: Runs) -> None:
+        self._runner = runner
+        self._steps: SimpleQueue[Step | None] = SimpleQueue()
+        self._results: SimpleQueue[Work | BaseException | None] = SimpleQueue()
+        self._worker = Thread(target=self._work, name="data-plane", daemon=True)
+
+    def __enter__(self) -> ThreadedDataPlane:
+        self._worker.start()
+        self._next_result()  # the thread is ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.put(None)
+        self._worker.join()
+
+    def launch(self, step: Step) -> None:
+        """Hands the step to the thread."""
+        self._steps.put(step)
+
+    def complete(self) -> Work:
+        """Waits for the thread; raises what it raised."""
+        work = self._next_result()
+        assert work is not None
+        return work
+
+    def _next_result(self) -> Work | None:
         result = self._results.get()
-        completed_ns = self.now()
         if isinstance(result, BaseException):
             raise result
-        index, start_ns, device_ns, stops = result
-        return Completion(index, completed_ns, start_ns, device_ns, stops)
+        return result
 
     def _work(self) -> None:
         try:
-            self._data_plane.prepare_thread()
-            self._results.put((-1, 0, 0, ()))
+            self._runner.prepare_thread()
+            self._results.put(None)
             while (step := self._steps.get()) is not None:
-                start_ns = self.now()
-                stops = self._data_plane.run(step)
-                self._results.put((step.index, start_ns, self.now() - start_ns, stops))
+                start_ns = time.perf_counter_ns()
+                stops = self._runner.run(step)
+                self._results.put(Work(step.index, start_ns, time.perf_counter_ns() - start_ns, stops))
         except BaseException as error:
             self._results.put(error)

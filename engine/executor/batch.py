@@ -1,33 +1,211 @@
 """What one forward pass works on: a flat batch of tokens, and the paged KV cache they read and write.
 
-Knows tensors and block ids; does not know requests, schedulers or steps.
+Knows tensors and block ids; does not know requests, schedulers or steps. All integers of a batch lie in one buffer, so
+that one copy brings them to a device, and so that a CUDA graph finds those of every batch in the same place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from engine.model_config import ModelConfig
 
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+_ALIGNMENT = 32  # words between the starts of sections: kernels are compiled for aligned pointers
+
+
+class Span(NamedTuple):
+    """One request's rows in a batch."""
+
+    row: int
+    tokens: int
+    context: int  # KV tokens after this pass, its own rows included
+
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """The tokens of one step, request after request: prefills and prefill chunks first, then decodes.
+    """The tokens of one pass, request after request: decodes first, one row each, then prefills and prefill chunks.
 
-    A request's rows are consecutive and in order of position. Lengths that steer Python loops are Python ints, so that
-    a pass never waits for the device. Block tables are one padded tensor, so that a kernel can index them.
+    A request's rows are consecutive and in order of position. Rows, requests, samples and tiles may be padded, which
+    costs time and changes no result: a padding row has slot -1, a padding decode has no context.
     """
 
-    token_ids: torch.Tensor  # (tokens,) int64
-    positions: torch.Tensor  # (tokens,) int64, from 0 in each request
-    slots: torch.Tensor  # (tokens,) int64, block * block_size + offset: where the token's K and V are written
-    query_start: list[int]  # (requests + 1,) first row of each request, then the number of tokens
-    context_lens: list[int]  # (requests,) KV tokens after this step, the request's own rows included
-    block_tables: torch.Tensor  # (requests, blocks of the longest) int32; what pads a row is never read
-    sample_rows: torch.Tensor  # (samples,) int64, rows whose next token is wanted
-    num_decodes: int  # the last so many requests have one row each
+    token_ids: torch.Tensor  # (tokens,) int32; below 0: the newest token of seat -1 - id, which is on the device alone
+    positions: torch.Tensor  # (tokens,) int32, from 0 in each request
+    slots: torch.Tensor  # (tokens,) int32, block * block_size + offset: where the token's K and V go; -1: nowhere
+    context_lens: torch.Tensor  # (decodes,) int32, KV tokens of each decode after this pass
+    block_tables: torch.Tensor  # (decodes + prefills, blocks) int32; what pads a row is never read
+    prefills: Sequence[Span]  # for a data plane that works through them one by one
+    tiles: torch.Tensor  # (tiles, 4) int32, for one that works through tiles of rows: request, row, end, position
+    sample_rows: torch.Tensor | None = None  # (samples,) int32, rows whose next token is wanted; None: all
+    last_tokens: torch.Tensor | None = None  # (seats,) int64, the newest token of each seat
+    sample_seats: torch.Tensor | None = None  # (samples,) int32, where to note the new tokens in `last_tokens`
+
+    @property
+    def num_decodes(self) -> int:
+        """Decodes, padding included."""
+        return len(self.context_lens)
+
+
+class Shape(NamedTuple):
+    """How much a batch has room for."""
+
+    tokens: int
+    decodes: int
+    prefills: int
+    samples: int
+    tiles: int
+    blocks: int  # of one request
+
+    @property
+    def words(self) -> int:
+        """int32 words of a batch's buffer."""
+        return sum(map(_aligned, self._sizes()))
+
+    def _sizes(self) -> tuple[int, ...]:
+        tables = (self.decodes + self.prefills) * self.blocks
+        return (*(self.tokens,) * 3, self.decodes, self.samples, self.samples, 4 * self.tiles, tables)
+
+    def split(self, words: Any) -> Sections:
+        """The sections of a buffer, as views; a NumPy array and a tensor are split alike."""
+        sizes = self._sizes()
+        starts = accumulate(map(_aligned, sizes[:-1]), initial=0)
+        parts = [words[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        parts[-2:] = parts[-2].reshape(-1, 4), parts[-1].reshape(-1, self.blocks)
+        return Sections(*parts)
+
+
+class Sections(NamedTuple):
+    """A batch's integers, by name as in `ForwardBatch`."""
+
+    token_ids: Any
+    positions: Any
+    slots: Any
+    context_lens: Any
+    sample_rows: Any
+    sample_seats: Any
+    tiles: Any
+    block_tables: Any
+
+    def batch(self, prefills: Sequence[Span], last_tokens: torch.Tensor | None, all_rows: bool) -> ForwardBatch:
+        """The batch over these sections, which are tensors."""
+        return ForwardBatch(
+            token_ids=self.token_ids,
+            positions=self.positions,
+            slots=self.slots,
+            context_lens=self.context_lens,
+            block_tables=self.block_tables,
+            prefills=prefills,
+            tiles=self.tiles,
+            sample_rows=None if all_rows else self.sample_rows,
+            last_tokens=last_tokens,
+            sample_seats=None if last_tokens is None else self.sample_seats,
+        )
+
+
+def _aligned(words: int) -> int:
+    return -(-words // _ALIGNMENT) * _ALIGNMENT
+
+
+class Decodes(NamedTuple):
+    """The decoding requests of a pass, in order."""
+
+    token_ids: Ints  # (decodes,), as in `ForwardBatch`
+    contexts: Ints  # (decodes,) KV tokens before this pass
+    tables: Ints  # (decodes, blocks)
+    seats: Ints  # (decodes,)
+
+    @classmethod
+    def none(cls) -> Decodes:
+        """No requests."""
+        empty = np.empty(0, np.int32)
+        return cls(empty, empty, empty.reshape(0, 0), empty)
+
+
+class Prefill(NamedTuple):
+    """A prompt, or a chunk of one: its tokens, the position of the first, the request's blocks."""
+
+    token_ids: Sequence[int]
+    start: int
+    table: Ints  # (blocks,)
+    samples: bool
+    seat: int = 0
+
+
+class Packing(NamedTuple):
+    """What decides how a batch is packed."""
+
+    block_size: int
+    tile_rows: int  # query rows of a tile; 0: no tiles
+    no_seat: int  # where the tokens of padding samples are noted
+
+    def shape_of(self, decodes: int, prefills: Sequence[Prefill], blocks: int) -> Shape:
+        """Room for exactly this."""
+        lengths = [len(each.token_ids) for each in prefills]
+        tiles = sum(-(-length // self.tile_rows) for length in lengths) if self.tile_rows else 0
+        samples = decodes + sum(each.samples for each in prefills)
+        return Shape(decodes + sum(lengths), decodes, len(prefills), samples, tiles, blocks)
+
+    def pack(self, out: Sections, decodes: Decodes, prefills: Sequence[Prefill]) -> list[Span]:
+        """Write a batch into sections with room for it, padding the rest; returns where the prefills are."""
+        rows, spans = len(decodes.contexts), []
+        _write(out.token_ids, decodes.token_ids, 0)
+        _write(out.positions, decodes.contexts, 0)
+        _write(out.slots, self._slots(decodes.tables, decodes.contexts, np.arange(rows)), -1)
+        _write(out.context_lens, decodes.contexts + 1, 0)
+        _write(out.sample_rows, np.arange(rows), 0)
+        _write(out.sample_seats, decodes.seats, self.no_seat)
+        out.block_tables[:rows, : decodes.tables.shape[1]] = decodes.tables
+        first, sample = len(out.context_lens), rows
+        for number, each in enumerate(prefills):
+            end = rows + len(each.token_ids)
+            positions = np.arange(each.start, each.start + end - rows)
+            out.token_ids[rows:end] = each.token_ids
+            out.positions[rows:end] = positions
+            out.slots[rows:end] = self._slots(each.table, positions)
+            out.block_tables[first + number, : len(each.table)] = each.table
+            if each.samples:
+                out.sample_rows[sample], out.sample_seats[sample] = end - 1, each.seat
+                sample += 1
+            spans.append(Span(rows, end - rows, each.start + end - rows))
+            rows = end
+        _write(out.tiles, query_tiles(spans, first, self.tile_rows) if self.tile_rows else out.tiles[:0], 0)
+        return spans
+
+    def _slots(self, tables: Ints, positions: Any, *rows: Any) -> Any:
+        return tables[(*rows, positions // self.block_size)] * self.block_size + positions % self.block_size
+
+
+def query_tiles(spans: Sequence[Span], first: int, rows: int) -> Ints:
+    """Cut requests into tiles of at most `rows` rows, longest context first: the last programs to start are short.
+
+    Args:
+        spans: of the requests.
+        first: the first one's place among the block tables.
+        rows: of a tile.
+
+    Returns:
+        (tiles, 4): request, first row, end of the request's rows, position of the first row.
+    """
+    tiles = [np.empty((0, 4), np.int32)]
+    for request, (row, tokens, context) in enumerate(spans, first):
+        starts = np.arange(row, row + tokens, rows, dtype=np.int32)
+        tile = np.empty((len(starts), 4), np.int32)
+        tile[:, 0], tile[:, 1], tile[:, 2], tile[:, 3] = request, starts, row + tokens, context - tokens - row + starts
+        tiles.append(tile)
+    flat = np.concatenate(tiles)
+    return flat[np.argsort(-flat[:, 3], kind="stable")]
+
+
+def _write(section: Ints, values: np.ndarray[Any, Any], padding: int) -> None:
+    section[: len(values)] = values
+    section[len(values) :] = padding
 
 
 @dataclass(slots=True)
@@ -47,13 +225,59 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pinned: bool = False,
     ) -> KVCache:
-        """Reserve room for `num_blocks * block_size` tokens, uninitialised."""
+        """Reserve room for `num_blocks * block_size` tokens, uninitialised; `pinned` host memory a GPU can reach."""
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        return cls(torch.empty(shape, dtype=dtype, device=device))
+        return cls(torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned))
 
     @property
     def block_size(self) -> int:
         """Tokens in a block."""
         return self.data.shape[3]
+
+
+def build_batch(
+    requests: Sequence[tuple[Sequence[int], int, Sequence[int]]],
+    num_decodes: int,
+    block_size: int,
+    tile_rows: int = 0,
+    device: torch.device | str = "cpu",
+) -> ForwardBatch:
+    """Make a batch of one's own, of which each request's last row is sampled. `Llama.batch` does it for its cache.
+
+    Args:
+        requests: token ids to run, KV tokens already cached, and block ids, of each.
+        num_decodes: the first so many run one token each; they are attended to together.
+        block_size: of the cache.
+        tile_rows: of the data plane, see `ops.tile_rows`.
+        device: of the cache.
+
+    Raises:
+        ValueError: a decode does not have one token, or a request's blocks do not hold its tokens.
+    """
+    tables = np.zeros((len(requests), max(len(blocks) for _, _, blocks in requests)), np.int32)
+    for row, (ids, start, blocks) in enumerate(requests):
+        if row < num_decodes and len(ids) != 1:
+            raise ValueError(f"request {row} is a decode and has {len(ids)} tokens to run, not 1")
+        if start + len(ids) > len(blocks) * block_size:
+            raise ValueError(f"request {row}: {start + len(ids)} tokens do not fit into {len(blocks)} blocks")
+        tables[row, : len(blocks)] = blocks
+    first_ids = np.array([ids[0] for ids, _, _ in requests[:num_decodes]], np.int32)
+    contexts = np.array([start for _, start, _ in requests[:num_decodes]], np.int32)
+    decodes = Decodes(first_ids, contexts, tables[:num_decodes], np.zeros(num_decodes, np.int32))
+    prefills = [
+        Prefill(ids, start, table, True)
+        for (ids, start, _), table in zip(requests[num_decodes:], tables[num_decodes:], strict=True)
+    ]
+    packing = Packing(block_size, tile_rows, no_seat=0)
+    shape = packing.shape_of(num_decodes, prefills, tables.shape[1])
+    words = np.zeros(shape.words, np.int32)
+    spans = packing.pack(shape.split(words), decodes, prefills)
+    return shape.split(torch.from_numpy(words).to(device)).batch(spans, None, all_rows=not prefills)

@@ -1,24 +1,23 @@
-"""A loaded model on this machine: what `tandem run` serves with and `tandem profile` measures.
-
-The reference data plane (plain PyTorch on the CPU); the backend interface is in `backend.py`.
-"""
+"""A loaded model on this machine: what `tandem run` serves with and `tandem profile` measures."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
-import psutil
 import torch
 
 from engine.backend import drive
 from engine.config import ServingConfig
 from engine.events import EventQueue
-from engine.executor.backend import ExecutorBackend
+from engine.executor.backend import DataPlane, ExecutorBackend
 from engine.executor.batch import KVCache
+from engine.executor.cpu import Cpu
 from engine.executor.model import Llama
 from engine.executor.runner import Runner
+from engine.executor.running import RunningBatch
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
 from engine.model_config import load_model_config
@@ -28,8 +27,51 @@ from engine.serving_loop import serving_loop
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
-MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Machine(Protocol):
+    """What computes: where tensors live, what fits there, and how steps are run."""
+
+    @property
+    def name(self) -> str:
+        """As manifests and profiles call it."""
+
+    @property
+    def kernels(self) -> str:
+        """What computes."""
+
+    @property
+    def ops(self) -> ModuleType:
+        """The data plane's operations."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    @property
+    def default_dtype(self) -> str:
+        """Of weights and cache."""
+
+    @property
+    def default_block_size(self) -> int:
+        """Tokens of a KV block."""
+
+    def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
+        """KV blocks that fit beside the model within `config`, or as many as its limits can use if that is fewer.
+
+        Raises:
+            TandemError: not even one request of the longest length fits.
+        """
+
+    def prepare(self, model: Llama, config: ServingConfig) -> Any:
+        """Do ahead of a run what takes seconds. Raises TandemError if memory does not hold the caches."""
+
+    def data_plane(self, model: Llama, config: ServingConfig, running: RunningBatch) -> DataPlane:
+        """A data plane for one run."""
+
+    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+        """Times (µs) of copies between the tiers: direction (`out`, `in`), blocks, repeats."""
 
 
 class Executor:
@@ -40,79 +82,106 @@ class Executor:
         dtype: of weights and cache.
         device: the machine, as manifests and profiles name it.
         kernels: which data plane computes.
-        threads: torch threads that a step runs on.
+        block_size: tokens of a KV block, where nobody says otherwise.
     """
 
-    kernels = "reference (PyTorch)"
-
     def __init__(
-        self, model: str, dtype: str = "float32", threads: int | None = None, load_format: str = "auto"
+        self,
+        model: str,
+        dtype: str = "auto",
+        threads: int | None = None,
+        load_format: str = "auto",
+        device: str = "auto",
     ) -> None:
         """Load a model.
 
         Args:
             model: a Hugging Face folder, a `.gguf` file, `smollm2`, or with `dummy` a shape's name too.
+            dtype: of `DTYPES`; `auto`: float32 on a CPU, float16 on a GPU.
+            threads: of a CPU.
             load_format: `auto` for the weights at `model`, `dummy` for random ones.
+            device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
 
         Raises:
-            TandemError: no such model, dtype or format, or damaged weights.
+            TandemError: no such model, dtype, format or device, damaged weights, or weights that do not fit.
         """
-        if dtype not in DTYPES:
-            raise TandemError(f"unknown dtype '{dtype}': choose {', '.join(DTYPES)}")
         if load_format not in ("auto", "dummy"):
             raise TandemError(f"unknown load format '{load_format}': choose auto or dummy")
+        self.machine = _machine(device, threads)
+        self.dtype = self.machine.default_dtype if dtype == "auto" else dtype
+        if self.dtype not in DTYPES:
+            raise TandemError(f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
         path = Path(model) if load_format == "dummy" and model != "smollm2" else model_path(model)
         self.model = load_model_config(path)
         if load_format == "auto" and not path.exists():
             raise TandemError(f"{model} is a shape without weights: add --load-format dummy, or give a model's path")
-        self.dtype = dtype
-        # One core is left to the serving loop and the rest of the machine: OpenMP threads wait for the slowest.
-        self.threads = threads or max(1, len(os.sched_getaffinity(0)) - 1)
-        self.device = f"{_cpu_name()}, {self.threads} threads"
-        # Only the data plane's thread computes in parallel: a second OpenMP pool in a process, even an idle one, makes
-        # libgomp stop spinning at the end of each parallel region, and a step of many short ones half as slow again.
-        torch.set_num_threads(1)
+        self.device, self.kernels = self.machine.name, self.machine.kernels
+        self.block_size = self.machine.default_block_size
         load = dummy_weights if load_format == "dummy" else lambda *args: load_weights(path, *args)
-        self.llama = Llama(self.model, load(self.model, DTYPES[dtype], "cpu"))
-
-    def measure_blocks(self, block_size: int, max_seqs: int, max_model_len: int) -> int:
-        """KV blocks that fit into free memory, or as many as the limits can use if that is fewer.
-
-        Raises:
-            TandemError: not even one request of the longest length fits.
-        """
-        block_bytes = block_size * self.model.kv_bytes_per_token(DTYPES[self.dtype].itemsize)
-        room = int(MEMORY_FRACTION * psutil.virtual_memory().available) // block_bytes
-        longest = -(-max_model_len // block_size)
-        if room < longest:
-            raise TandemError(
-                f"memory holds {room} KV blocks, one request of {max_model_len} tokens needs {longest}: "
-                "lower --max-model-len"
-            )
-        return min(room, max_seqs * longest)
-
-    def cache(self, config: ServingConfig) -> KVCache:
-        """A KV cache for a run. Raises TandemError if memory does not hold it."""
         try:
-            return KVCache.allocate(self.model, config.num_blocks, config.block_size, DTYPES[self.dtype], "cpu")
-        except RuntimeError as error:
-            raise TandemError(f"no memory for {config.num_blocks} KV blocks: lower --kv-blocks") from error
+            weights = load(self.model, DTYPES[self.dtype], self.machine.device)
+        except torch.OutOfMemoryError as error:
+            needed = self.model.num_parameters * DTYPES[self.dtype].itemsize / 2**30
+            raise TandemError(
+                f"{self.model.name} needs {needed:.1f} GiB for its weights in {self.dtype}, more than {self.device} "
+                "has free: free its memory, or choose a smaller model or dtype"
+            ) from error
+        self.llama = Llama(self.model, weights, self.machine.ops)
 
-    def runner(self, requests: Sequence[TraceRequest], cache: KVCache, stop_rule: str = "trace") -> Runner:
-        """A data plane for one run; `stop_rule` as in `engine.manifest.workload`."""
+    def measure_blocks(self, config: ServingConfig) -> int:
+        """KV blocks for runs within `config`, as `Machine` says."""
+        return self.machine.measure_blocks(self.llama, config)
+
+    def prepare(self, config: ServingConfig) -> None:
+        """Get ready for runs within `config`, if that takes seconds; raises TandemError if memory does not suffice."""
+        self.machine.prepare(self.llama, config)
+
+    def measure_swap(self, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+        """Times of copies between the tiers, as `Machine` says."""
+        return self.machine.measure_swap(self.llama, config)
+
+    def caches(self, config: ServingConfig) -> tuple[KVCache, KVCache]:
+        """Both tiers of a KV cache, for `runner`. Raises TandemError if memory does not hold them."""
+        return self._cpu.caches(self.llama, config)
+
+    def runner(
+        self, requests: Sequence[TraceRequest], caches: tuple[KVCache, KVCache], config: ServingConfig
+    ) -> Runner:
+        """What runs steps on a CPU, one at a time, on the calling thread."""
+        return Runner(self.llama, caches, self._running(requests, config, "trace"), self._cpu.threads)
+
+    @property
+    def _cpu(self) -> Cpu:
+        if not isinstance(self.machine, Cpu):
+            raise TandemError(f"{self.device}: only a CPU can be profiled so far: use --device cpu")
+        return self.machine
+
+    def _running(self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str) -> RunningBatch:
         stop_tokens = self.model.eos_token_ids if stop_rule == "model" else None
-        return Runner(self.llama, cache, requests, stop_tokens, self.threads)
+        return RunningBatch(requests, stop_tokens, self.model.vocab_size, config)
 
     def serve(
         self, requests: Sequence[TraceRequest], config: ServingConfig, recorder: Recorder, stop_rule: str = "trace"
-    ) -> Runner:
-        """Serve requests on the machine's own time; returns the data plane, which holds the outputs."""
-        runner = self.runner(requests, self.cache(config), stop_rule)
-        with ExecutorBackend(runner, EventQueue.from_trace(requests)) as backend:
+    ) -> RunningBatch:
+        """Serve requests on the machine's own time; returns the running batch, which holds the outputs.
+
+        Args:
+            stop_rule: as in `engine.manifest.workload`.
+        """
+        running = self._running(requests, config, stop_rule)
+        data_plane = self.machine.data_plane(self.llama, config, running)
+        with ExecutorBackend(data_plane, EventQueue.from_trace(requests)) as backend:
             drive(serving_loop(backend, load_scheduler(config), recorder))
-        return runner
+        return running
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+def _machine(device: str, threads: int | None) -> Machine:
+    if device not in ("auto", "cpu", "cuda"):
+        raise TandemError(f"unknown device '{device}': choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TandemError("no CUDA device is visible to torch: use --device cpu, or mend the driver")
+    if device == "cpu" or not torch.cuda.is_available():
+        return Cpu(threads)
+    from engine.executor.cuda import Cuda  # imports Triton, which a machine without a GPU may lack
+
+    return Cuda()

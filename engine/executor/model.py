@@ -5,14 +5,13 @@ Knows layers and their order; does not know how an operation is computed, nor wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from engine.executor.batch import ForwardBatch, KVCache
+from engine.executor.batch import ForwardBatch, KVCache, build_batch
 from engine.executor.reference import ops as reference
 from engine.executor.weights import LayerWeights, Weights
 from engine.model_config import ModelConfig
@@ -24,9 +23,7 @@ Mark = Callable[[str], None]
 class _Pass(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    prefill_rows: int
-    prefills: Any  # the plans are the data plane's own
-    decodes: Any
+    attention: dict[str, Any]  # plans, which are the data plane's own, by the name of their group
     rotation: Any
     slots: torch.Tensor
     mark: Mark
@@ -52,15 +49,29 @@ class Llama:
                 setattr(layer, matrix, ops.pack(getattr(layer, matrix)))
         weights.head = ops.pack(weights.head)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and cache."""
+        return self.weights.embedding.dtype
+
+    def batch(
+        self, requests: Sequence[tuple[Sequence[int], int, Sequence[int]]], num_decodes: int, cache: KVCache
+    ) -> ForwardBatch:
+        """Make a batch of one's own over `cache`; arguments and errors are those of `build_batch`."""
+        tile_rows, device = self.ops.tile_rows(cache.data), cache.data.device
+        return build_batch(requests, num_decodes, cache.block_size, tile_rows, device)
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache, mark: Mark | None = None) -> torch.Tensor:
-        """Run one step: write the batch's K and V into the cache, return the next token ids (samples,).
+        """Run one step: write the batch's K and V into the cache, return the next token ids (samples,) int64.
 
-        Groups marked: plan, embed, then for each layer norm, qkv, rope_and_cache, attention_prefill (if there are
-        prefills), attention_decode (if there are decodes), o, norm, gate_up, silu, down; at the end head.
+        Groups marked: plan, embed, then for each layer norm, qkv, rope_and_cache, attention_decode (if there are
+        decodes), attention_prefill (if there are prefills), o, norm, gate_up, silu, down; at the end head.
         """
         mark = mark or _no_mark
         tokens: torch.Tensor = self.ops.greedy(self.logits(batch, cache, mark))
+        if batch.last_tokens is not None and batch.sample_seats is not None:
+            batch.last_tokens.index_copy_(0, batch.sample_seats.long(), tokens)
         mark("head")
         return tokens
 
@@ -69,8 +80,8 @@ class Llama:
         """Run one step like `forward`, but return the logits (samples, vocab)."""
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
         step = self._plan(batch, cache, mark or _no_mark)
-        update = F.embedding(batch.token_ids, weights.embedding)  # (tokens, hidden), what the last block adds
-        hidden = torch.zeros_like(update)  # to the residual stream
+        update = ops.embed(batch.token_ids, batch.last_tokens, weights.embedding)  # what the last block adds
+        hidden = torch.zeros_like(update)  # (tokens, hidden), the residual stream
         step.mark("embed")
         for layer, kv in zip(weights.layers, cache.layers, strict=True):
             x = ops.add_rms_norm(hidden, update, layer.input_norm, eps)
@@ -79,19 +90,22 @@ class Llama:
             x = ops.add_rms_norm(hidden, update, layer.post_norm, eps)
             step.mark("norm")
             update = self._mlp(x, layer, step.mark)
-        rows = batch.sample_rows
-        x = ops.add_rms_norm(hidden[rows], update[rows], weights.final_norm, eps)
+        if batch.sample_rows is not None:
+            hidden, update = (each.index_select(0, batch.sample_rows) for each in (hidden, update))
+        x = ops.add_rms_norm(hidden, update, weights.final_norm, eps)
         logits: torch.Tensor = ops.linear(x, weights.head, None)
         return logits
 
     def _plan(self, batch: ForwardBatch, cache: KVCache, mark: Mark) -> _Pass:
-        ops, block_size, requests = self.ops, cache.block_size, len(batch.context_lens)
-        prefills = requests - batch.num_decodes
+        """Decodes and prefills apart, since they cost differently; padding of the first may lie on the second's rows,
+        so the first goes first."""
+        plans = {
+            "attention_decode": self.ops.plan_decodes(batch, cache.data) if batch.num_decodes else None,
+            "attention_prefill": self.ops.plan_prefills(batch, cache.data) if len(batch.prefills) else None,
+        }
         step = _Pass(
-            prefill_rows=batch.query_start[prefills],
-            prefills=ops.plan_attention(batch, 0, prefills, block_size),
-            decodes=ops.plan_attention(batch, prefills, requests, block_size),
-            rotation=ops.rotation(batch.positions, self.inv_freq),
+            attention={name: plan for name, plan in plans.items() if plan is not None},
+            rotation=self.ops.rotation(batch.positions, self.inv_freq),
             slots=batch.slots,
             mark=mark,
         )
@@ -104,21 +118,13 @@ class Llama:
         step.mark("qkv")
         q = ops.rope_and_cache(qkv.view(tokens, -1, self.config.head_dim), step.rotation, step.slots, kv)
         step.mark("rope_and_cache")
-        attended = self._attend(q, kv, step)
+        attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for name, plan in step.attention.items():
+            ops.attention(attended, q, kv, plan)
+            step.mark(name)
         update: torch.Tensor = ops.linear(attended.view(tokens, -1), layer.o, layer.o_bias)
         step.mark("o")
         return update
-
-    def _attend(self, q: torch.Tensor, kv: torch.Tensor, step: _Pass) -> torch.Tensor:
-        """Prefills and decodes apart, since they cost differently."""
-        parts: list[torch.Tensor] = []
-        if step.prefill_rows > 0:
-            parts.append(self.ops.attention(q[: step.prefill_rows], kv, step.prefills))
-            step.mark("attention_prefill")
-        if step.prefill_rows < len(q):
-            parts.append(self.ops.attention(q[step.prefill_rows :], kv, step.decodes))
-            step.mark("attention_decode")
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mlp(self, x: torch.Tensor, layer: LayerWeights, mark: Mark) -> torch.Tensor:
         ops = self.ops

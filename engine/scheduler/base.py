@@ -6,7 +6,7 @@ the workload has one. A policy is a subclass with a `plan`, written with three v
 
 - `self.prefill(request)` runs (a chunk of) a request's prefill in this step, admitting it if need be;
 - `self.decode()` runs one token for every decoding request;
-- `self.preempt(request)` takes a running request's blocks away; it will be recomputed.
+- `self.preempt(request)` takes a running request's blocks away; it will be swapped back in, or recomputed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.config import ServingConfig
 from engine.decode_set import DecodeSet
 from engine.kv_blocks import BlockPool
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
-from engine.step import GENESIS, Chunk, Step, chain_digest
+from engine.step import GENESIS, Chunk, Copies, Step, chain_digest
 
 
 class Scheduler(ABC):
@@ -29,7 +29,7 @@ class Scheduler(ABC):
     Attributes:
         chunked: whether `prefill` may split a prefill over several steps.
         config: the run's limits.
-        waiting: requests without blocks, in the order in which `queue` offers them.
+        waiting: requests without blocks on the GPU, in the order in which `queue` offers them.
         running: requests that hold blocks, oldest admission first.
         prefilling: the running requests whose prefill is not complete, oldest first.
         decoding: the running requests whose prefill is complete, as a set that advances as one.
@@ -40,11 +40,12 @@ class Scheduler(ABC):
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size)
+        self.cpu_pool = BlockPool(config.num_cpu_blocks, config.block_size)
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         self.running: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
         self.decoding = DecodeSet()
-        self._prefilled: list[Request] = []  # their prefill completed in the last step; they decode from the next
+        self._ready: list[Request] = []  # prefilled or swapped in by the last step; they decode from the next
         self._out_of_block: dict[int, None] = {}  # decoding requests whose next token needs a new block
         self._step = Step(0)
         self._digest = GENESIS
@@ -60,6 +61,10 @@ class Scheduler(ABC):
     def victim(self) -> Request:
         """Who loses its blocks when there are too few: the request admitted last, so the oldest always progresses."""
         return next(reversed(self.running.values()))
+
+    def swaps(self, request: Request) -> bool:
+        """Whether a victim goes to host memory, there being room, rather than be recomputed."""
+        return True
 
     def queue(self) -> Iterator[Request]:
         """First-come-first-served candidates for prefill: incomplete prefills, then the head of `waiting` for as
@@ -81,11 +86,14 @@ class Scheduler(ABC):
         """Run the request's prefill in this step: all that is left of it or, if `chunked`, what the budget takes.
 
         A request that is already running may preempt others for its blocks; a waiting one is admitted only into
-        free blocks, and not in a step that preempted somebody.
+        free blocks, and not in a step that preempted somebody. One that was swapped out needs no prefill: it is
+        swapped in beside what this step computes, and decodes from the next on.
 
         Returns:
             False if it does not fit, in which case the step is unchanged (but for preemptions).
         """
+        if request.cpu_blocks:
+            return self._swap_in(request)
         tokens = min(request.to_prefill, self.budget) if self.chunked else request.to_prefill
         if not 0 < tokens <= self.budget or request.id in self._step.chunks:
             return False
@@ -115,12 +123,20 @@ class Scheduler(ABC):
         return True
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's blocks and put it at the head of `waiting`, to be recomputed."""
-        self._leave(request)
-        request.forget_cache()
+        """Take a running request's blocks and put it at the head of `waiting`.
+
+        Its cache is kept in host memory if it was decoding, there is room, and `swaps` says so; else it is lost.
+        """
+        if request.id in self._step.swapped_in:
+            self._undo_swap_in(request)
+        elif request.id in self.decoding and self._fits_cpu(request) and self.swaps(request):
+            self._swap_out(request)
+        else:
+            self._leave(request)
+            request.forget_cache()
+            self._step.preempted.append(request.id)
         self.waiting[request.id] = request
         self.waiting.move_to_end(request.id, last=False)
-        self._step.preempted.append(request.id)
         self._preempted_now = True
 
     # -- for the serving loop ----------------------------------------------------------------------------
@@ -166,13 +182,47 @@ class Scheduler(ABC):
             return f"a prefill of up to {total - 1} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
         return None
 
-    def _admit(self, request: Request, tokens: int) -> bool:
+    def _has_room(self, request: Request, tokens: int) -> bool:
+        """Whether a waiting request with `tokens` tokens in the cache may run beside the others."""
         full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) > self.pool.free
-        if request.id not in self.waiting or full or self._preempted_now:
+        return request.id in self.waiting and not full and not self._preempted_now
+
+    def _admit(self, request: Request, tokens: int) -> bool:
+        if not self._has_room(request, tokens):
             return False
         del self.waiting[request.id]
         self.running[request.id] = self.prefilling[request.id] = request
         return True
+
+    def _swap_in(self, request: Request) -> bool:
+        if not self._has_room(request, request.computed + 1):  # with its next token's block, lest it be the next victim
+            return False
+        del self.waiting[request.id]
+        self.running[request.id] = request
+        request.blocks = self.pool.allocate(len(request.cpu_blocks))
+        self._step.swapped_in[request.id] = Copies(request.cpu_blocks, list(request.blocks))
+        request.cpu_blocks = []
+        self._grow(request, 1)
+        self._ready.append(request)
+        return True
+
+    def _undo_swap_in(self, request: Request) -> None:
+        """Its copy has not begun: it stays in host memory."""
+        request.cpu_blocks = self._step.swapped_in.pop(request.id).source
+        self._ready.remove(request)
+        self._leave(request)
+
+    def _fits_cpu(self, request: Request) -> bool:
+        return self.pool.blocks_for(request.computed) <= self.cpu_pool.free
+
+    def _swap_out(self, request: Request) -> None:
+        # Not all its blocks: the last may be for a token that it now will not make in this step.
+        source = request.blocks[: self.pool.blocks_for(request.computed)]
+        self._leave(request)
+        request.cpu_blocks = self.cpu_pool.allocate(len(source))
+        self._step.swapped_out[request.id] = Copies(source, request.cpu_blocks)
+        request.preemptions += 1
+        request.swaps += 1
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
@@ -189,7 +239,7 @@ class Scheduler(ABC):
         return True
 
     def _leave(self, request: Request) -> None:
-        """Take a request out of every queue and out of the step under construction, and free its blocks."""
+        """Take a request out of every queue and out of the step under construction, and free its GPU blocks."""
         for place in (self.waiting, self.running, self.prefilling):
             place.pop(request.id, None)
         for part in (self._step.chunks, self._step.blocks, self._step.joined):
@@ -201,17 +251,19 @@ class Scheduler(ABC):
     def _drop(self, request: Request, outcome: str) -> None:
         if request.outcome is None:
             self._leave(request)
+            self.cpu_pool.release(request.cpu_blocks)
+            request.cpu_blocks = []
             request.outcome = outcome
             self._step.dropped.append(request.id)
 
     def _start_decoding(self) -> None:
-        for request in self._prefilled:
+        for request in self._ready:
             if request.id in self.running:
                 request.start_decoding(self.decoding)
                 self._step.joined[request.id] = request.computed
                 self.decoding.wake(request.id, request.max_tokens - request.generated)
                 self._watch_blocks(request)
-        self._prefilled = []
+        self._ready = []
 
     def _room(self, request: Request) -> int:
         return len(request.blocks) * self.config.block_size - request.computed
@@ -227,8 +279,10 @@ class Scheduler(ABC):
         """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
         step = self._step
         step.decodes = len(self.decoding) if self._decode_planned else 0
-        if not step.chunks and not step.decodes:
+        if not (step.chunks or step.decodes or step.swapped_in or step.swapped_out):
             return None
+        for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
+            self.cpu_pool.release(copies.source)
         step.kv_tokens = self.decoding.kv_tokens if step.decodes else 0
         step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
         self._count_progress(step)
@@ -241,7 +295,7 @@ class Scheduler(ABC):
             if chunk.samples:
                 request = self.running[request_id]
                 request.sampled()
-                self._prefilled.append(request)
+                self._ready.append(request)
                 self._finish_at_length(request, step)
         for request_id in self.decoding.advance() if step.decodes else ():
             if request_id in self.decoding:

@@ -10,5 +10,7 @@ class PrefillFirst(Scheduler):
 
     def plan(self, now: int) -> None:
         """Batch what can be admitted; if nothing can, decode."""
-        if not sum(self.prefill(request) for request in self.queue()):
+        for request in self.queue():
+            self.prefill(request)
+        if self.budget == self.config.max_batched_tokens:
             self.decode()

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.executor.kernels.dependent import await_inputs, dependent
+
 _PART = 4096  # tokens of a program
 
 
@@ -21,7 +23,9 @@ def _argmax_of_parts(
     row_stride: tl.tensor,
     vocab: tl.tensor,
     PART: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = part * PART + tl.arange(0, PART)
     row = tl.load(logits + sample * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -32,7 +36,15 @@ def _argmax_of_parts(
 
 
 @triton.jit
-def _argmax(out: tl.tensor, tokens: tl.tensor, best: tl.tensor, parts: tl.tensor, PADDED: tl.constexpr) -> None:
+def _argmax(
+    out: tl.tensor,
+    tokens: tl.tensor,
+    best: tl.tensor,
+    parts: tl.tensor,
+    PADDED: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    await_inputs(PDL)
     sample = tl.program_id(0)
     i = tl.arange(0, PADDED)
     part = tl.argmax(tl.load(best + sample * parts + i, mask=i < parts, other=float("-inf")), 0)
@@ -46,6 +58,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     tokens = torch.empty(samples, parts, dtype=torch.int32, device=logits.device)
     best = torch.empty(samples, parts, dtype=torch.float32, device=logits.device)
     out = torch.empty(samples, dtype=torch.int64, device=logits.device)
-    _argmax_of_parts[(samples, parts)](tokens, best, logits, logits.stride(0), vocab, PART=_PART)
-    _argmax[(samples,)](out, tokens, best, parts, PADDED=triton.next_power_of_2(parts), num_warps=1)
+    pdl = dependent(logits.device)
+    _argmax_of_parts[(samples, parts)](tokens, best, logits, logits.stride(0), vocab, PART=_PART, **pdl)
+    _argmax[(samples,)](out, tokens, best, parts, PADDED=triton.next_power_of_2(parts), num_warps=1, **pdl)
     return out

@@ -15,18 +15,27 @@ from functools import partial
 from itertools import pairwise, product
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from engine.executor.batch import Span, query_tiles
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.paged_decode import cut, paged_decode
-from engine.executor.kernels.paged_prefill import paged_prefill, query_tiles
+from engine.executor.kernels.paged_prefill import paged_prefill
 from engine.executor.kernels.tuning import Tiles, Tuning, tuning
 
 MOST_SAMPLES = 256  # a step samples one token a sequence
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3-8B
+PRODUCTS = {  # name: columns, depth
+    "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    "o": (HIDDEN, HEADS * HEAD_DIM),
+    "gate_up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+    "head": (VOCAB, HIDDEN),
+}
 COLD_BYTES = 1 << 29  # several times any L2 cache
 
 
@@ -121,8 +130,8 @@ class Paged:
         requests = len(self.tables)
         q = self._queries(requests * rows)
         out = torch.empty_like(q)
-        starts = [i * rows for i in range(requests + 1)]
-        listed = query_tiles(starts, self.context_lens.tolist(), tiles.rows).cuda()
+        spans = [Span(i * rows, rows, context) for i, context in enumerate(self.context_lens.tolist())]
+        listed = torch.from_numpy(query_tiles(spans, 0, tiles.rows)).cuda()
         return time_us([partial(paged_prefill, out, q, kv, listed, self.tables, tiles) for kv in self.caches[:4]])
 
     def _queries(self, rows: int) -> torch.Tensor:
@@ -186,6 +195,18 @@ def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceil
         yield Timing(name, f"{rows} rows", us, rate, "GB/s", rate / ceilings.copy)
 
 
+def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[Timing]:
+    """The products of a step of so few rows, by `ops.linear` and by cuBLAS, against the read ceiling."""
+    for name, (columns, depth) in PRODUCTS.items():
+        x = torch.randn(rows, depth, dtype=dtype, device="cuda")
+        turns = max(2, COLD_BYTES // (columns * depth * dtype.itemsize))
+        weights = torch.randn(turns, columns, depth, dtype=dtype, device="cuda")
+        for kernel, linear in (("linear", ops.linear), ("linear (cuBLAS)", F.linear)):
+            calls: list[Callable[[], object]] = [partial(linear, x, weight, None) for weight in weights]
+            rate = weights[0].nbytes / (us := time_us(calls)) / 1e3
+            yield Timing(kernel, f"{name}, {rows} rows", us, rate, "GB/s", rate / ceilings.read)
+
+
 def bench_swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[Timing]:
     """Blocks of 32 layers to pinned memory and back, against the bus."""
     gpu = torch.randn(32, 2, 128, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
@@ -223,6 +244,8 @@ def bench(dtype: torch.dtype, block_size: int) -> Iterator[Timing]:
     yield from bench_attention(dtype, block_size, ceilings)
     for tokens in (1, 64, 256, 16384):
         yield from bench_bytes(tokens, dtype, block_size, ceilings)
+    for rows in (1, 16, 32, 64):
+        yield from bench_products(rows, dtype, ceilings)
     yield from bench_swap(dtype, block_size, ceilings)
 
 

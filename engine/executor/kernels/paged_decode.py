@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.executor.kernels.dependent import await_inputs, dependent
 from engine.executor.kernels.paging import load_tokens, token_offsets
 from engine.executor.kernels.softmax import softmax_scale, weigh
 from engine.executor.kernels.tuning import Tiles
@@ -41,7 +42,9 @@ def _schedule(
     CHUNK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     request = tl.program_id(0)
     all_tokens = 0
     for start in range(0, requests, _LENGTHS):
@@ -172,7 +175,9 @@ def _decode(
     BLOCK_SIZE: tl.constexpr,
     N: tl.constexpr,
     STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     kv_head = tl.program_id(0)
     piece = tl.program_id(1)
     at = pieces + 4 * piece
@@ -234,6 +239,7 @@ def cut(context_lens: torch.Tensor, kv_heads: int, programs: int, chunk: int) ->
     _schedule[(requests,)](
         pieces, arrived, context_lens, requests, shares, capacity,
         CHUNK=chunk, KV_HEADS=kv_heads, PADDED_HEADS=triton.next_power_of_2(kv_heads), num_warps=1,
+        **dependent(device),
     )  # fmt: skip
     return Pieces(pieces, arrived)
 
@@ -262,4 +268,5 @@ def paged_decode(
         tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4], softmax_scale(head_dim),
         KV_HEADS=kv_heads, GROUP=group, PADDED_GROUP=padded_group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         N=shape.tokens, STEP=max(2, 8192 // (padded_group * dim)), num_warps=shape.warps, num_stages=shape.stages,
+        **dependent(q.device),
     )  # fmt: skip

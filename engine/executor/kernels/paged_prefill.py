@@ -15,13 +15,12 @@ FlashAttention-2 (Dao 2023) over paged attention (Kwon et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine.executor.kernels.dependent import await_inputs, dependent
 from engine.executor.kernels.paging import load_block, load_tokens, token_offsets
 from engine.executor.kernels.softmax import softmax_scale, weigh
 from engine.executor.kernels.tuning import Tiles
@@ -107,7 +106,9 @@ def _prefill(
     M: tl.constexpr,
     N: tl.constexpr,
     BULK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     kv_head = tl.program_id(2)
     head = kv_head * GROUP + tl.program_id(0)
     tile = tiles + 4 * tl.program_id(1)
@@ -138,25 +139,6 @@ def _prefill(
     tl.store(out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :], result, mask=exists)
 
 
-def query_tiles(query_start: Sequence[int], context_lens: Sequence[int], rows: int) -> torch.Tensor:
-    """Cut requests into tiles of at most `rows` query rows, longest context first.
-
-    Args:
-        query_start: (requests + 1,) first row of each request, then the number of rows.
-        context_lens: (requests,) KV tokens of each, its own rows included.
-        rows: of a tile.
-
-    Returns:
-        (tiles, 4) int32 on the CPU: request, first row, end of the request's rows, position of the first row.
-    """
-    tiles = [
-        (request, row, query_start[request + 1], context - query_start[request + 1] + row)
-        for request, context in enumerate(context_lens)
-        for row in range(query_start[request], query_start[request + 1], rows)
-    ]
-    return torch.tensor(sorted(tiles, key=lambda tile: -tile[3]), dtype=torch.int32).view(-1, 4)
-
-
 def paged_prefill(
     out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, tiles: torch.Tensor, tables: torch.Tensor, shape: Tiles
 ) -> None:
@@ -166,7 +148,7 @@ def paged_prefill(
         out: (tokens, heads, head_dim), written.
         q: (tokens, heads, head_dim), rows of any stride.
         kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
-        tiles: from `query_tiles(…, shape.rows)`, on the GPU.
+        tiles: (tiles, 4) int32: request, first row, end of the request's rows, position of the first row.
         tables: (requests, blocks) int32; what pads a row is never read.
         shape: of the tiles.
     """
@@ -180,4 +162,5 @@ def paged_prefill(
         out, q, kv, blocks, tiles, tables, tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4],
         softmax_scale(head_dim), GROUP=group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         M=shape.rows, N=shape.tokens, BULK=bulk, num_warps=shape.warps, num_stages=shape.stages,
+        **dependent(q.device),
     )  # fmt: skip

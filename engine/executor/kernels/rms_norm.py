@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.executor.kernels.dependent import await_inputs, dependent
+
 
 @triton.jit
 def _add_rms_norm(
@@ -20,7 +22,9 @@ def _add_rms_norm(
     eps: tl.tensor,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, PADDED)
     exists = i < WIDTH
@@ -42,6 +46,6 @@ def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tenso
     padded = triton.next_power_of_2(hidden.shape[1])
     _add_rms_norm[(len(hidden),)](
         out, hidden, update, weight, eps,
-        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)),
+        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)), **dependent(hidden.device),
     )  # fmt: skip
     return out

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.executor.kernels.dependent import await_inputs, dependent
+
 _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 
 
@@ -24,7 +26,9 @@ def _angles(
     tokens: tl.tensor,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     token = tl.program_id(0) * _TOKENS + tl.arange(0, _TOKENS)
     d = tl.arange(0, PADDED_HALF)
     position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.float32)
@@ -52,7 +56,9 @@ def _rope_and_cache(
     PADDED_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    await_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, PADDED_HALF)
@@ -87,7 +93,8 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     tokens, half = len(positions), len(inv_freq)
     turns = torch.empty(tokens, 2, half, dtype=torch.float32, device=positions.device)
     grid = (triton.cdiv(tokens, _TOKENS.value),)
-    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=triton.next_power_of_2(half))
+    padded = triton.next_power_of_2(half)
+    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=padded, **dependent(turns.device))
     return turns
 
 
@@ -111,5 +118,6 @@ def rope_and_cache(
         qkv, turns, slots, kv, qkv.stride(0), *kv.stride()[:4],
         Q_HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads, num_warps=1,
+        **dependent(qkv.device),
     )  # fmt: skip
     return qkv[:, : all_heads - 2 * kv_heads]

@@ -9,11 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.executor.kernels.dependent import await_inputs, dependent
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul(out: tl.tensor, gate_up: tl.tensor, INNER: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _silu_and_mul(
+    out: tl.tensor, gate_up: tl.tensor, INNER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+) -> None:
+    await_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = i < INNER
@@ -28,5 +33,6 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return SiLU(gate) * up (tokens, inner) of contiguous `gate_up` (tokens, 2 * inner): SwiGLU (Shazeer 2020)."""
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_mul[(tokens, triton.cdiv(inner, _BLOCK))](out, gate_up, INNER=inner, BLOCK=_BLOCK)
+    grid = (tokens, triton.cdiv(inner, _BLOCK))
+    _silu_and_mul[grid](out, gate_up, INNER=inner, BLOCK=_BLOCK, **dependent(out.device))
     return out

@@ -23,6 +23,17 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Skinny:
+    """How a matrix product of few rows cuts its work."""
+
+    rows: int  # of x, at most: a power of 2 from 16
+    columns: int  # of the output, of a program
+    depth: int  # of an iteration, which divides the depth of the product
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tuning:
     """What attention needs to know of a GPU, for one element size and head_dim."""
 
@@ -32,7 +43,7 @@ class Tuning:
     chunk: int = 64  # requests are split at multiples of so many KV tokens, for decode
 
 
-_PROGRAMS_PER_PROCESSOR = 4
+_PROGRAMS_PER_PROCESSOR = 2
 _DEFAULT = (8, 0)  # fits into the 100 KB of shared memory of 8.6 and 8.9 too
 
 _PREFILL = {  # compute capability: (bytes of an element, largest head_dim)
@@ -67,6 +78,30 @@ _DECODE = {
         (4, 256): Tiles(16, 16, 4, 2),
     },
 }
+_SKINNY = {  # for elements of 2 bytes; fewest rows first, widest first
+    (9, 0): (
+        Skinny(16, 64, 128, 4, 6),
+        Skinny(16, 32, 256, 4, 6),
+        Skinny(32, 128, 128, 8, 4),
+        Skinny(32, 64, 128, 4, 5),
+        Skinny(32, 32, 256, 8, 5),
+        Skinny(64, 128, 128, 8, 3),
+        Skinny(64, 64, 128, 4, 5),
+    ),
+}
+_BUSY = 0.7  # of the processors: with fewer programs, a product of few rows is cuBLAS's
+
+
+def skinny(x: torch.Tensor, weight: torch.Tensor) -> Skinny | None:
+    """Look up how to multiply `x` (tokens, in) by `weight` (out, in), both contiguous; None: with cuBLAS."""
+    if x.device.type != "cuda" or x.itemsize != 2:
+        return None
+    gpu = torch.cuda.get_device_properties(x.device)
+    for shape in _SKINNY.get((gpu.major, gpu.minor), ()):
+        fits = len(x) <= shape.rows and x.shape[1] % shape.depth == 0
+        if fits and len(weight) >= _BUSY * gpu.multi_processor_count * shape.columns:
+            return shape
+    return None
 
 
 def tuning(device: torch.device, itemsize: int, head_dim: int, block_size: int) -> Tuning:

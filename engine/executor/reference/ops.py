@@ -7,12 +7,13 @@ Shapes: `tokens` rows of a flat batch, `requests` of 1 or more rows each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from engine.executor.batch import ForwardBatch
+from engine.executor.batch import ForwardBatch, Span
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         return F.linear(x, weight, bias)
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def embed(token_ids: torch.Tensor, last_tokens: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """Look up `weight` (vocab, hidden): (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
+    if last_tokens is not None:
+        token_ids = torch.where(token_ids < 0, last_tokens[(-1 - token_ids).clamp(min=0)], token_ids)
+    return F.embedding(token_ids, weight)
 
 
 def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -74,6 +82,7 @@ def rope_and_cache(
     q_and_k = qkv[:, :-kv_heads].float()
     rotated = torch.addcmul(q_and_k * cos, q_and_k.roll(head_dim // 2, dims=-1), sin).to(qkv.dtype)
     keys, values = kv.view(2, -1, kv_heads, head_dim).unbind(0)
+    slots = slots.long()
     keys.index_copy_(0, slots, rotated[:, heads:])
     values.index_copy_(0, slots, qkv[:, -kv_heads:])
     return rotated[:, :heads]
@@ -81,52 +90,58 @@ def rope_and_cache(
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What `attention` needs to know of some consecutive requests, the same in every layer."""
+    """What `attention` needs to know of a batch's decodes or prefills, the same in every layer."""
 
-    rows: list[int]  # (requests,) rows of each
-    context_lens: list[int]  # (requests,)
+    spans: list[Span]  # (requests,)
     blocks: list[torch.Tensor]  # (requests,) of (blocks,) int32, no padding
     masks: list[torch.Tensor | None]  # (requests,) of (rows, context) bool, True where attended; None: see `attention`
 
 
-def plan_attention(batch: ForwardBatch, first: int, last: int, block_size: int) -> AttentionPlan:
-    """Prepare attention for the requests `first` to `last` (exclusive) of a batch."""
-    rows = [batch.query_start[i + 1] - batch.query_start[i] for i in range(first, last)]
-    contexts = batch.context_lens[first:last]
-    device = batch.block_tables.device
-    return AttentionPlan(
-        rows=rows,
-        context_lens=contexts,
-        blocks=[batch.block_tables[first + i, : -(-n // block_size)] for i, n in enumerate(contexts)],
-        masks=[_chunk_mask(m, n, device) for m, n in zip(rows, contexts, strict=True)],
-    )
+def tile_rows(cache: torch.Tensor) -> int:
+    """Query rows of the tiles that a batch lists for this data plane: it needs none."""
+    return 0
 
 
-def attention(q: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Attend from each request's rows to its part of the cache: (tokens, heads, head_dim), as `q`.
+def plan_decodes(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
+    """Prepare attention for a batch's decodes; `cache` is all of it, as in `KVCache`."""
+    spans = [Span(row, 1, context) for row, context in enumerate(batch.context_lens.tolist())]
+    return _plan(spans, batch.block_tables[: batch.num_decodes], cache)
+
+
+def plan_prefills(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
+    """Prepare attention for a batch's prefills and chunks."""
+    return _plan(batch.prefills, batch.block_tables[batch.num_decodes :], cache)
+
+
+def _plan(spans: Sequence[Span], tables: torch.Tensor, cache: torch.Tensor) -> AttentionPlan:
+    block_size, device = cache.shape[3], tables.device
+    blocks = [table[: -(-span.context // block_size)] for table, span in zip(tables, spans, strict=True)]
+    return AttentionPlan(list(spans), blocks, [_chunk_mask(span.tokens, span.context, device) for span in spans])
+
+
+def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan) -> None:
+    """Attend from each request's rows to its part of the cache.
 
     Paged attention (Kwon et al. 2023), one request after the other: its blocks are gathered, slots past its context
     are cut off unread, and row i of m sees the first n - m + i + 1 of n tokens. One request's time does not depend on
     the others of its batch, and for one row is close to linear in n.
 
     Args:
-        q: (tokens, heads, head_dim), the rows of the plan's requests.
+        out: (tokens, heads, head_dim), of which the rows of the plan's requests are written.
+        q: (tokens, heads, head_dim).
         kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
-        plan: from `plan_attention`.
+        plan: from `plan_decodes` or `plan_prefills`.
     """
     kv_heads, head_dim = kv.shape[-2:]
-    results = []
-    requests = zip(torch.split(q, plan.rows), plan.context_lens, plan.blocks, plan.masks, strict=True)
-    for rows, context, blocks, mask in requests:
+    for (row, tokens, context), blocks, mask in zip(plan.spans, plan.blocks, plan.masks, strict=True):
         gathered = kv.index_select(1, blocks).view(2, 1, -1, kv_heads, head_dim)[:, :, :context]
         keys, values = gathered.transpose(2, 3).unbind(0)  # (1, kv_heads, context, head_dim) each
-        queries = rows.transpose(0, 1)[None]  # (1, heads, rows, head_dim)
-        causal = mask is None and len(rows) > 1  # a whole prompt: the mask that the kernel knows, at half the work
+        queries = q[row : row + tokens].transpose(0, 1)[None]  # (1, heads, rows, head_dim)
+        causal = mask is None and tokens > 1  # a whole prompt: the mask that the kernel knows, at half the work
         result = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True
         )
-        results.append(result[0].transpose(0, 1))
-    return torch.cat(results)
+        out[row : row + tokens] = result[0].transpose(0, 1)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -145,3 +160,8 @@ def _chunk_mask(rows: int, context: int, device: torch.device) -> torch.Tensor |
     if rows in (1, context):
         return None
     return torch.ones(rows, context, dtype=torch.bool, device=device).tril_(context - rows)
+
+
+def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Copy KV blocks from one cache to another; shapes as in `KVCache`, `pairs` (blocks, 2): from, to."""
+    target[:, :, pairs[:, 1]] = source[:, :, pairs[:, 0]]

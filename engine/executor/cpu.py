@@ -1,0 +1,97 @@
+"""The executor's machine without a GPU: plain PyTorch on some of the processors, caches in memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine.config import ServingConfig
+from engine.executor.backend import ThreadedDataPlane
+from engine.executor.batch import KVCache
+from engine.executor.model import Llama
+from engine.executor.reference import ops
+from engine.executor.runner import Runner
+from engine.executor.running import RunningBatch
+from traces.errors import TandemError
+
+MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop
+SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SWAP_REPEATS = 5
+
+
+class Cpu:
+    """Implements `engine.executor.executor.Machine`."""
+
+    kernels = "reference (PyTorch)"
+    ops = ops
+    device = torch.device("cpu")
+    default_dtype = "float32"
+    default_block_size = 16
+
+    def __init__(self, threads: int | None) -> None:
+        # One core is left to the serving loop and the rest of the machine: OpenMP threads wait for the slowest.
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        self.name = f"{_cpu_name()}, {self.threads} threads"
+        # Only the data plane's thread computes in parallel: a second OpenMP pool in a process, even an idle one, makes
+        # libgomp stop spinning at the end of each parallel region, and a step of many short ones half as slow again.
+        torch.set_num_threads(1)
+
+    def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
+        """As in `Machine`: a share of the free memory."""
+        block_bytes = config.block_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
+        free: int = psutil.virtual_memory().available
+        room = int(MEMORY_FRACTION * free) // block_bytes - config.num_cpu_blocks
+        longest = -(-config.max_model_len // config.block_size)
+        if room < longest:
+            raise TandemError(
+                f"memory holds {max(room, 0)} KV blocks, one request of {config.max_model_len} tokens needs {longest}: "
+                "lower --max-model-len or --cpu-blocks"
+            )
+        return min(room, config.max_seqs * longest)
+
+    def caches(self, model: Llama, config: ServingConfig) -> tuple[KVCache, KVCache]:
+        """Both tiers of a run's KV cache. Raises TandemError if memory does not hold them."""
+
+        def allocate(blocks: int) -> KVCache:
+            return KVCache.allocate(model.config, blocks, config.block_size, model.dtype, "cpu")
+
+        try:
+            return allocate(config.num_blocks), allocate(config.num_cpu_blocks)
+        except RuntimeError as error:
+            blocks = config.num_blocks + config.num_cpu_blocks
+            raise TandemError(f"no memory for {blocks} KV blocks: lower --kv-blocks or --cpu-blocks") from error
+
+    def prepare(self, model: Llama, config: ServingConfig) -> None:
+        """As in `Machine`: nothing takes seconds here."""
+
+    def data_plane(self, model: Llama, config: ServingConfig, running: RunningBatch) -> ThreadedDataPlane:
+        """As in `Machine`."""
+        return ThreadedDataPlane(Runner(model, self.caches(model, config), running, self.threads))
+
+    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+        """As in `Machine`."""
+        near, far = self.caches(model, config)
+        most = min(config.num_blocks, config.num_cpu_blocks)
+        counts = sorted({min(count, most) for count in SWAP_BLOCKS})
+        pairs = torch.arange(most).repeat(2, 1).T
+        return [
+            (direction, count, [_time_us(source, target, pairs[:count]) for _ in range(SWAP_REPEATS)])
+            for count in counts
+            for direction, source, target in (("out", near, far), ("in", far, near))
+        ]
+
+
+def _time_us(source: KVCache, target: KVCache, pairs: torch.Tensor) -> float:
+    start = time.perf_counter_ns()
+    ops.copy_blocks(source.data, target.data, pairs)
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def _cpu_name() -> str:
+    lines: Sequence[str] = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

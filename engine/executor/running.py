@@ -1,0 +1,189 @@
+"""The running batch that Steps describe, on the data plane's side of the seam: who runs, with which tokens and blocks.
+
+It alone holds token values; the scheduler never sees one. Knows no model and no device: what a step computes is packed
+into a buffer for whoever computes it, and the tokens that come back are noted, possibly a step later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.backend import Stop
+from engine.config import ServingConfig
+from engine.executor.batch import Decodes, Ints, Prefill
+from engine.step import Step
+from traces.errors import TandemError
+from traces.request import TraceRequest
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One request: its tokens as far as the host knows them, and the row of the tables that is its own for now."""
+
+    source: TraceRequest
+    prompt: list[int]
+    made: list[int]
+    seat: int = -1
+    blocks: int = 0  # in its row
+    stopped: bool = False
+
+
+class Work(NamedTuple):
+    """What a step computes. It samples every decode, then the prefills that are complete with it."""
+
+    decodes: Decodes
+    prefills: list[Prefill]
+    samplers: list[_Sequence]  # whom the tokens belong to, in order
+    blocks: int  # of the longest request
+
+
+class RunningBatch:
+    """Follows the deltas of a run.
+
+    A running request has a seat: a row of the block tables, and a place on the device where its newest token stays, so
+    that the next step can be fed before the host has seen that token.
+
+    Attributes:
+        outputs: the tokens that each request made, in order; those past a stop token included.
+        seats: how many there are.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[TraceRequest],
+        stop_tokens: Iterable[int] | None,
+        vocab_size: int,
+        config: ServingConfig,
+    ) -> None:
+        """`stop_tokens` None: requests stop at their trace's `output_len`, whatever the model says."""
+        self.outputs: dict[int, list[int]] = {}
+        self._sources = {source.id: source for source in requests}
+        self._stop_tokens = None if stop_tokens is None else frozenset(stop_tokens)
+        self._may_stop = stop_tokens is not None or any(each.output_len < each.max_tokens for each in requests)
+        self._vocab_size = vocab_size
+        self._sequences: dict[int, _Sequence] = {}
+        self._decoding: dict[int, _Sequence] = {}
+        self._newcomers: dict[int, _Sequence] = {}  # joined, and have not decoded since
+        self._order: Ints | None = None  # seats of the decoding requests
+        self.seats = config.max_seqs
+        self._free_seats = list(range(config.max_seqs - 1, -1, -1))
+        self._tables = np.zeros((config.max_seqs, table_width(config)), np.int32)
+        self._contexts = np.zeros(config.max_seqs, np.int32)
+
+    def apply(self, step: Step) -> Work:
+        """Apply a step's delta; returns what it computes."""
+        self._enter(step)
+        prefills = [self._prefill(self._sequences[each], *chunk) for each, chunk in step.chunks.items()]
+        samplers = [self._sequences[each] for each, chunk in step.chunks.items() if chunk.samples]
+        decodes = self._decodes(step)
+        if step.decodes:
+            samplers = [*self._decoding.values(), *samplers]
+        for request_id in step.finishing:
+            self._forget(request_id)
+        widths = [decodes.tables.shape[1], *(len(each.table) for each in prefills)]
+        return Work(decodes, prefills, samplers, max(widths))
+
+    def note(self, work: Work, tokens: list[int]) -> list[Stop]:
+        """Note the tokens of a step, the oldest not yet noted; returns the requests that they end."""
+        for sequence, token in zip(work.samplers, tokens, strict=True):
+            sequence.made.append(token)
+        if not self._may_stop:
+            return []
+        return [self._stop(sequence) for sequence in work.samplers if self._ends(sequence)]
+
+    def _ends(self, sequence: _Sequence) -> bool:
+        source, made = sequence.source, len(sequence.made)
+        if sequence.stopped or made >= source.max_tokens:  # the token after a stop may be a stop token as well
+            return False
+        return made == source.output_len if self._stop_tokens is None else sequence.made[-1] in self._stop_tokens
+
+    def _stop(self, sequence: _Sequence) -> Stop:
+        sequence.stopped = True
+        return Stop(sequence.source.id, len(sequence.made))
+
+    def _enter(self, step: Step) -> None:
+        for request_id in step.dropped:
+            self._forget(request_id)
+        for request_id in (*step.preempted, *step.swapped_out):
+            if sequence := self._sequences.get(request_id):  # None: admitted and preempted by one plan, it never ran
+                self._stand_up(sequence)
+        for request_id, copies in step.swapped_in.items():
+            self._append_blocks(self._sequences[request_id], copies.target)
+        for request_id, blocks in step.blocks.items():
+            if request_id not in self._sequences:
+                source = self._sources[request_id]
+                made = self.outputs[request_id] = []
+                self._sequences[request_id] = _Sequence(source, self._prompt(source), made)
+            self._append_blocks(self._sequences[request_id], blocks)
+        for request_id, context in step.joined.items():
+            sequence = self._decoding[request_id] = self._newcomers[request_id] = self._sequences[request_id]
+            self._contexts[sequence.seat] = context
+            self._order = None
+
+    def _append_blocks(self, sequence: _Sequence, blocks: Sequence[int]) -> None:
+        if sequence.seat < 0:
+            sequence.seat = self._free_seats.pop()
+        self._tables[sequence.seat, sequence.blocks : sequence.blocks + len(blocks)] = blocks
+        sequence.blocks += len(blocks)
+
+    def _stand_up(self, sequence: _Sequence) -> None:
+        """The request gives up its seat: what is launched may still use it, since later steps come after."""
+        if self._decoding.pop(sequence.source.id, None):
+            self._order = None
+        self._newcomers.pop(sequence.source.id, None)
+        if sequence.seat >= 0:
+            self._free_seats.append(sequence.seat)
+        sequence.seat, sequence.blocks = -1, 0
+
+    def _forget(self, request_id: int) -> None:
+        if sequence := self._sequences.pop(request_id, None):
+            self._stand_up(sequence)
+
+    def _prompt(self, source: TraceRequest) -> list[int]:
+        """The trace's token ids; where it has only lengths, ids drawn with the request's number as seed."""
+        if source.prompt_token_ids is not None:
+            if not 0 <= min(source.prompt_token_ids) <= max(source.prompt_token_ids) < self._vocab_size:
+                raise TandemError(
+                    f"request {source.id} has token ids outside the model's vocabulary of {self._vocab_size}: "
+                    "make the trace with this model's tokenizer"
+                )
+            return list(source.prompt_token_ids)
+        drawn: list[int] = np.random.default_rng(source.id).integers(self._vocab_size, size=source.prompt_len).tolist()
+        return drawn
+
+    def _prefill(self, sequence: _Sequence, start: int, tokens: int, samples: bool) -> Prefill:
+        known = sequence.prompt if not sequence.made else sequence.prompt + sequence.made
+        table = self._tables[sequence.seat, : sequence.blocks]
+        return Prefill(known[start : start + tokens], start, table, samples, sequence.seat)
+
+    def _decodes(self, step: Step) -> Decodes:
+        """Everyone's newest token is at its seat, but of those back from a swap: theirs, the host has known for long.
+
+        A request need not decode in the step that it joins.
+        """
+        if not step.decodes:
+            return Decodes.none()
+        if self._order is None:
+            self._order = np.fromiter((each.seat for each in self._decoding.values()), np.int32, len(self._decoding))
+        order = self._order
+        contexts = self._contexts[order]
+        self._contexts[order] += 1
+        widest = max(each.blocks for each in self._decoding.values())
+        token_ids = -1 - order
+        if self._newcomers:
+            places = {request_id: place for place, request_id in enumerate(self._decoding)}
+            for request_id, sequence in self._newcomers.items():
+                place = places[request_id]
+                if len(sequence.prompt) + len(sequence.made) == contexts[place] + 1:
+                    token_ids[place] = (sequence.made or sequence.prompt)[-1]
+            self._newcomers.clear()
+        return Decodes(token_ids, contexts, self._tables[order, :widest], order)
+
+
+def table_width(config: ServingConfig) -> int:
+    """Blocks of the longest request."""
+    return -(-config.max_model_len // config.block_size)
