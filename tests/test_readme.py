@@ -72,6 +72,6 @@ def test_its_make_targets_exist_and_ci_runs_the_test_command():
 
 def test_every_file_it_names_exists():
     named = re.findall(
-        r"`((?:engine|sim|traces|analysis|docs|tests)/[\w/.]*)`|\]\((docs/[\w.]+)\)", (ROOT / "README.md").read_text()
+        r"`((?:engine|sim|traces|analysis|docs|tests)/[\w/.]*)`|\]\((docs/[\w./]+)\)", (ROOT / "README.md").read_text()
     )
     assert named and all((ROOT / (code or link)).exists() for code, link in named)
