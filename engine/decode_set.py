@@ -11,19 +11,25 @@ from collections import defaultdict
 
 
 class DecodeSet:
-    """An ordered set of request ids with contexts that all grow by one token a tick.
+    """An ordered set of request ids with contexts that all grow by one token a tick."""
 
-    Attributes:
-        kv_tokens: the sum of the members' contexts, in tokens.
-    """
-
-    __slots__ = ("_alarms", "_base", "_tick", "kv_tokens")
+    __slots__ = ("_alarms", "_base", "_squares", "_sum", "_tick")
 
     def __init__(self) -> None:
         self._tick = 0
         self._base: dict[int, int] = {}  # request id -> context minus the tick at which it joined
         self._alarms: defaultdict[int, list[int]] = defaultdict(list)
-        self.kv_tokens = 0
+        self._sum = self._squares = 0  # of the bases, and of their squares
+
+    @property
+    def kv_tokens(self) -> int:
+        """The sum of the members' contexts, in tokens."""
+        return self._sum + len(self._base) * self._tick
+
+    @property
+    def kv_squares(self) -> int:
+        """The sum of the squares of the members' contexts."""
+        return self._squares + self._tick * (2 * self._sum + len(self._base) * self._tick)
 
     def __len__(self) -> int:
         return len(self._base)
@@ -37,14 +43,16 @@ class DecodeSet:
 
     def add(self, request_id: int, context: int) -> None:
         """Let a request with `context` cached tokens join."""
-        self._base[request_id] = context - self._tick
-        self.kv_tokens += context
+        base = self._base[request_id] = context - self._tick
+        self._sum += base
+        self._squares += base * base
 
     def discard(self, request_id: int) -> None:
         """Let a request leave, if it is a member. Alarms of members that left may still ring."""
         base = self._base.pop(request_id, None)
         if base is not None:
-            self.kv_tokens -= base + self._tick
+            self._sum -= base
+            self._squares -= base * base
 
     def wake(self, request_id: int, ticks: int) -> None:
         """Ask for `request_id` to be among those that ring in `ticks` ticks (at least 1)."""
@@ -53,5 +61,4 @@ class DecodeSet:
     def advance(self) -> list[int]:
         """Every member makes one token. Returns the ids whose alarm rings, former members included."""
         self._tick += 1
-        self.kv_tokens += len(self._base)
         return self._alarms.pop(self._tick, [])

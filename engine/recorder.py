@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from engine.backend import Completion, Launch
 from engine.events import Event
 from engine.records import tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
-from engine.step import Step
+from engine.step import Copies, Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,14 +59,13 @@ class Recorder:
         """A step that was planned at `now` is on its way."""
         times = (now, launch.planned_ns, launch.launched_ns)
         load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting)
-        lost = (
-            len(step.preempted) + len(step.swapped_out),
-            *(sum(len(copies.source) for copies in swaps.values()) for swaps in (step.swapped_out, step.swapped_in)),
-        )
+        out, back = step.swapped_out, step.swapped_in
+        lost = (len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0)
         self._steps.append(
             (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load, *lost)
         )
-        self._track(step, now)
+        if not step.is_steady:
+            self._track(step, now)
 
     def _track(self, step: Step, now: int) -> None:
         for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
@@ -135,3 +135,7 @@ class Recorder:
     def _time_of(self, step: int | None) -> int | None:
         known = step is not None and step < len(self._completions)
         return self._completions[step].completed_ns if known and step is not None else None
+
+
+def _blocks(swaps: Mapping[int, Copies]) -> int:
+    return sum(len(copies.source) for copies in swaps.values())

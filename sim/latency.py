@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from engine.step import Chunk, Copies, Step
+from engine.graph_sizes import GraphSizes
+from engine.step import Copies, Step
 from sim.profile import Curve, Profile, Surface
 from traces.errors import TandemError
 
+PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "skew")
+"""What a step's time is made of: layers by tokens, the head by samples, what padding to a captured size adds, attention
+of prefill chunks, of decodes were their contexts all alike, and what their unevenness adds."""
+
 
 class LatencyModel:
-    """Sums a step's parts: dense layers by tokens, attention by request, the head by samples.
+    """Sums a step's parts.
 
     Attributes:
         lookups: how often each table was asked.
         outside: how often each table was asked outside what was measured, and extrapolated.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
+        """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
         self.lookups: Counter[str] = Counter()
         self.outside: Counter[str] = Counter()
         tables = profile.tables
-        ops = {row["op"]: {} for row in tables["dense"]}  # type: dict[str, dict[float, float]]
-        for row in tables["dense"]:
-            ops[row["op"]][row["tokens"]] = row["time_us"]
-        self._dense = _sum_of([Curve(points) for points in ops.values()])
+        self._ignored = frozenset(ignore) & frozenset(PARTS)
+        self._dense = _sum_of(list(_curves(tables["dense"], "op", "tokens").values()))
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
-        directions: dict[str, dict[float, float]] = {}
-        for row in tables.get("swap", ()):
-            directions.setdefault(row["direction"], {})[row["blocks"]] = row["time_us"]
-        self._swap = {direction: Curve(points) for direction, points in directions.items()}
-        # Over the mean context, so that interpolating between numbers of sequences keeps their lengths.
-        self._decode = Surface(
-            {
-                (row["sequences"], row["kv_tokens"] / row["sequences"]): row["time_us"]
-                for row in tables["decode_attention"]
-            }
-        )
+        self._decode = _decode_surfaces(tables["decode_attention"])
+        self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
+        self._graph = _curves(tables.get("graph", ()), "kind", "rows")
+        self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
+        # In a captured step all chunks attend at once: what even the smallest costs is spent once.
+        self._prefill_floor = min(row["time_us"] for row in tables["prefill_attention"]) if self._graph else 0.0
 
     def device_ns(self, step: Step) -> int:
         """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
         if step.kind == "swap":
             return self.copies_ns(step)
+        parts = self.parts_us(step)
+        time_us = sum(parts.values())
+        if self._ignored:
+            time_us -= sum(parts[part] for part in self._ignored)
+        return round(1000 * time_us)
+
+    def parts_us(self, step: Step) -> dict[str, float]:
+        """Microseconds by `PARTS`, all of which add up to the step's compute."""
         samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
-        time_us = self._dense_us(step.prefill_tokens + step.decodes) + self._head_us(samples)
-        for chunk in step.chunks.values():
-            time_us += self._prefill_us(chunk)
-        if step.decodes:
-            time_us += self._decode_us(step.decodes, step.kv_tokens)
-        return round(time_us * 1000)
+        parts = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
+        parts["prefill_attention"] = self._prefill_us(step)
+        parts["decode_attention"], parts["skew"] = self._decode_us(step)
+        return parts
+
+    def _pass_us(self, tokens: int, prefills: int, samples: int) -> dict[str, float]:
+        """A pass without attention, as captured, or as launched kernel by kernel."""
+        rows = self._sizes.rows(tokens, prefills) if self._sizes else None
+        if self._sizes is None or rows is None:
+            self._count("dense", self._dense.covers(tokens))
+            return {"dense": self._dense(tokens), "head": self._head_us(samples), "padding": 0.0}
+        graph = self._graph["mixed" if prefills else "decode"]
+        self._count("graph", graph.covers(rows))
+        whole, unpadded = graph(rows), graph(tokens)
+        head = self._head_us(min(rows, self._sizes.max_seqs))
+        return {"dense": unpadded - head, "head": head, "padding": whole - unpadded}
 
     def copies_ns(self, step: Step) -> int:
         """Time of a step's copies between the tiers. Raises TandemError if the profile has none."""
@@ -68,29 +85,59 @@ class LatencyModel:
         self._count("swap", curve.covers(blocks))
         return curve(blocks)
 
-    def _dense_us(self, tokens: int) -> float:
-        self._count("dense", self._dense.covers(tokens))
-        return self._dense(tokens)
-
     def _head_us(self, samples: int) -> float:
         if not samples:
             return 0.0
         self._count("head", self._head.covers(samples))
         return self._head(samples)
 
-    def _prefill_us(self, chunk: Chunk) -> float:
-        self._count("prefill_attention", self._prefill.covers(chunk.tokens, chunk.start))
-        return self._prefill(chunk.tokens, chunk.start)
+    def _prefill_us(self, step: Step) -> float:
+        time_us = 0.0
+        for start, tokens, _ in step.chunks.values():
+            self._count("prefill_attention", self._prefill.covers(tokens, start))
+            time_us += max(0.0, self._prefill(tokens, start) - self._prefill_floor)
+        return time_us + self._prefill_floor if step.chunks else 0.0
 
-    def _decode_us(self, sequences: int, kv_tokens: int) -> float:
-        context = kv_tokens / sequences + 1  # a decode attends to its own token too
-        self._count("decode_attention", self._decode.covers(sequences, context))
-        return self._decode(sequences, context)
+    def _decode_us(self, step: Step) -> tuple[float, float]:
+        """Attention of decodes with contexts all alike, and what their unevenness adds."""
+        if not step.decodes:
+            return 0.0, 0.0
+        sequences = step.decodes
+        context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
+        levels, surfaces = self._decode
+        even = surfaces[0](sequences, context)
+        self._count("decode_attention", surfaces[0].covers(sequences, context))
+        if len(levels) == 1:
+            return even, 0.0
+        squares = step.kv_squares + 2 * step.kv_tokens + sequences
+        uneven = Curve(dict(zip(levels, (surface(sequences, context) for surface in surfaces), strict=True)))
+        return even, uneven(min(squares / sequences / context**2, levels[-1])) - even
 
     def _count(self, table: str, covered: bool) -> None:
         self.lookups[table] += 1
         if not covered:
             self.outside[table] += 1
+
+
+def _curves(rows: Collection[Mapping[str, float]], name: str, axis: str) -> dict[str, Curve]:
+    """A table with one named column and one axis: a curve for each name."""
+    points: dict[str, dict[float, float]] = {}
+    for row in rows:
+        points.setdefault(str(row[name]), {})[row[axis]] = row["time_us"]
+    return {each: Curve(of_name) for each, of_name in points.items()}
+
+
+def _decode_surfaces(rows: Collection[Mapping[str, float]]) -> tuple[list[float], list[Surface]]:
+    """Levels of unevenness, from 1 up, and a surface for each over sequences and their mean context.
+
+    Over the mean context, so that interpolating between numbers of sequences keeps their lengths.
+    """
+    points: dict[float, dict[tuple[float, float], float]] = {}
+    for row in rows:
+        key = (row["sequences"], row["kv_tokens"] / row["sequences"])
+        points.setdefault(row["unevenness"], {})[key] = row["time_us"]
+    levels = sorted(points)
+    return levels, [Surface(points[level]) for level in levels]
 
 
 def _sum_of(curves: list[Curve]) -> Curve:

@@ -21,21 +21,24 @@ import yaml
 from engine.model_config import ModelConfig
 from traces.errors import TandemError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # table -> key columns; every table also has `time_us` and `spread` (interquartile range / median of the repeats)
 TABLES: dict[str, tuple[str, ...]] = {
     "dense": ("op", "tokens"),  # everything whose cost depends on the number of tokens in the step alone
     "prefill_attention": ("chunk", "context"),  # one request's chunk over `context` earlier tokens
-    "decode_attention": ("sequences", "kv_tokens"),  # all decodes of a step; kv_tokens is their sum
+    # All decodes of a step; kv_tokens is their sum, unevenness the mean square of their contexts over the squared mean.
+    "decode_attention": ("sequences", "kv_tokens", "unevenness"),
     "head": ("samples",),  # final norm, language-model head and sampling
-    "host": ("term",),
+    "host": ("term", "kind", "sequences"),  # of `HOST_TERMS`, by `HOST_KINDS`
 }
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
+    "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
     "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
 }
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
+HOST_KINDS = ("decode", "prefill", "any")  # steps that only decode, that prefill (too), or what does not depend on it
 
 Row = dict[str, Any]
 
@@ -67,9 +70,11 @@ class Profile:
         """The shape that was measured."""
         return ModelConfig.from_dict(self.meta["model"])
 
-    def host_us(self, term: str) -> float:
-        """The host's time for one of `HOST_TERMS`."""
-        return next(float(row["time_us"]) for row in self.tables["host"] if row["term"] == term)
+    def host(self, term: str, kind: str) -> Curve:
+        """The host's time (µs) for one of `HOST_TERMS` by sequences; `kind` is decode or prefill."""
+        rows = [row for row in self.tables["host"] if row["term"] == term]
+        own = [row for row in rows if row["kind"] == kind] or [row for row in rows if row["kind"] == "any"]
+        return Curve({row["sequences"]: row["time_us"] for row in own or rows})
 
 
 def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:

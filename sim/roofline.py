@@ -53,7 +53,9 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
     dense = [{"op": op, "tokens": m} | gemm(m, k, n, model.num_layers) for op, (k, n) in gemms.items() for m in TOKENS]
     prefill = [{"chunk": c, "context": x} | attention(c, c * (x + (c + 1) / 2), x + c) for c in TOKENS for x in LENGTHS]
     decode = [
-        {"sequences": n, "kv_tokens": n * x} | attention(n, n * x, n * x) for n in TOKENS[:11] for x in LENGTHS[1:]
+        {"sequences": n, "kv_tokens": n * x, "unevenness": 1.0} | attention(n, n * x, n * x)
+        for n in TOKENS[:11]
+        for x in LENGTHS[1:]
     ]
     head = [{"samples": n} | gemm(n, model.hidden_size, model.vocab_size, 1) for n in TOKENS[:11]]
     block_bytes = block_size * model.kv_bytes_per_token(BYTES)
@@ -62,7 +64,7 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         for direction in ("out", "in")
         for n in TOKENS[:9]
     ]
-    host = [{"term": term, "time_us": 0.0, "spread": 0.0} for term in HOST_TERMS]
+    host = [{"term": term, "kind": "any", "sequences": 1, "time_us": 0.0, "spread": 0.0} for term in HOST_TERMS]
     meta = {
         "device": sheet["device"],
         "model": asdict(model),
@@ -70,6 +72,11 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         "source": "roofline of the data sheet: a floor, nothing was measured",
         "data_sheet": sheet,
         "kv_blocks": _kv_blocks(sheet, model, block_size),
+        "memory": {
+            "usable": int(MEMORY_FRACTION * sheet["memory_gb"] * 1e9),
+            "weights": BYTES * model.num_parameters,
+            "block": block_size * model.kv_bytes_per_token(BYTES),
+        },
         "block_size": block_size,
     }
     tables = {"dense": dense, "prefill_attention": prefill, "decode_attention": decode, "head": head, "host": host}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 import simpy
@@ -30,14 +30,21 @@ def simulate(
 
 
 def predict(
-    requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile, recorder: Recorder
+    requests: Sequence[TraceRequest],
+    config: ServingConfig,
+    profile: Profile,
+    recorder: Recorder,
+    ignore: Collection[str] = (),
 ) -> dict[str, int]:
     """Simulate on the times of a profile.
+
+    Args:
+        ignore: what is to count for nothing: `sim.latency.PARTS`, and `host`.
 
     Returns:
         How often the profile was asked outside its measured range, by table; `lookups` counts all questions.
     """
-    timing = ProfiledTiming(profile)
+    timing = ProfiledTiming(profile, ignore)
     simulate(requests, config, timing, recorder)
     return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
 
@@ -60,22 +67,35 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     ]
 
 
-def replay(run: RunRecords, config: ServingConfig, profile: Profile | None = None) -> RunRecords:
+def replay(
+    run: RunRecords, config: ServingConfig, profile: Profile | None = None, ignore: Collection[str] = ()
+) -> RunRecords:
     """Give the simulator a recorded run's workload and times, never its plans, and see what it decides.
 
     Args:
         run: the recorded run.
         config: its limits and policy.
         profile: if given, `device_ns` in the result is the latency model's prediction for the recorded batches.
+        ignore: parts of the latency model that are to count for nothing.
 
     Returns:
         Records of the replay: equal digests mean equal decisions. It ends early where the recorded times no longer
         fit the decisions.
     """
-    steps, recorder = run.tables["steps"], Recorder()
+    recorder = Recorder()
+    _replay(run, config, LatencyModel(profile, ignore) if profile else None, recorder)
+    return RunRecords(run.manifest, recorder.tables(), partial=run.partial)
+
+
+def replay_parts(run: RunRecords, config: ServingConfig, profile: Profile) -> list[dict[str, float]]:
+    """What the latency model takes each step of a recorded run to be made of: `LatencyModel.parts_us`, in order."""
+    return _replay(run, config, LatencyModel(profile), Recorder()).parts_us
+
+
+def _replay(run: RunRecords, config: ServingConfig, latency: LatencyModel | None, recorder: Recorder) -> RecordedTiming:
+    steps = run.tables["steps"]
     device = list(zip(steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True))
-    latency = LatencyModel(profile) if profile else None
     timing = RecordedTiming(run.tables["iterations"].to_pylist(), device, latency)
     with suppress(ReplayOver):
         simulate(recorded_requests(run), config, timing, recorder, timing.start_ns)
-    return RunRecords(run.manifest, recorder.tables(), partial=run.partial)
+    return timing

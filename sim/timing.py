@@ -7,14 +7,14 @@ notice of something and reading the clock again is charged there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from engine.backend import Launch
 from engine.copies import CopyOrder
 from engine.step import Step
 from sim.latency import LatencyModel
-from sim.profile import Profile
+from sim.profile import HOST_TERMS, Profile
 
 
 class Work(NamedTuple):
@@ -44,21 +44,20 @@ class ProfiledTiming:
     Copies between the tiers are a resource of their own, which works beside the compute that does not depend on them.
     """
 
-    def __init__(self, profile: Profile) -> None:
-        self.latency = LatencyModel(profile)
-        terms = ("plan", "launch", "notice", "turn", "wake")
-        self._plan, self._launch, self._notice, self._turn, self._wake = (
-            round(1000 * profile.host_us(term)) for term in terms
-        )
+    def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
+        """`ignore`: as in `LatencyModel`, and `host`, which makes the host take no time."""
+        self.latency = LatencyModel(profile, ignore)
+        self._host = _HostTimes(profile, "host" in ignore)
         self._device_free_ns = 0
         self._copies = CopyOrder()
         self._copies_free_ns = 0
         self._copied_ns: dict[int, int] = {}  # by step, of copies that no compute has waited for yet
-        self._in_flight: deque[tuple[int, int]] = deque()
+        self._in_flight: deque[tuple[int, int, int, int]] = deque()
 
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The device starts once the step is launched, and its predecessor and the copies that it needs are done."""
-        launch = Launch(now + self._plan, now + self._plan + self._launch)
+        plan_ns, launch_ns, notice_ns, turn_ns, _ = self._host.of(step)
+        launch = Launch(now + plan_ns, now + plan_ns + launch_ns)
         device_ns = self.latency.device_ns(step)
         if step.swapped_out or step.swapped_in:
             copy_start = max(launch.launched_ns, self._device_free_ns, self._copies_free_ns)
@@ -72,18 +71,39 @@ class ProfiledTiming:
         else:
             start = max(launch.launched_ns, self._device_free_ns)
             self._device_free_ns = start + device_ns
-        self._in_flight.append((start, device_ns))
+        self._in_flight.append((start, device_ns, notice_ns, turn_ns))
         return launch, launch.launched_ns
 
     def complete(self, now: int) -> tuple[Work, int]:
         """The host notices a little after the device's end, or at once if that is past."""
-        start, device_ns = self._in_flight.popleft()
-        completed = max(now, start + device_ns + self._notice)
-        return Work(completed, start, device_ns), completed + self._turn
+        start, device_ns, notice, turn = self._in_flight.popleft()
+        completed = max(now, start + device_ns + notice)
+        return Work(completed, start, device_ns), completed + turn
 
     def wake(self, due_ns: int) -> int:
         """Timers are late."""
-        return due_ns + self._wake
+        return due_ns + self._host.of(Step(0))[-1]
+
+
+class _HostTimes:
+    """The host's terms in nanoseconds, by kind of step and sequences."""
+
+    def __init__(self, profile: Profile, none: bool) -> None:
+        self._curves = {(term, kind): profile.host(term, kind) for term in HOST_TERMS for kind in ("decode", "prefill")}
+        self._none = none
+        self._known: dict[tuple[bool, int], tuple[int, ...]] = {}
+
+    def of(self, step: Step) -> tuple[int, ...]:
+        """`HOST_TERMS`, in order; for a number of sequences outside the measured, those of the nearest that was."""
+        key = bool(step.chunks), step.running
+        times = self._known.get(key)
+        if times is None:
+            times = self._known[key] = tuple(self._ns(term, *key) for term in HOST_TERMS)
+        return times
+
+    def _ns(self, term: str, prefills: bool, sequences: int) -> int:
+        curve = self._curves[term, "prefill" if prefills else "decode"]
+        return 0 if self._none else round(1000 * curve(min(max(sequences, curve.xs[0]), curve.xs[-1])))
 
 
 class ReplayOver(Exception):
@@ -94,6 +114,9 @@ class RecordedTiming:
     """The times of a recorded run, iteration by iteration, and of its decisions nothing.
 
     With a latency model, `device_ns` is its prediction for the batch at hand, beside the recorded notice.
+
+    Attributes:
+        parts_us: of each step, as the latency model has them.
     """
 
     def __init__(
@@ -102,6 +125,7 @@ class RecordedTiming:
         self._iterations = iterations
         self._device = device
         self._latency = latency
+        self.parts_us: list[dict[str, float]] = []
         self._turn = 0
         self._in_flight: deque[int] = deque()
         self._completed: Iterator[tuple[int, int]] = iter(device)
@@ -122,9 +146,15 @@ class RecordedTiming:
         row = self._row
         if row["launched_ns"] is None:
             raise ReplayOver
-        self._in_flight.append(self._latency.device_ns(step) if self._latency else -1)
+        self._in_flight.append(self._predict(step))
         launch = Launch(row["planned_ns"], row["launched_ns"])
         return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read(launch.launched_ns)
+
+    def _predict(self, step: Step) -> int:
+        if self._latency is None:
+            return -1
+        self.parts_us.append(self._latency.parts_us(step) if step.kind != "swap" else {})
+        return self._latency.device_ns(step)
 
     def complete(self, now: int) -> tuple[Work, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""

@@ -122,7 +122,8 @@ class Shadow:
             assert chunk.samples == (chunk.start + chunk.tokens == known)
             self._cache(mirror, chunk.tokens, makes=chunk.samples)
         if step.decodes:
-            assert step.kv_tokens == sum(self.mirrors[each].cached for each in self.decoding)
+            contexts = [self.mirrors[each].cached for each in self.decoding]
+            assert (step.kv_tokens, step.kv_squares) == (sum(contexts), sum(context**2 for context in contexts))
             for request_id in self.decoding:
                 self._cache(self.mirrors[request_id], 1, makes=True)
 
@@ -179,11 +180,12 @@ def small_profile(scale: float = 1.0) -> Profile:
     decode = rows(
         sequences=[1, 1, 256, 256],
         kv_tokens=[1, 4096, 256, 256 * 4096],
+        unevenness=[1, 1, 1, 1],
         time_us=[0.1 * scale, 409.6 * scale, 25.6 * scale, 25.6 * 4096 * scale],
     )
     head = rows(samples=[1, 256], time_us=[100 * scale, 200 * scale])
     swap = rows(blocks=[1, 64], time_us=[50 * scale, 50 * 64 * scale])
-    host = [{"term": term, "time_us": 20.0, "spread": 0.0} for term in HOST_TERMS]
+    host = [{"term": term, "kind": "any", "sequences": 1, "time_us": 20.0, "spread": 0.0} for term in HOST_TERMS]
     tables = {
         "dense": dense,
         "prefill_attention": prefill,

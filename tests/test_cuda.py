@@ -158,8 +158,8 @@ def test_the_models_own_stop_token_ends_a_request(executor):
 
 
 def test_steps_beyond_the_captured_sizes_give_the_same_tokens(executor, monkeypatch, expected):
-    monkeypatch.setattr("engine.executor.cuda.GRAPH_TOKENS", 20)
-    monkeypatch.setattr("engine.executor.cuda.GRAPH_PREFILLS", 2)
+    monkeypatch.setattr("engine.graph_sizes.GRAPH_TOKENS", 20)
+    monkeypatch.setattr("engine.graph_sizes.GRAPH_PREFILLS", 2)
     config = dataclasses.replace(WIDE, pipeline_depth=2, max_model_len=127)  # other limits: graphs are captured anew
     assert serve(executor, workload(), config)[1] == expected
 

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from shadow import small_profile
 
 from engine.config import ServingConfig
+from engine.executor.running import RunningBatch
 from engine.model_config import load_model_config
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
+from sim.passes import Pass, grid, uneven_grid
 from sim.profile import Curve, Profile, Surface, read_profile, write_profile
-from sim.profiler import count_passes, plan
+from sim.profiler import Notes
+from sim.rigs import Sample
 from sim.roofline import roofline_profile
 from traces.errors import TandemError
 
@@ -137,16 +140,109 @@ def test_a_model_that_does_not_fit_the_card_is_refused():
         roofline_profile("rtx4090", load_model_config("llama-2-13b"))
 
 
-def test_the_profilers_plan_spans_what_the_config_allows():
+def test_the_profilers_passes_span_what_the_config_allows():
     config = ServingConfig(num_blocks=100, max_seqs=10, max_batched_tokens=200, max_model_len=300)
-    passes = plan(config)
+    passes = grid(config)
     assert max(one.tokens for one in passes) == 200
     assert max(len(one.decodes) for one in passes) == 10
     assert max(context + tokens for one in passes for tokens, context in one.chunks) == 300
     for one in passes:
-        blocks = one.step(config.block_size).blocks
-        used = [block for each in blocks.values() for block in each]
+        (step,) = one.steps(config.block_size)
+        used = [block for each in step.blocks.values() for block in each]
         assert len(used) == len(set(used)) and max(used) < config.num_blocks
-    assert count_passes(config) > len(passes)
-    smaller = plan(dataclasses.replace(config, max_seqs=2, max_batched_tokens=20))
+    smaller = grid(dataclasses.replace(config, max_seqs=2, max_batched_tokens=20))
     assert len(smaller) < len(passes)
+
+
+def test_a_pass_is_run_over_and_over_by_steps_that_a_data_plane_follows():
+    one, config = Pass(((20, 0),), (30, 5)), ServingConfig(num_blocks=100, max_batched_tokens=200)
+    running = RunningBatch(one.requests(4), None, 1000, config)
+    for index, step in enumerate(one.steps(config.block_size, 4)):
+        work = running.apply(step)
+        assert work.decodes.contexts.tolist() == [30 + index, 5 + index]
+        assert (step.kv_tokens, step.kv_squares) == (35 + 2 * index, (30 + index) ** 2 + (5 + index) ** 2)
+        (prefill,) = work.prefills
+        assert (prefill.start, len(prefill.token_ids)) == (0, 20)
+        assert running.note(work, [7] * len(work.samplers)) == []
+
+
+def test_uneven_decodes_have_the_unevenness_they_are_filed_under():
+    config = ServingConfig(num_blocks=10_000, max_seqs=64, max_batched_tokens=200, max_model_len=4000)
+    passes = list(uneven_grid(config, slack=10))
+    assert passes
+    for one in passes:
+        count, squares = len(one.decodes), sum(context**2 for context in one.decodes)
+        assert count * squares / sum(one.decodes) ** 2 == pytest.approx(2, rel=0.2)
+        assert max(one.decodes) < 3990
+
+
+def graph_profile() -> Profile:
+    """A profile with captured steps of 1, 4 and 16 rows: 1 ms + 10 us a row; a chunk of 8 tokens attends for 50 us."""
+    whole = small_profile()
+    graph = [
+        {"kind": kind, "rows": rows, "time_us": 1000 + 10 * rows, "spread": 0.0}
+        for kind in ("decode", "mixed")
+        for rows in (1, 4, 16)
+    ]
+    decode = [
+        {"sequences": n, "kv_tokens": n * context, "unevenness": level, "time_us": n * context * level, "spread": 0.0}
+        for n in (1, 16)
+        for context in (1, 100)
+        for level in (1.0, 2.0)
+    ]
+    prefill = [
+        {"chunk": chunk, "context": context, "time_us": 40 + chunk, "spread": 0.0}
+        for chunk in (1, 16)
+        for context in (0, 100)
+    ]
+    graphs = {"decode": [1, 4, 16], "mixed": [1, 4, 16], "max_seqs": 16, "max_prefills": 4}
+    tables = whole.tables | {"graph": graph, "decode_attention": decode, "prefill_attention": prefill}
+    return Profile(whole.meta | {"graphs": graphs}, tables)
+
+
+def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
+    latency = LatencyModel(graph_profile())
+    parts = latency.parts_us(Step(0, decodes=5, kv_tokens=5 * 9, kv_squares=5 * 81))
+    assert parts["dense"] + parts["head"] == pytest.approx(1050)
+    assert parts["padding"] == pytest.approx(110)
+    assert parts["decode_attention"] == pytest.approx(50) and parts["skew"] == pytest.approx(0)
+
+
+def test_uneven_contexts_cost_what_the_profile_says_of_them():
+    latency = LatencyModel(graph_profile())
+    contexts = [9] * 12 + [89] * 4
+    one = Step(0, decodes=16, kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts))
+    unevenness = 16 * sum((each + 1) ** 2 for each in contexts) / (sum(contexts) + 16) ** 2
+    assert unevenness > 1.9
+    parts = latency.parts_us(one)
+    assert parts["skew"] == pytest.approx(parts["decode_attention"] * (min(unevenness, 2) - 1))
+
+
+def test_chunks_of_one_captured_step_attend_at_once():
+    latency = LatencyModel(graph_profile())
+    one, two = ({each: Chunk(0, 8, True) for each in range(count)} for count in (1, 2))
+    attention = [latency.parts_us(Step(0, chunks=chunks))["prefill_attention"] for chunks in (one, two)]
+    assert attention == pytest.approx([48, 48 + 7])
+
+
+@pytest.mark.parametrize("part", ["dense", "head", "padding", "decode_attention", "skew"])
+def test_an_ignored_part_counts_for_nothing(part):
+    step = Step(0, decodes=5, kv_tokens=50, kv_squares=900)
+    whole = LatencyModel(graph_profile())
+    without = LatencyModel(graph_profile(), [part])
+    assert whole.device_ns(step) - without.device_ns(step) == pytest.approx(1000 * whole.parts_us(step)[part], abs=2)
+
+
+def test_an_interrupted_profile_goes_on_where_it_was(tmp_path):
+    path, identity = tmp_path / "p.partial.jsonl", {"device": "this"}
+    first = Notes.open(path, identity)
+    assert first.next() is None
+    first.add([Sample("head", (1,), 5.0)])
+    first.add([Sample("head", (2,), 6.0)])
+    with path.open("a") as file:
+        file.write('[["head", [3], 7')  # the machine went away while this was written
+    again = Notes.open(path, identity)
+    assert [again.next(), again.next(), again.next()] == [[["head", [1], 5.0]], [["head", [2], 6.0]], None]
+    assert Notes.open(path, {"device": "another"}).next() is None
+    again.close()
+    assert not path.exists()

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import gc
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import torch
 
@@ -25,21 +23,14 @@ from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work, table_width
+from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
 from traces.errors import TandemError
 
 MEMORY_FRACTION = 0.9  # of the GPU's memory
-GRAPH_TOKENS = 2048  # longer steps are launched kernel by kernel: they take longer than launching them
-GRAPH_PREFILLS = 32  # requests with a chunk in a captured step
 SLOTS = 3  # steps whose pinned memory is in use: two in flight, one being packed
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5
-
-
-def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows for which steps are captured: close together where a row more costs most."""
-    sizes = chain((1, 2, 4), range(8, 256, 8), range(256, 512, 32), range(512, 1024, 64), range(1024, most, 128))
-    return sorted({min(size, most) for size in sizes} | {most})
 
 
 class Graphs:
@@ -60,8 +51,7 @@ class Graphs:
         self._inbox = torch.empty(self.largest.words, dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(config.max_seqs + 1, dtype=torch.int64, device=device)
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._decode_sizes = graph_sizes(config.max_seqs)
-        self._mixed_sizes = graph_sizes(min(GRAPH_TOKENS, config.max_batched_tokens))
+        self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
         self._pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -74,25 +64,25 @@ class Graphs:
     @property
     def shapes(self) -> list[Shape]:
         """The shapes that are captured, the largest first, so that the others find its memory to use again."""
-        decodes = [Shape(size, size, 0, size, 0, self._blocks) for size in self._decode_sizes]
-        return [*(self._mixed(size) for size in reversed(self._mixed_sizes)), *reversed(decodes)]
+        mixed = [self.shape("mixed", rows) for rows in reversed(self._sizes.mixed)]
+        return mixed + [self.shape("decode", rows) for rows in reversed(self._sizes.decode)]
 
-    def _mixed(self, tokens: int) -> Shape:
-        decodes = min(tokens, self._config.max_seqs)
-        prefills = min(decodes, GRAPH_PREFILLS)
-        tiles = tokens // self.packing.tile_rows + prefills
-        return Shape(tokens, decodes, prefills, decodes, tiles, self._blocks)
+    def shape(self, kind: str, rows: int) -> Shape:
+        """Room for any step of so many rows that only decodes (`decode`), or prefills too (`mixed`).
+
+        A chunk's last tile may be short, and every request may be sampled.
+        """
+        decodes = min(rows, self._config.max_seqs)
+        prefills = self._sizes.prefills(rows) if kind == "mixed" else 0
+        tiles = rows // self.packing.tile_rows + prefills if prefills else 0
+        return Shape(rows, decodes, prefills, decodes, tiles, self._blocks)
 
     def room_for(self, exact: Shape) -> Shape:
         """The captured shape that holds a batch with the least padding; the batch's own if none does."""
-        if not exact.prefills:
-            size = self._decode_sizes[bisect_left(self._decode_sizes, exact.tokens)]
-            return Shape(size, size, 0, size, 0, self._blocks)
-        for size in self._mixed_sizes[bisect_left(self._mixed_sizes, exact.tokens) :]:
-            shape = self._mixed(size)
-            if all(need <= room for need, room in zip(exact, shape, strict=True)):
-                return shape
-        return exact._replace(blocks=self._blocks)
+        rows = self._sizes.rows(exact.tokens, exact.prefills)
+        if rows is None:
+            return exact._replace(blocks=self._blocks)
+        return self.shape("mixed" if exact.prefills else "decode", rows)
 
     def capture(self, shapes: Iterable[Shape]) -> None:
         """Capture passes, each after a run that compiles what it needs. Padding alone runs: no cache is written."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -26,6 +26,9 @@ from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from traces.errors import TandemError
 from traces.request import TraceRequest
+
+if TYPE_CHECKING:
+    from engine.executor.cuda_meter import CudaMeter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -140,6 +143,19 @@ class Executor:
         """Times of copies between the tiers, as `Machine` says."""
         return self.machine.measure_swap(self.llama, config)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as graphs, and so measured whole, by `meter`."""
+        return not isinstance(self.machine, Cpu)
+
+    def meter(self, config: ServingConfig) -> CudaMeter:
+        """What times whole steps on a GPU. Raises TandemError if memory does not suffice."""
+        from engine.executor.cuda import Cuda
+        from engine.executor.cuda_meter import CudaMeter  # imports Triton, which a machine without a GPU may lack
+
+        assert isinstance(self.machine, Cuda)
+        return CudaMeter(self.machine, self.llama, config)
+
     def caches(self, config: ServingConfig) -> tuple[KVCache, KVCache]:
         """Both tiers of a KV cache, for `runner`. Raises TandemError if memory does not hold them."""
         return self._cpu.caches(self.llama, config)
@@ -152,8 +168,7 @@ class Executor:
 
     @property
     def _cpu(self) -> Cpu:
-        if not isinstance(self.machine, Cpu):
-            raise TandemError(f"{self.device}: only a CPU can be profiled so far: use --device cpu")
+        assert isinstance(self.machine, Cpu), "a GPU is measured by `meter`"
         return self.machine
 
     def _running(self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str) -> RunningBatch:

@@ -283,7 +283,8 @@ class Scheduler(ABC):
             return None
         for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
             self.cpu_pool.release(copies.source)
-        step.kv_tokens = self.decoding.kv_tokens if step.decodes else 0
+        if step.decodes:
+            step.kv_tokens, step.kv_squares = self.decoding.kv_tokens, self.decoding.kv_squares
         step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
         self._count_progress(step)
         step.digest = self._digest = chain_digest(self._digest, step)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.paged_decode import cut, paged_decode
 from engine.executor.kernels.paged_prefill import paged_prefill
+from engine.executor.kernels.timing import time_us
 from engine.executor.kernels.tuning import Tiles, Tuning, tuning
 
 MOST_SAMPLES = 256  # a step samples one token a sequence
@@ -69,23 +70,6 @@ def _read(out: tl.tensor, data: tl.tensor, BLOCK: tl.constexpr) -> None:
     for i in tl.static_range(8):
         total += tl.load(at + i * BLOCK)
     tl.store(out + tl.program_id(0), tl.sum(total))
-
-
-def time_us(calls: Sequence[Callable[[], object]], replays: int = 10) -> float:
-    """Median time of a call in a CUDA graph of all of them, in µs, once each is compiled."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]  # type: ignore[no-untyped-call]
-    for mark in marks:
-        mark.record()
-        graph.replay()
-    torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in pairwise(marks[1:]))
-    return float(1e3 * times[len(times) // 2] / len(calls))
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:

@@ -1,0 +1,119 @@
+"""What the GPU's rig makes of times that are known: the profile must give them back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from shadow import small_profile
+
+from engine.config import ServingConfig
+from engine.graph_sizes import GraphSizes
+from engine.step import Step
+from sim.latency import LatencyModel
+from sim.profile import Profile
+from sim.profiler import _held_out_error, _rows
+from sim.rigs import CapturedSteps
+
+CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
+SIZES = GraphSizes.within(CONFIG.max_seqs, CONFIG.max_batched_tokens)
+OPERATIONS = ("qkv", "down")
+
+
+def whole_us(kind: str, rows: int) -> float:
+    """A captured step: it reads the weights, computes on its rows, and samples."""
+    return 5000 + 20.0 * rows + (100 if kind == "mixed" else 50)
+
+
+class KnownMeter:
+    """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond."""
+
+    def padding_us(self, kind: str, rows: int, count: int) -> list[float]:
+        return [whole_us(kind, rows)] * count
+
+    def operations_us(self, tokens: int) -> dict[str, float]:
+        return dict.fromkeys(OPERATIONS, 2000 + 10.0 * tokens)
+
+    def head_us(self, samples: int) -> float:
+        return 300 + samples
+
+    def steps_us(self, requests: object, steps: list[Step]) -> list[float]:
+        return [self.step_us(step) for step in steps]
+
+    def step_us(self, step: Step) -> float:
+        tokens = step.prefill_tokens + step.decodes
+        rows = SIZES.rows(tokens, len(step.chunks))
+        if rows is None:
+            samples = step.decodes + len(step.chunks)
+            time_us = sum(self.operations_us(tokens).values()) + self.head_us(samples)
+        else:
+            time_us = whole_us("mixed" if step.chunks else "decode", rows)
+        pairs = sum(tokens * (start + tokens / 2) for start, tokens, _ in step.chunks.values())
+        return time_us + (step.kv_tokens + step.decodes) / 20 + (200 if step.chunks else 0) + pairs / 1000
+
+
+class KnownGpu:
+    captures = True
+
+    def meter(self, config: ServingConfig) -> KnownMeter:
+        return KnownMeter()
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Profile, CapturedSteps]:
+    rig = CapturedSteps(KnownGpu(), CONFIG)
+    rig.facts = lambda: {}  # asks the GPU for its memory
+    with rig:
+        times: defaultdict = defaultdict(lambda: defaultdict(list))
+        for item in rig.work:
+            for table, key, time_us in rig.measure(item):
+                times[table][key].append(time_us)
+        tables = rig.tables({table: _rows(table, of_table) for table, of_table in times.items()})
+        tables["host"] = small_profile().tables["host"]
+        graphs = {name: getattr(SIZES, name) for name in SIZES.__slots__}
+        profile = Profile(small_profile().meta | {"graphs": graphs}, tables)
+        error = _held_out_error(LatencyModel(profile), list(rig.held_out()))
+    return Profile(profile.meta | {"held_out": error}, tables), rig
+
+
+def test_the_profile_predicts_batches_that_were_held_out(measured):
+    profile, _ = measured
+    error = profile.meta["held_out"]
+    assert error["batches"] == 48 and set(error["by_kind"]) == {"decode", "mixed"}
+    assert error["by_kind"]["decode"]["mape"] < 0.003
+    assert error["by_kind"]["mixed"]["mape"] < 0.01
+
+
+def test_every_captured_size_is_a_point_of_the_table(measured):
+    profile, _ = measured
+    points = {(row["kind"], row["rows"]): row["time_us"] for row in profile.tables["graph"]}
+    sizes = [("decode", rows) for rows in SIZES.decode] + [("mixed", rows) for rows in SIZES.mixed]
+    assert points == {size: whole_us(*size) for size in sizes}
+
+
+def test_attention_is_what_a_pass_takes_beyond_its_captured_step(measured):
+    profile, _ = measured
+    for row in profile.tables["decode_attention"]:
+        assert row["time_us"] == pytest.approx(row["kv_tokens"] / 20, abs=row["sequences"] / 20)
+    for row in profile.tables["prefill_attention"]:
+        pairs = row["chunk"] * (row["context"] + row["chunk"] / 2)
+        assert row["time_us"] == pytest.approx(200 + pairs / 1000, rel=0.01)
+
+
+def test_a_step_too_large_to_be_captured_is_made_of_its_operations(measured):
+    profile, _ = measured
+    from engine.step import Chunk
+
+    step = Step(0, chunks={0: Chunk(0, 1500, True), 1: Chunk(0, 1500, True)})
+    latency = LatencyModel(profile)
+    assert latency.parts_us(step)["padding"] == 0
+    assert latency.device_ns(step) / 1000 == pytest.approx(KnownMeter().step_us(step), rel=0.02)
+
+
+def test_every_pass_fits_the_limits(measured):
+    _, rig = measured
+    for point in rig.work:
+        for step in point.one.steps(CONFIG.block_size, 10) if point.one else ():
+            assert step.prefill_tokens + step.decodes <= CONFIG.max_batched_tokens
+            assert step.running <= CONFIG.max_seqs
+            assert all(max(blocks) < CONFIG.num_blocks for blocks in step.blocks.values())
