@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,6 +22,8 @@ from traces.format import Trace, read_trace, write_trace
 
 if TYPE_CHECKING:
     from analysis.bench import Benchmark
+    from engine.config import ServingConfig
+    from engine.executor.executor import Executor
 
 app = typer.Typer(
     name="tandem",
@@ -32,6 +35,8 @@ trace_app = typer.Typer(help="Make, convert and look at traces.", no_args_is_hel
 app.add_typer(trace_app, name="trace")
 bench_app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+fidelity_app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
+app.add_typer(fidelity_app, name="fidelity")
 console = Console(stderr=True)
 
 
@@ -168,20 +173,40 @@ def profile(
     device: options.Device = "cpu",
     threads: options.Threads = None,
     load_format: options.LoadFormat = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
+    ] = False,
 ) -> None:
-    """Measure how long this machine takes for every kind of step: what a simulation runs on."""
+    """Measure how long this machine takes for every kind of step: what a simulation runs on.
+
+    Interrupted, it goes on from there when it is called again.
+    """
     from analysis.workflow import load_executor, measure, real_config
-    from sim.profile import write_profile
 
     if roofline is not None:
         from engine.model_config import load_model_config
+        from sim.profile import write_profile
         from sim.roofline import roofline_profile
 
         write_profile(roofline_profile(roofline, load_model_config(model), limits.block_size or 16), out)
     else:
         executor = load_executor(model, console, dtype, threads, load_format, device)
-        write_profile(measure(executor, real_config(executor, limits), console), out)
+        config = real_config(executor, limits)
+        if plan:
+            return _print_plan(executor, config)
+        measure(executor, config, out, console)
     console.print(f"{out}: profile written", highlight=False)
+
+
+def _print_plan(executor: Executor, config: ServingConfig) -> None:
+    from sim.profiler import estimate
+
+    with console.status("timing a few measurements"):
+        points, seconds = estimate(executor, config)
+    facts = {f"points of {table}": count for table, count in points.items()}
+    _print_facts(
+        facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"
+    )
 
 
 @app.command()
@@ -242,27 +267,80 @@ def _print_summary(run: RunRecords, out: Path, as_json: bool) -> None:
 
 @app.command()
 def compare(
-    sim: Annotated[Path, typer.Argument(help="A simulated run.")],
-    real: Annotated[Path, typer.Argument(help="A real run of the same trace.")],
-    profile: options.ProfilePath,
-    out: options.Out,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="SIM REAL", help="A simulated run and a real one of the same trace; with --rank, more."),
+    ],
+    profile: Annotated[Path | None, typer.Option("--profile", "-p", help="The latency profile simulated on.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; --rank can do without.")] = None,
     repeat: Annotated[list[Path] | None, typer.Option(help="The real run again; may be given several times.")] = None,
     allow_different: Annotated[list[str] | None, typer.Option(help="A manifest field that may differ.")] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(help="Predict without these terms too: host, skew, head, graph-padding, kv-blocks, by commas."),
+    ] = None,
+    rank: Annotated[
+        bool,
+        typer.Option(
+            "--rank", help="Order policies: give a simulated run of each, and a real one or more, in any order."
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Set a simulated run beside a real one: decisions, latency model, closed loop; writes report.html."""
+    """Set a simulated run beside a real one: decisions, latency model, closed loop, and where the error comes from.
+
+    Writes compare.json and report.html. With --rank: are several policies ordered as hardware orders them?
+    """
+    allowed = allow_different or ()
+    if rank:
+        if profile or repeat or ablate:
+            raise TandemError("--rank takes runs alone: no --profile, --repeat or --ablate")
+        _rank(runs, out, allowed, as_json)
+    else:
+        _compare(runs, profile, out, repeat or (), allowed, ablate or (), as_json)
+
+
+def _compare(
+    runs: Sequence[Path],
+    profile: Path | None,
+    out: Path | None,
+    repeat: Sequence[Path],
+    allowed: Sequence[str],
+    ablate: Sequence[str],
+    as_json: bool,
+) -> None:
+    from analysis.ablation import read_terms
     from analysis.report import print_comparison
     from analysis.workflow import compare_runs
     from sim.profile import read_profile
 
-    repeats = [read_run(path) for path in repeat or ()]
+    if len(runs) != 2:
+        raise TandemError(f"compare takes SIM and REAL, not {len(runs)} runs; for more, give --rank")
+    if profile is None or out is None:
+        raise TandemError(f"compare needs {'--profile' if profile is None else '--out'} (only --rank does without)")
     times = read_profile(profile)
-    comparison = compare_runs(read_run(sim), read_run(real), repeats, times, out, allow_different or ())
+    terms = read_terms(ablate, times)
+    sim, real, *repeats = (read_run(path) for path in (*runs, *repeat))
+    comparison = compare_runs(sim, real, repeats, times, out, console, allowed, terms=terms)
     if as_json:
         print(json.dumps(comparison, indent=2))
     else:
         print_comparison(comparison, Console())
         console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_json: bool) -> None:
+    from analysis.ranking import rank, ranking_tables
+    from analysis.tables import print_tables
+    from analysis.workflow import write_json
+
+    ranking = rank({str(path): read_run(path) for path in runs}, allowed)
+    if out:
+        write_json(out / "ranking.json", ranking)
+    if as_json:
+        print(json.dumps(ranking, indent=2))
+    else:
+        print_tables(ranking_tables(ranking), Console())
 
 
 @app.command()
@@ -298,6 +376,60 @@ def validate(
         replace(limits, max_model_len=max_total),
     )
     return (validate_matrix if matrix else validate_one)(job, console)
+
+
+# -- fidelity ----------------------------------------------------------------------------------------------
+
+
+@fidelity_app.command("measure")
+@options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+def fidelity_measure(
+    limits: Limits,
+    trace: options.TracePath,
+    out: options.Out,
+    loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",
+    against: Annotated[str, typer.Option(help="Policies to rank --scheduler with.")] = "fcfs,prefill_first",
+    shared: Annotated[str, typer.Option(help="Loads at which they are ranked and real runs repeated.")] = "50,90",
+    repeats: Annotated[int, typer.Option(help="Further real runs there, for the spread.", min=0)] = 2,
+    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=1)] = 60,
+    seed: options.Seed = 0,
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    load_format: options.LoadFormat = "auto",
+) -> None:
+    """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
+    from analysis.bench import listed, read_rate
+    from analysis.fidelity import Study, measure_study
+    from analysis.workflow import load_executor, real_config
+
+    shares = [
+        [percent / 100 for percent in listed(option, text, read_rate, "25,50,100")]
+        for option, text in (("--loads", loads), ("--shared", shared))
+    ]
+    policy = limits.config(num_blocks=1).scheduler
+    policies = [name for name in against.split(",") if name]
+    study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
+    executor = load_executor(model, console, dtype, threads, load_format, device)
+    measure_study(study, executor, real_config(executor, limits), out, console)
+
+
+@fidelity_app.command("judge")
+def fidelity_judge(
+    study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Simulate and compare every case, and rank the policies. Needs no machine but this one. Writes fidelity.json."""
+    from analysis.fidelity import judge_study, print_study
+
+    judged = judge_study(study, console)
+    if as_json:
+        print(json.dumps(judged, indent=2))
+    else:
+        wide = Console()
+        wide.width = max(wide.width, 120)  # a table is cut off at no less than this, so that a pipe gets all of it
+        print_study(judged, wide)
 
 
 # -- bench -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.attribution import attribute
 from analysis.metrics import (
     Floats,
     Ints,
@@ -69,6 +70,7 @@ def compare(
     *,
     targets: Targets = DEFAULT_TARGETS,
     drift: Mapping[str, float] | None = None,
+    parts: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
 
@@ -80,6 +82,7 @@ def compare(
         allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
         targets: the errors allowed.
         drift: how far the machine has moved since it was profiled, {mean_error, mape}, if that was measured.
+        parts: for each of the real run's steps, the microseconds that each of its kernels is predicted to take.
 
     Returns:
         The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
@@ -89,6 +92,8 @@ def compare(
         - `latency_model`: {kind of step: {steps, mape, mean_error}}
         - `closed_loop`: {latency: {statistic: {real, sim, error}, mape, ks}}; `mape` is over requests (for `itl`
           over their mean gaps), `ks` the Kolmogorov-Smirnov distance of the two distributions
+        - `attribution`: where the closed-loop error comes from, as `analysis.attribution.attribute` says, or None where
+          the decisions differ
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
           a perfect model would show, from what twin steps of the runs differ by}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
@@ -101,8 +106,8 @@ def compare(
     differences = manifest_differences(real, others, allow_different)
     ids = common_requests(sim, real)
     decisions = compare_decisions(real, replayed)
-    latency_model = _latency_model(real, replayed, decisions)
-    closed_loop = _closed_loop(sim, real, ids)
+    latency_model = latency_model_errors(real, replayed, decisions)
+    closed_loop = closed_loop_errors(sim, real, ids)
     spread = _repeat_spread([real, *repeats], ids)
     verdict = _verdict(closed_loop, latency_model, spread, targets, drift or {})
     return {
@@ -114,6 +119,7 @@ def compare(
         "decisions": decisions,
         "latency_model": latency_model,
         "closed_loop": closed_loop,
+        "attribution": attribute(sim, real, replayed, ids, parts) if decisions["identical"] else None,
         "repeats": len(repeats),
         "repeat_spread": spread,
         "machine_drift": drift,
@@ -126,9 +132,11 @@ def compare(
 
 
 def manifest_differences(
-    real: RunRecords, others: Mapping[str, RunRecords], allowed: Collection[str] = ()
+    real: RunRecords, others: Mapping[str, RunRecords], allowed: Collection[str] = (), *, reference: str = "real"
 ) -> dict[str, dict[str, Any]]:
     """Fields of `workload` and `system` that differ, with the values of the real run and of each that differs.
+
+    The real run, or whichever the others are to be like, goes by the name `reference`.
 
     Raises:
         TandemError: a field differs that is not in `allowed`, itself or by a part that it lies in.
@@ -138,8 +146,8 @@ def manifest_differences(
     for name, run in others.items():
         theirs = flatten_manifest(run)
         for field in sorted(ours.keys() | theirs.keys()):
-            values = {"real": ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
-            if values["real"] != values[name]:
+            values = {reference: ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
+            if values[reference] != values[name]:
                 differences.setdefault(field, {}).update(values)
     refused = [field for field in differences if not any(f"{field}.".startswith(f"{each}.") for each in allowed)]
     if refused:
@@ -197,7 +205,8 @@ def _step_row(run: RunRecords, step: int) -> dict[str, Any]:
 # -- part 2: latency model ---------------------------------------------------------------------------------
 
 
-def _latency_model(real: RunRecords, replayed: RunRecords, decisions: Mapping[str, Any]) -> dict[str, Any]:
+def latency_model_errors(real: RunRecords, replayed: RunRecords, decisions: Mapping[str, Any]) -> dict[str, Any]:
+    """The latency model's errors on the real run's own batches, by kind of step, as `compare` returns them."""
     # After the first difference the two no longer run the same batches.
     difference = decisions["first_difference"]
     equal_steps = difference["step"] if difference else decisions["steps"]
@@ -231,7 +240,8 @@ def common_requests(sim: RunRecords, real: RunRecords) -> Ints:
     return np.intersect1d(request_metrics(sim)["request"], request_metrics(real)["request"])
 
 
-def _closed_loop(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
+def closed_loop_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
+    """How far off the requests' latencies are, as `compare` returns it."""
     from scipy.stats import ks_2samp
 
     values = {"sim": latencies(sim, ids), "real": latencies(real, ids)}
@@ -247,15 +257,9 @@ def _closed_loop(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]
 
 
 def _request_mape(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, float | None]:
-    ours, theirs = (_of_requests(run, ids) for run in (sim, real))
+    ours, theirs = (request_metrics(run, ids) for run in (sim, real))
     mape = {name: _mean(np.abs(_errors(ours[name], theirs[name]))) for name in ("ttft", "tpot", "e2el")}
     return mape | {"itl": mape["tpot"]}  # the mean of a request's gaps is its TPOT
-
-
-def _of_requests(run: RunRecords, ids: Ints) -> dict[str, Any]:
-    per_request = request_metrics(run)
-    chosen = np.isin(per_request["request"], ids)
-    return {name: values[chosen] for name, values in per_request.items()}
 
 
 def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
@@ -269,12 +273,14 @@ def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
 def _repeat_spread(runs: Sequence[RunRecords], ids: Ints) -> dict[str, Any]:
     tables = [latency_statistics(latencies(run, ids)) for run in runs]
     closed_loop = {
-        name: {stat: _spread([table[name][stat] for table in tables]) for stat in STATISTICS} for name in CLOSED_LOOP
+        name: {stat: relative_spread([table[name][stat] for table in tables]) for stat in STATISTICS}
+        for name in CLOSED_LOOP
     }
     return closed_loop | {"latency_model": _step_noise(runs)}
 
 
-def _spread(values: Sequence[float | None]) -> float | None:
+def relative_spread(values: Sequence[float | None]) -> float | None:
+    """(max - min) / mean of what runs gave; None of a single run, or where one gave nothing."""
     known = [value for value in values if value is not None]
     if len(values) < 2 or len(known) < len(values) or not sum(known):
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.compare import CLOSED_LOOP, common_requests
-from analysis.metrics import NS_PER_MS, NS_PER_S, Floats, Ints, column, latencies, step_kinds
+from analysis.metrics import NS_PER_MS, NS_PER_S, Floats, Ints, column, latencies, step_kinds, waits_ns
 from engine.records import RunRecords
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _time_figure(runs: Mapping[str, RunRecords]) -> Figure:
 
 def _over_time(run: RunRecords, name: str) -> tuple[Floats, Ints]:
     """A column of the steps at the times they were scheduled, and 0 where the loop began to wait for arrivals."""
-    steps, iterations = run.tables["steps"], run.tables["iterations"]
-    waits = iterations["step"].is_null().to_numpy() & iterations["completed_step"].is_null().to_numpy()
-    idle_ns = column(iterations, "now_ns")[waits]
+    steps, idle_ns = run.tables["steps"], waits_ns(run)
     time_ns = np.concatenate([column(steps, "scheduled_ns"), idle_ns])
     order = np.argsort(time_ns, kind="stable")
     return time_ns[order] / NS_PER_S, np.concatenate([column(steps, name), np.zeros_like(idle_ns)])[order]

@@ -131,22 +131,23 @@ def _output_len(requests: pa.Table, ids: Ints) -> Ints:
     return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
 
 
-def completed_requests(run: RunRecords) -> pa.Table:
-    """The requests that were served to their end, by id: what latencies are taken over."""
+def completed_requests(run: RunRecords, ids: Ints | None = None) -> pa.Table:
+    """The requests that were served to their end, or those among `ids`, by id: what latencies are taken over."""
     table = run.tables["requests"]
     served = np.isin(table["outcome"].to_numpy(), (LENGTH, STOP))
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
-    return table.filter(served & table["last_token_ns"].is_valid().to_numpy()).sort_by("request")
+    done = table.filter(served & table["last_token_ns"].is_valid().to_numpy()).sort_by("request")
+    return done if ids is None else done.filter(np.isin(column(done, "request"), ids))
 
 
-def request_metrics(run: RunRecords) -> dict[str, Any]:
-    """Per-request latencies of the completed requests.
+def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
+    """Per-request latencies of the completed requests, or those among `ids`.
 
     Returns:
         `request`: ids, ascending, (completed,) integers; and for each of `REQUEST_LATENCIES` its values in
         milliseconds, (completed,) floats. `tpot` is NaN for a request with a single output token.
     """
-    table = completed_requests(run)
+    table = completed_requests(run, ids)
     arrival, output = column(table, "arrival_ns"), column(table, "output_len")
     ttft, e2el = (column(table, name) - arrival for name in ("first_token_ns", "last_token_ns"))
     gaps = np.where(output > 1, output - 1, np.nan)
@@ -174,10 +175,8 @@ def _gaps_ms(run: RunRecords, ids: Ints) -> Floats:
 
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     """The values of each of `LATENCIES`, in milliseconds, over the completed requests, or those among `ids`."""
-    per_request = request_metrics(run)
-    kept = per_request["request"] if ids is None else np.intersect1d(per_request["request"], ids)
-    chosen = np.isin(per_request.pop("request"), kept)
-    values = {name: of_request[chosen] for name, of_request in per_request.items()}
+    values = request_metrics(run, ids)
+    kept = values.pop("request")
     return {name: of[~np.isnan(of)] for name, of in values.items()} | {"itl": _gaps_ms(run, kept)}
 
 
@@ -201,6 +200,13 @@ def step_kinds(steps: pa.Table) -> NDArray[np.str_]:
     """`prefill`, `decode`, `mixed` or `swap` for each step, (steps,)."""
     prefill, decode = column(steps, "prefill_tokens") > 0, column(steps, "decode_tokens") > 0
     return np.select([prefill & decode, prefill, decode], ["mixed", "prefill", "decode"], "swap")
+
+
+def waits_ns(run: RunRecords) -> Ints:
+    """When the serving loop had nothing to do and began to wait for arrivals, (waits,)."""
+    iterations = run.tables["iterations"]
+    waits = iterations["step"].is_null().to_numpy() & iterations["completed_step"].is_null().to_numpy()
+    return column(iterations.filter(waits), "now_ns")
 
 
 def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict[str, int | float | None]:

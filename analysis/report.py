@@ -5,13 +5,14 @@ It may not compute an error or a verdict: those come from `analysis.compare`. It
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from analysis.ablation import ablation_tables
+from analysis.attribution import attribution_tables
 from analysis.compare import (
     CLOSED_LOOP,
     NOISY,
@@ -27,12 +28,12 @@ from analysis.metrics import (
     P99_REQUESTS,
     TOTALS,
 )
+from analysis.tables import TextTable, amount, html_table, number, percent, print_tables, signed
 from engine.records import RunRecords
 from traces.format import atomic_file
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table as RichTable
 
 JUDGED_NAMES = {
     "mean_ttft": "mean TTFT",
@@ -42,44 +43,12 @@ JUDGED_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TextTable:
-    """A part of the comparison for people: a table, if it has rows, and a sentence about it.
-
-    The first `labels` columns are words, the others numbers.
-    """
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1
-
-
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
-    """Print the three parts of a comparison, then the verdict and what it means."""
+    """Print the three parts of a comparison, where its error comes from, then the verdict and what it means."""
     from rich.text import Text
 
-    for table in (*_parts(comparison), _verdict_table(comparison)):
-        console.print(Text(table.title, style="bold"))
-        if table.rows:
-            console.print(_rich_table(table))
-        if table.note:
-            console.print(Text(table.note + "\n"))
+    print_tables((*_parts(comparison), *_explanations(comparison), _verdict_table(comparison)), console)
     console.print(Text(headline(comparison)))
-
-
-def _rich_table(table: TextTable) -> RichTable:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, name in enumerate(table.columns):
-        shown.add_column(Text(name), justify="left" if position < table.labels else "right", no_wrap=True)
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    return shown
 
 
 def write_report(
@@ -98,19 +67,20 @@ def write_report(
     Raises:
         TandemError: the page cannot be written.
     """
-    decisions, latency_model, closed_loop = (_html_table(table) for table in _parts(comparison))
+    decisions, latency_model, closed_loop = (html_table(table) for table in _parts(comparison))
     page = _PAGE.substitute(
         title=escape(title),
         headline=escape(headline(comparison)),
-        verdict=_html_table(_verdict_table(comparison)),
+        verdict=html_table(_verdict_table(comparison)),
         decisions=decisions,
         latency_model=latency_model,
         closed_loop=closed_loop,
+        explanations="".join(html_table(table) for table in _explanations(comparison)),
         definitions="".join(
             f"<dt>{escape(name)}</dt><dd>{escape(LATENCIES[key])}</dd>" for key, name in LATENCY_NAMES.items()
         ),
-        totals=_html_table(_totals_table(comparison["metrics"])),
-        manifest=_html_table(_manifest_table(real, sim)),
+        totals=html_table(_totals_table(comparison["metrics"])),
+        manifest=html_table(_manifest_table(real, sim)),
         **html_figures(comparison, sim, real, replayed),
     )
     with atomic_file(path) as file:
@@ -170,12 +140,17 @@ def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTab
     )
 
 
+def _explanations(comparison: Mapping[str, Any]) -> list[TextTable]:
+    """Where the error comes from, and what the model's terms are worth if that was asked for."""
+    return [*attribution_tables(comparison["attribution"]), *ablation_tables(comparison.get("ablation"))]
+
+
 def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
     rows = []
     for name, item in comparison["verdict"].items():
-        error = (_percent if name == "latency_model_mape" else _signed)(item["error"])
-        noise = (_spread(item["spread"], comparison["repeats"]), _signed(item["drift"]))
-        shown = (error, _percent(item["allowed"]), *noise)
+        error = (percent if name == "latency_model_mape" else signed)(item["error"])
+        noise = (_spread(item["spread"], comparison["repeats"]), signed(item["drift"]))
+        shown = (error, percent(item["allowed"]), *noise)
         rows.append((JUDGED_NAMES[name], item["verdict"], *shown))
     note = (
         "Spread: of repeats of the real run; for the latency model, the MAPE that a perfect one would show. "
@@ -190,14 +165,14 @@ def _decisions_table(decisions: Mapping[str, Any]) -> TextTable:
         shared = {name: {"real": difference[name], "replay": difference[name]} for name in ("step", "iteration")}
         digests = {"digest": {"real": difference["real"], "replay": difference["replay"]}}
         compared = shared | digests | difference["columns"]
-        rows = [(name, _amount(both["real"]), _amount(both["replay"])) for name, both in compared.items()]
+        rows = [(name, amount(both["real"]), amount(both["replay"])) for name, both in compared.items()]
     columns = ("at the first difference", "real", "replay")
     return TextTable("1. Decisions: the real run against its replay", _decisions_sentence(decisions), columns, rows)
 
 
 def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
     rows = [
-        (kind, f"{part['steps']:,}", _percent(part["mape"]), _signed(part["mean_error"]))
+        (kind, f"{part['steps']:,}", percent(part["mape"]), signed(part["mean_error"]))
         for kind, part in latency_model.items()
     ]
     title = "2. Latency model: predicted against measured time of the same batches"
@@ -209,12 +184,12 @@ def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
     rows = []
     for name in CLOSED_LOOP:
         part, spread = comparison["closed_loop"][name], comparison["repeat_spread"][name]
-        whole = (_percent(part["mape"]), _number(part["ks"]))
+        whole = (percent(part["mape"]), number(part["ks"]))
         for stat in STATISTICS:
             pair, first = part[stat], stat == STATISTICS[0]
             if stat == "p99" and comparison["requests"] < P99_REQUESTS:
                 continue
-            values = (_number(pair["real"]), _number(pair["sim"]), _signed(pair["error"]))
+            values = (number(pair["real"]), number(pair["sim"]), signed(pair["error"]))
             spread_shown = _spread(spread[stat], comparison["repeats"])
             head, tail = (LATENCY_NAMES[name], whole) if first else ("", ("", ""))
             rows.append((head, stat, *values, spread_shown, *tail))
@@ -225,7 +200,7 @@ def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
 
 
 def _totals_table(of_runs: Mapping[str, Any]) -> TextTable:
-    rows = [(name, text, *(_amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in TOTALS.items()]
+    rows = [(name, text, *(amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in TOTALS.items()]
     return TextTable("Totals", "", ("", "", "real", "sim"), rows, labels=2)
 
 
@@ -236,43 +211,11 @@ def _manifest_table(real: RunRecords, sim: RunRecords) -> TextTable:
     return TextTable("Manifest", "", ("field", "real", "simulated"), rows, labels=3)
 
 
-def _signed(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{fraction:+.1%}"
-
-
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{fraction:.1%}"
-
-
 def _spread(fraction: float | None, repeats: int) -> str:
-    return _percent(fraction) if repeats else "not repeated"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.{0 if value >= 1000 else 2}f}"
-
-
-def _amount(value: float | str | None) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if isinstance(value, str) else _number(value)
+    return percent(fraction) if repeats else "not repeated"
 
 
 # -- the page ----------------------------------------------------------------------------------------------
-
-
-def _html_table(table: TextTable) -> str:
-    head = _html_row("th", table.columns, table.labels)
-    body = "".join(_html_row("td", row, table.labels) for row in table.rows)
-    shown = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>" if table.rows else ""
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{escape(table.title)}</h2>\n{shown}{note}"
-
-
-def _html_row(tag: str, cells: Sequence[str], labels: int) -> str:
-    attributes = [' class="label"' if position < labels else "" for position, _ in enumerate(cells)]
-    row = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(attributes, cells, strict=True))
-    return f"<tr>{row}</tr>"
 
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -310,6 +253,7 @@ $closed_loop
 <dl>$definitions</dl>
 <figure>$cdf_figure<figcaption>The fraction of values at or below a latency: of requests, or for ITL of all
 gaps. Where there are many, evenly spaced ones are drawn.</figcaption></figure>
+$explanations
 <h2>Batch and KV cache over time</h2>
 <figure>$time_figure<figcaption>As each step was planned; 0 while the serving loop waits for arrivals. In a long run,
 a point is the highest of several steps.</figcaption></figure>

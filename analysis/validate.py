@@ -26,7 +26,7 @@ from analysis.workflow import (
 )
 from engine.config import ServingConfig
 from engine.scheduler import POLICIES
-from sim.profile import Profile, read_profile, write_profile
+from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.format import Trace, write_trace
@@ -69,7 +69,7 @@ def validate_one(job: Job, console: Console) -> int:
         for name in ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
     ]
     drift = drift_since(profile, executor, console)
-    comparison = compare_runs(sim, real, repeats, profile, job.out, drift=drift)
+    comparison = compare_runs(sim, real, repeats, profile, job.out, console, drift=drift)
     print_comparison(comparison, Console())
     console.print(f"report: {job.out / 'report.html'}", highlight=False)
     return 0 if comparison["decisions"]["identical"] else 1
@@ -113,7 +113,7 @@ def _cell(
     console.print(f"{out.name}:", highlight=False)
     real = real_run(trace, executor, config, out / "real", console, stop_rule)
     sim = simulate_run(trace, profile, config, out / "sim", console, real)
-    decisions = compare_runs(sim, real, (), profile, out)["decisions"]
+    decisions = compare_runs(sim, real, (), profile, out, console)["decisions"]
     return {
         "run": out.name,
         "steps": decisions["steps"],
@@ -165,6 +165,4 @@ def _profile(folder: Path, executor: Executor, config: ServingConfig, console: C
         else:
             console.print(f"{folder}: reused", highlight=False)
             return profile
-    profile = measure(executor, config, console)
-    write_profile(profile, folder)
-    return profile
+    return measure(executor, config, folder, console)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
 from analysis.options import Limits
@@ -26,9 +27,9 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
-from sim.profile import Profile
-from sim.profiler import COUNT_DRIFT, count_passes, measure_drift, measure_profile
-from sim.simulate import predict, recorded_requests, replay
+from sim.profile import Profile, write_profile
+from sim.profiler import count_drift, count_work, measure_drift, measure_profile
+from sim.simulate import predict, recorded_requests, replay, replay_parts
 from traces.errors import TandemError
 from traces.format import Trace, atomic_file
 from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
@@ -129,15 +130,20 @@ def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) ->
     return said.config(num_blocks=profile.meta["kv_blocks"], block_size=profile.meta["block_size"])
 
 
-def measure(executor: Executor, config: ServingConfig, console: Console) -> Profile:
-    """Profile the executor, with a progress bar."""
-    with progress_bar(console, "profile", count_passes(config)) as show:
-        return measure_profile(executor, config, show)
+def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
+    """Profile the executor and write the profile to `out`, with a progress bar.
+
+    What ends it early loses nothing: measurements are kept beside `out`, and the next call goes on from there.
+    """
+    with progress_bar(console, "profile", count_work(executor, config)) as show:
+        profile = measure_profile(executor, config, show, out.with_name(f"{out.name}.partial.jsonl"))
+    write_profile(profile, out)
+    return profile
 
 
 def drift_since(profile: Profile, executor: Executor, console: Console) -> dict[str, float]:
     """How far the machine has moved since it was profiled, with a progress bar."""
-    with progress_bar(console, "drift", COUNT_DRIFT) as show:
+    with progress_bar(console, "drift", count_drift(executor, profile)) as show:
         return measure_drift(executor, profile, show)
 
 
@@ -213,24 +219,41 @@ def compare_runs(
     repeats: Sequence[RunRecords],
     profile: Profile,
     out: Path,
+    console: Console,
     allow_different: Collection[str] = (),
     drift: Mapping[str, float] | None = None,
+    terms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Replay the real run's times through the simulator, and set the two runs side by side.
+
+    Args:
+        terms: of `analysis.ablation.TERMS`, to leave out one by one. The rest as in `analysis.compare.compare`.
 
     Returns:
         The comparison, also written to `out` as compare.json, with report.html beside it.
     """
     config = manifest.config_of(real.manifest)
     replayed = replay(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift)
+    parts = replay_parts(real, config, profile)
+    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts)
     comparison["decisions"]["negative_controls"] = negative_controls(real, config)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / "compare.json") as file:
-        file.write(json.dumps(comparison, indent=2).encode())
+    if terms:
+        with progress_bar(console, "ablate", len(terms) + 1) as show:
+            comparison["ablation"] = ablate(real, profile, terms, show)
+    write_json(out / "compare.json", comparison)
     title = f"{config.scheduler} at depth {config.pipeline_depth}: simulated and real"
     write_report(comparison, sim, real, replayed, out / "report.html", title=title)
     return comparison
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file, and its folder if there is none. Raises TandemError if that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TandemError(f"cannot write {path}: {error.strerror or error}; nothing was written") from error
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:

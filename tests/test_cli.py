@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_simulate_run_and_compare_work_from_files_to_a_report(work):
     summary = json.loads(tandem(*simulate, "--json", cwd=work).stdout)
     assert summary["completed"] == 30
     compare = ("compare", "sim", "real", "--repeat", "again", "--profile", "profile", "--out", "cmp", "--json")
+    compare += ("--ablate", "host,head", "--ablate", "skew")
     printed = json.loads(tandem(*compare, cwd=work).stdout)
     assert printed == json.loads((work / "cmp/compare.json").read_text())
     assert printed["decisions"]["identical"] is True
@@ -60,7 +62,25 @@ def test_simulate_run_and_compare_work_from_files_to_a_report(work):
     assert printed["requests"] == 30 and printed["manifest_differences"] == {}
     assert printed["repeat_spread"]["ttft"]["mean"] is not None
     assert set(printed["closed_loop"]["tpot"]["mean"]) == {"real", "sim", "error"}
+    assert printed["attribution"]["sentence"] and printed["attribution"]["kernels"]["steps"] > 50
+    assert list(printed["ablation"]) == ["full", "host", "head", "skew"]
     assert (work / "cmp/report.html").stat().st_size > 1_000_000  # plotly.js is inside: no network
+
+
+def test_policies_are_ranked_from_runs_of_both_riders(work):
+    policies = ("fcfs", "prefill_first")
+    for policy in policies:
+        run = ("run", "--trace", "t.parquet", "--model", "model", "--threads", 1, *LIMITS, "--scheduler", policy)
+        tandem(*run, "--out", f"{policy}-real", cwd=work)
+        simulate = ("simulate", "--trace", "t.parquet", "--profile", "profile", "--like", f"{policy}-real")
+        tandem(*simulate, "--out", f"{policy}-sim", cwd=work)
+    runs = [f"{policy}-{rider}" for policy in policies for rider in ("real", "sim")]
+    done = tandem("compare", "--rank", *runs, "--json", "--out", "ranked", cwd=work)
+    ranking = json.loads(done.stdout)
+    assert ranking == json.loads((work / "ranked/ranking.json").read_text())
+    assert ranking["policies"] == {"fcfs": 1, "prefill_first": 1}
+    shown = tandem("compare", "--rank", *reversed(runs), cwd=work).stdout
+    assert "From prefill_first to fcfs" in shown and ranking["sentence"] in " ".join(shown.split())
 
 
 def test_a_simulation_repeats_to_the_byte(work):
@@ -141,6 +161,8 @@ def broken(work) -> Path:
         tandem("simulate", "-t", f"{trace}.parquet", "-p", "a100", "-o", f"run-{trace}", cwd=work)
     profile = read_profile(work / "a100")
     write_profile(profile, work / "nan")
+    forgetful = {key: value for key, value in profile.meta.items() if key != "memory"}
+    write_profile(replace(profile, meta=forgetful), work / "no-memory")
     table = profile.tables["head"]
     table[0]["time_us"] = float("nan")
     import pyarrow as pa
@@ -176,6 +198,20 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "option forgotten": (("simulate", "--out", "x"), "--trace"),
     "out is something else": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "notes"), "not a run"),
     "runs of two traces": (("compare", "run-other", "run-t", "-p", "a100", "-o", "x"), "workload.trace"),
+    "compare one run": (("compare", "run-t", "-p", "a100", "-o", "x"), "SIM and REAL, not 1"),
+    "compare without profile": (("compare", "run-t", "run-t", "-o", "x"), "--profile"),
+    "compare without out": (("compare", "run-t", "run-t", "-p", "a100"), "--out"),
+    "unknown term": (
+        ("compare", "run-t", "run-t", "-p", "a100", "-o", "x", "--ablate", "host,tail"),
+        "host, skew, head, graph-padding, kv-blocks",
+    ),
+    "no memory in profile": (
+        ("compare", "run-t", "run-t", "-p", "no-memory", "-o", "x", "--ablate", "kv-blocks"),
+        "does not say what memory",
+    ),
+    "rank one policy": (("compare", "--rank", "run-t", "-o", "x"), "chunked_prefill"),
+    "rank two traces": (("compare", "--rank", "run-t", "run-other", "-o", "x"), "workload.trace"),
+    "rank with a profile": (("compare", "--rank", "run-t", "-p", "a100", "-o", "x"), "no --profile"),
     "like another trace": ((*SIMULATE, "-t", "other.parquet", "--like", "run-t"), "another trace"),
 }
 

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_compare import MS, replayed, serve, with_column, with_manifest, workload
+from shadow import small_profile
+from test_compare import CONFIG, MS, replayed, serve, with_column, with_manifest, workload
 
+from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.figures import MAX_POINTS
 from analysis.report import headline, print_comparison, write_report
+from engine.manifest import system
 from engine.records import RunRecords
+from sim.simulate import replay_parts
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -100,6 +104,45 @@ def test_the_page_says_what_was_compared_and_shows_every_part(tmp_path, sim, rea
     assert ["decode", str(decode["steps"]), f"{decode['mape']:.1%}", f"{decode['mean_error']:+.1%}"] in page.rows
     assert ["system.num_blocks", "60", "60"] in page.rows
     assert ["provenance.host", "machine 1.05", "machine 1.0"] in page.rows
+
+
+def explained(sim: RunRecords, real: RunRecords) -> dict:
+    parts, replay = replay_parts(real, CONFIG, small_profile()), replayed(real)
+    config = with_manifest(real, "system", **system("test", CONFIG))
+    return compare(sim, real, replay, parts=parts) | {"ablation": ablate(config, small_profile(), ["head"])}
+
+
+def test_the_page_says_where_the_error_comes_from_and_what_the_models_terms_are_worth(tmp_path, sim, real):
+    comparison = explained(sim, real)
+    write_report(comparison, sim, real, replayed(real), tmp_path / "report.html", title="")
+    page = Page((tmp_path / "report.html").read_text())
+    attribution = comparison["attribution"]
+    assert attribution["sentence"] in page.text
+    terms = [part["terms"]["decode"] for part in attribution["latencies"].values()]
+    shown = [cell for term in terms for cell in (f"{term['ms']:+z,.3f}", f"{term['error']:+z.1%}")]
+    assert ["decode steps", *shown] in page.rows
+    dense = attribution["kernels"]["kernels"]["dense"]
+    values = [f"{dense['error']:+.1%}", f"±{dense['uncertainty']:.1%}", f"{dense['ms_per_step']:+.3f}", "yes"]
+    assert ["dense", f"{dense['steps']:,}", *values] in page.rows
+    closed_loop = comparison["ablation"]["head"]["closed_loop"]
+    assert ["head", "60", *(f"{error:+.1%}" for error in closed_loop.values())] in page.rows
+
+
+def test_the_console_says_where_the_error_comes_from_within_80_columns(sim, real):
+    comparison = explained(sim, real)
+    output = io.StringIO()
+    print_comparison(comparison, Console(file=output, width=80))
+    text = output.getvalue()
+    assert comparison["attribution"]["sentence"] in " ".join(text.split())
+    lines = [line.rstrip() for line in text.splitlines()]
+    terms = lines[lines.index("Where the closed-loop error of the means comes from") :]
+    rows = [line for line in terms if line.split(" ")[1:2] in (["steps"], ["between"], ["and"])][:5]
+    assert len({len(row) for row in rows}) == 1 and "…" not in text
+
+
+def test_where_decisions_differ_the_page_says_that_the_error_is_not_broken_down(sim):
+    cut = replace(sim, tables=sim.tables | {"steps": sim.tables["steps"].slice(0, 10)})
+    assert "Not broken down: the decisions differ" in printed(compare(sim, sim, cut))
 
 
 def test_text_from_outside_is_escaped(tmp_path, sim, real):
