@@ -140,8 +140,9 @@ class CudaMeter:
         pynvml.nvmlInit()
         try:
             gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            others = [each for each in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if each.pid != os.getpid()]
-            if refuse_busy and others:
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+            others = [each for each in running if each.pid != os.getpid()]
+            if refuse_busy and others and len(running) > 1:  # one alone is this one, whatever a container calls it
                 raise TandemError(
                     f"process {others[0].pid} computes on this GPU, and would be in every time: profile an idle one"
                 )
