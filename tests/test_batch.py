@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import simpy
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shadow import CheckedBackend, Shadow, small_profile
 from test_scheduling_properties import configs, schedulers, workloads
@@ -17,6 +17,7 @@ from engine.executor.batch import Decodes, KVCache, Packing, Prefill, Shape, bui
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work
+from engine.executor.shapes import Shapes
 from engine.executor.weights import load_weights
 from engine.model_config import load_model_config
 from engine.recorder import Recorder
@@ -189,3 +190,27 @@ def test_a_running_batch_feeds_every_request_its_own_tokens_and_blocks(requests,
     env.run(until=env.process(serving_loop(backend, data.draw(schedulers(config)), recorder)))
     for request_id, output in backend.running.outputs.items():
         assert output == backend.made[request_id]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 300).flatmap(lambda seqs: st.tuples(st.just(seqs), st.integers(seqs, 4096))),
+    st.lists(st.integers(1, 700), max_size=60),
+    st.integers(0, 300),
+    st.sampled_from([16, 64, 128]),
+)
+def test_the_captured_shape_of_a_step_has_room_for_all_of_it(limits, chunks, decodes, tile_rows):
+    max_seqs, max_tokens = limits
+    config = ServingConfig(num_blocks=9, max_seqs=max_seqs, max_batched_tokens=max_tokens)
+    chunks = chunks[:max_seqs]
+    decodes = min(decodes, max_seqs - len(chunks))
+    while chunks and sum(chunks) + decodes > max_tokens:
+        chunks.pop()
+    assume(chunks or decodes)
+    prefills = [Prefill([0] * tokens, 0, np.zeros(3, np.int32), True) for tokens in chunks]
+    exact = Packing(16, tile_rows, max_seqs).shape_of(decodes, prefills, 3)
+    shapes = Shapes.within(config, tile_rows)
+    held = shapes.holding(exact)
+    assert all(room >= need for room, need in zip(held, exact, strict=True))
+    assert held in shapes.captured or held == exact._replace(blocks=shapes.blocks)
+    assert all(room >= need for room, need in zip(shapes.largest, held, strict=True))

@@ -23,7 +23,7 @@ from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work, table_width
-from engine.graph_sizes import GraphSizes
+from engine.executor.shapes import Shapes
 from engine.step import Copies, Step
 from traces.errors import TandemError
 
@@ -39,50 +39,20 @@ class Graphs:
     Attributes:
         cache: the KV cache.
         packing: how batches are packed.
+        shapes: of the batches.
     """
 
     def __init__(self, model: Llama, cache: KVCache, config: ServingConfig) -> None:
         self.cache = cache
         self.packing = Packing(cache.block_size, model.ops.tile_rows(cache.data), config.max_seqs)
         self._model = model
-        self._config = config
-        self._blocks = table_width(config)
+        self.shapes = Shapes.within(config, self.packing.tile_rows)
         device = cache.data.device
-        self._inbox = torch.empty(self.largest.words, dtype=torch.int32, device=device)
+        self._inbox = torch.empty(self.shapes.largest.words, dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(config.max_seqs + 1, dtype=torch.int64, device=device)
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
         self._pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @property
-    def largest(self) -> Shape:
-        """The largest step that the limits allow."""
-        tokens, seqs = self._config.max_batched_tokens, self._config.max_seqs
-        return Shape(tokens, seqs, seqs, seqs, tokens // self.packing.tile_rows + seqs, self._blocks)
-
-    @property
-    def shapes(self) -> list[Shape]:
-        """The shapes that are captured, the largest first, so that the others find its memory to use again."""
-        mixed = [self.shape("mixed", rows) for rows in reversed(self._sizes.mixed)]
-        return mixed + [self.shape("decode", rows) for rows in reversed(self._sizes.decode)]
-
-    def shape(self, kind: str, rows: int) -> Shape:
-        """Room for any step of so many rows that only decodes (`decode`), or prefills too (`mixed`).
-
-        A chunk's last tile may be short, and every request may be sampled.
-        """
-        decodes = min(rows, self._config.max_seqs)
-        prefills = self._sizes.prefills(rows) if kind == "mixed" else 0
-        tiles = rows // self.packing.tile_rows + prefills if prefills else 0
-        return Shape(rows, decodes, prefills, decodes, tiles, self._blocks)
-
-    def room_for(self, exact: Shape) -> Shape:
-        """The captured shape that holds a batch with the least padding; the batch's own if none does."""
-        rows = self._sizes.rows(exact.tokens, exact.prefills)
-        if rows is None:
-            return exact._replace(blocks=self._blocks)
-        return self.shape("mixed" if exact.prefills else "decode", rows)
 
     def capture(self, shapes: Iterable[Shape]) -> None:
         """Capture passes, each after a run that compiles what it needs. Padding alone runs: no cache is written."""
@@ -100,7 +70,7 @@ class Graphs:
     def run_largest(self) -> None:
         """Run the largest step that the limits allow, as padding: it takes the most memory and compiles its kernels."""
         with torch.cuda.stream(self.stream):
-            self._run_padding(self.largest)
+            self._run_padding(self.shapes.largest)
             self.stream.synchronize()
 
     def _run_padding(self, shape: Shape) -> None:
@@ -113,7 +83,7 @@ class Graphs:
         """Launch a packed batch on the current stream.
 
         Args:
-            shape: from `room_for`.
+            shape: from `shapes`.
             words: the batch's buffer, in pinned memory.
             spans: of its prefills.
 
@@ -159,7 +129,7 @@ class CudaDataPlane:
         self._copy_stream = torch.cuda.Stream(graphs.cache.data.device)  # type: ignore[no-untyped-call]
         self._slots = [
             _Slot(
-                torch.empty(graphs.largest.words, dtype=torch.int32, pin_memory=True),
+                torch.empty(graphs.shapes.largest.words, dtype=torch.int32, pin_memory=True),
                 torch.empty(config.max_seqs, dtype=torch.int64, pin_memory=True),
                 torch.empty(2 * config.num_cpu_blocks, 2, dtype=torch.int64, pin_memory=True),
             )
@@ -211,7 +181,7 @@ class CudaDataPlane:
     def _launch_compute(self, work: Work, slot: _Slot) -> None:
         graphs = self._graphs
         exact = graphs.packing.shape_of(len(work.decodes.contexts), work.prefills, work.blocks)
-        shape = graphs.room_for(exact)
+        shape = graphs.shapes.holding(exact)
         spans = graphs.packing.pack(shape.split(slot.words.numpy()), work.decodes, work.prefills)
         try:
             tokens = graphs.run(shape, slot.words[: shape.words], spans)
@@ -306,7 +276,7 @@ class Cuda:
             graphs = Graphs(model, cache, config)
             graphs.run_largest()
             torch.cuda.empty_cache()
-            graphs.capture(graphs.shapes)
+            graphs.capture(graphs.shapes.captured)
             if config.num_cpu_blocks:
                 _compile_copies(cache, swap_cache)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
@@ -390,7 +360,7 @@ class _Memory:
 def _measure_graphs(graphs: Graphs) -> int:
     """Memory that all graphs will take: the largest's, which the others use again, and a little for each."""
     torch.cuda.empty_cache()
-    first, second, *others = graphs.shapes
+    first, second, *others = graphs.shapes.captured
     free = [torch.cuda.mem_get_info()[0]]
     for shape in (first, second):
         graphs.capture([shape])

@@ -54,7 +54,7 @@ class CudaMeter:
 
     def padding_us(self, kind: str, rows: int, count: int) -> list[float]:
         """Run the captured step (`decode` or `mixed`) of so many rows on padding alone: it attends to nothing."""
-        graphs, shape = self._graphs, self._graphs.shape(kind, rows)
+        graphs, shape = self._graphs, self._graphs.shapes.of(kind, rows)
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
         tokens = torch.empty(shape.samples, dtype=torch.int64, pin_memory=True)
         graphs.packing.pack(shape.split(words.numpy()), Decodes.none(), [])
