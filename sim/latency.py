@@ -33,6 +33,7 @@ class LatencyModel:
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
         self._decode = _decode_surfaces(tables["decode_attention"])
+        self._by_context: dict[int, list[Curve]] = {}
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
         self._graph = _curves(tables.get("graph", ()), "kind", "rows")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
@@ -51,9 +52,13 @@ class LatencyModel:
 
     def parts_us(self, step: Step) -> dict[str, float]:
         """Microseconds by `PARTS`, all of which add up to the step's compute."""
-        samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
-        parts = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
-        parts["prefill_attention"] = self._prefill_us(step)
+        if step.chunks:
+            samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
+            parts = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
+            parts["prefill_attention"] = self._prefill_us(step)
+        else:
+            parts = self._pass_us(step.decodes, 0, step.decodes)
+            parts["prefill_attention"] = 0.0
         parts["decode_attention"], parts["skew"] = self._decode_us(step)
         return parts
 
@@ -96,7 +101,7 @@ class LatencyModel:
         for start, tokens, _ in step.chunks.values():
             self._count("prefill_attention", self._prefill.covers(tokens, start))
             time_us += max(0.0, self._prefill(tokens, start) - self._prefill_floor)
-        return time_us + self._prefill_floor if step.chunks else 0.0
+        return time_us + self._prefill_floor
 
     def _decode_us(self, step: Step) -> tuple[float, float]:
         """Attention of decodes with contexts all alike, and what their unevenness adds."""
@@ -105,12 +110,15 @@ class LatencyModel:
         sequences = step.decodes
         context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
         levels, surfaces = self._decode
-        even = surfaces[0](sequences, context)
+        curves = self._by_context.get(sequences)
+        if curves is None:  # in a run many steps have the same number of sequences
+            curves = self._by_context[sequences] = [surface.at(sequences) for surface in surfaces]
+        even = curves[0](context)
         self._count("decode_attention", surfaces[0].covers(sequences, context))
         if len(levels) == 1:
             return even, 0.0
         squares = step.kv_squares + 2 * step.kv_tokens + sequences
-        uneven = Curve(dict(zip(levels, (surface(sequences, context) for surface in surfaces), strict=True)))
+        uneven = Curve(dict(zip(levels, (curve(context) for curve in curves), strict=True)))
         return even, uneven(min(squares / sequences / context**2, levels[-1])) - even
 
     def _count(self, table: str, covered: bool) -> None:

@@ -22,6 +22,7 @@ from engine.model_config import ModelConfig
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 2
+SHIPPED = Path(__file__).parent / "profiles"  # hardware/model
 
 # table -> key columns; every table also has `time_us` and `spread` (interquartile range / median of the repeats)
 TABLES: dict[str, tuple[str, ...]] = {
@@ -89,8 +90,28 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
             raise TandemError(f"profile table {table}, row {number}: time_us is {time_us}; times are microseconds >= 0")
 
 
+def shipped_profiles() -> dict[str, Path]:
+    """The folders of the profiles that ship, by name: `hardware/model`."""
+    folders = sorted(path.parent for path in SHIPPED.glob("*/*/meta.yaml"))
+    return {folder.relative_to(SHIPPED).as_posix(): folder for folder in folders}
+
+
+def find_profile(where: Path) -> Path:
+    """A profile's folder as it is, or, where there is none, the one that ships under that name.
+
+    Raises:
+        TandemError: neither is there.
+    """
+    shipped = shipped_profiles()
+    if where.exists():
+        return where
+    if where.as_posix() not in shipped:
+        raise TandemError(f"{where} is not a profile: there is no such folder, and those that ship are {', '.join(shipped)}")
+    return shipped[where.as_posix()]
+
+
 def read_profile(folder: Path) -> Profile:
-    """Read a profile's folder.
+    """Read a profile's folder; `find_profile` says which one is meant by a name.
 
     Raises:
         TandemError: a file is missing, damaged, or of another schema version.
@@ -98,7 +119,7 @@ def read_profile(folder: Path) -> Profile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    meta = _read_meta(folder / "meta.yaml")
+    meta = read_meta(folder / "meta.yaml")
     tables = {}
     for table in (*TABLES, *OPTIONAL_TABLES):
         path = folder / f"{table}.parquet"
@@ -111,7 +132,8 @@ def read_profile(folder: Path) -> Profile:
     return Profile(meta, tables)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """Read a profile's meta.yaml. Raises TandemError if it is missing, damaged, or of another schema version."""
     try:
         meta = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -183,13 +205,26 @@ class Surface:
 
     def __call__(self, x: float, y: float) -> float:
         """Time at (x, y), at least 0."""
+        left, right, weight = self._beside(x)
+        low = left(y)
+        return max(0.0, low + weight * (right(y) - low))
+
+    def at(self, x: float) -> Curve:
+        """Time over the second axis at `x`: what calls with this `x` return."""
+        left, right, weight = self._beside(x)
+        points = {}
+        for y in {*left.xs, *right.xs}:
+            low = left(y)
+            points[y] = low + weight * (right(y) - low)
+        return Curve(points)
+
+    def _beside(self, x: float) -> tuple[Curve, Curve, float]:
+        """The measured curves on both sides of `x` (or at the end it lies beyond), and how far it is from the first."""
         xs, curves = self.xs, self._curves
         if len(xs) == 1:
-            return curves[0](y)
+            return curves[0], curves[0], 0.0
         right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
-        weight = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-        low = curves[right - 1](y)
-        return max(0.0, low + weight * (curves[right](y) - low))
+        return curves[right - 1], curves[right], (x - xs[right - 1]) / (xs[right] - xs[right - 1])
 
     def covers(self, x: float, y: float) -> bool:
         """Whether (x, y) lies in the measured range."""

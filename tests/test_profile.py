@@ -176,6 +176,13 @@ def test_uneven_decodes_have_the_unevenness_they_are_filed_under():
         assert max(one.decodes) < 3990
 
 
+@given(st.integers(1, 400), st.floats(1, 5000))
+def test_a_surface_at_one_place_is_a_curve(x, y):
+    rows = roofline_profile("a100-80gb", LLAMA3).tables["decode_attention"]
+    surface = Surface({(row["sequences"], row["kv_tokens"] / row["sequences"]): row["time_us"] for row in rows})
+    assert surface.at(x)(y) == pytest.approx(surface(x, y))
+
+
 def graph_profile() -> Profile:
     """A profile with captured steps of 1, 4 and 16 rows: 1 ms + 10 us a row; a chunk of 8 tokens attends for 50 us."""
     whole = small_profile()
