@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from analysis.compare import CLOSED_LOOP, STATISTICS
+from analysis.attribution import LATENCIES
+from analysis.compare import STATISTICS
 from analysis.ranking import rank, ranking_tables
 from analysis.tables import TextTable, number, percent, print_tables, signed
 from analysis.workflow import (
@@ -217,7 +218,7 @@ def _verdicts(name: str, case: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             error = result["closed_loop"][latency][statistic]["error"]
             spread = result["repeat_spread"][latency][statistic]
             allowed = FULL_TARGETS[latency] if full else max(usual, min(spread or 0.0, most))
-            yield _verdict(name, f"{statistic} {latency}", error, allowed, spread)
+            yield _verdict(name, f"{statistic} {LATENCIES[latency]}", error, allowed, spread)
 
 
 def _verdict(case: str, what: str, error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _verdict(case: str, what: str, error: float | None, allowed: float, spread: 
 def print_study(study: Mapping[str, Any], console: Console) -> None:
     """The latency model and the closed loop of every case, the rankings, and what is not within its target."""
     cases = sorted(study["cases"].values(), key=lambda case: (case["policy"], case["load"]))
-    tables = [_model_table(cases), *(_closed_loop_table(cases, latency) for latency in CLOSED_LOOP if latency != "itl")]
+    tables = [_model_table(cases), *(_closed_loop_table(cases, latency) for latency in LATENCIES)]
     for load, ranking in study["rankings"].items():
         tables += [replace(table, title=f"{load} load: {table.title}") for table in ranking_tables(ranking)]
     print_tables([*tables, _verdict_table(study["verdicts"])], console)
@@ -258,7 +259,7 @@ def _closed_loop_table(cases: Sequence[Mapping[str, Any]], latency: str) -> Text
             for pair, spread in zip(pairs, spreads, strict=True)
         ]
         rows.append((*_label(case), *cells))
-    title = f"Closed loop: {latency.upper()}: real ms, error, (spread of repeated real runs)"
+    title = f"Closed loop: {LATENCIES[latency]}: real ms, error, (spread of repeated real runs)"
     return TextTable(title, "", ("policy", "load", *STATISTICS), rows, labels=2)
 
 

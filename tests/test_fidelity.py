@@ -119,4 +119,4 @@ def test_an_error_is_judged_by_its_target_or_by_a_modest_spread(load, error, spr
         "repeat_spread": {each: dict.fromkeys(statistics, spread) for each in latencies},
     }
     verdicts = {each["what"]: each["within"] for each in _verdicts("case", {"load": load, "result": result})}
-    assert verdicts["mean tpot"] is within
+    assert verdicts["mean TPOT"] is within
