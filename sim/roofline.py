@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,7 +30,7 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
     Raises:
         TandemError: no such card, or the model does not fit it.
     """
-    sheet = _data_sheet(hardware)
+    sheet = data_sheet(hardware)
     flops_per_us, bytes_per_us = sheet["tflops"] * 1e6, sheet["memory_gb_per_s"] * 1e3
 
     def row(flops: float, traffic: float) -> Row:
@@ -91,9 +92,14 @@ def _kv_blocks(sheet: dict[str, float], model: ModelConfig, block_size: int) -> 
     return blocks
 
 
-def _data_sheet(hardware: str) -> dict[str, float]:
+def data_sheet(hardware: str) -> dict[str, Any]:
+    """A card's device name, rates and memory. Raises TandemError if there is no such card in `sim/hardware`."""
     path = DATA_SHEETS / f"{hardware}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(each.stem for each in DATA_SHEETS.glob("*.yaml")))
-        raise TandemError(f"no data sheet for '{hardware}': choose {known}")
+        raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(known_hardware())}")
     return dict(yaml.safe_load(path.read_text()))
+
+
+def known_hardware() -> list[str]:
+    """The cards of `sim/hardware`."""
+    return sorted(each.stem for each in DATA_SHEETS.glob("*.yaml"))
