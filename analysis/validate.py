@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.options import Limits
+from analysis.options import Limits, Loading
 from analysis.report import print_comparison
 from analysis.workflow import (
     check_profile,
@@ -46,10 +46,7 @@ class Job:
     """What to validate, and where to put it."""
 
     out: Path
-    model: str
-    dtype: str
-    device: str
-    threads: int | None
+    loading: Loading
     requests: int
     rate: float
     seed: int
@@ -60,7 +57,7 @@ class Job:
 
 def validate_one(job: Job, console: Console) -> int:
     """Run the job; returns the exit status: 0, or 1 where the decisions differ."""
-    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads, device=job.device)
+    trace, executor = _trace(job, console), load_executor(job.loading, console)
     config = real_config(executor, job.limits)
     profile = _profile(job.out / "profile", executor, config, console)
     sim = simulate_run(trace, profile, config, job.out / "sim", console)  # before the real run: it is a prediction
@@ -82,7 +79,7 @@ def validate_matrix(job: Job, console: Console) -> int:
         The exit status: 0, or 1 where decisions differ anywhere or a falsified run goes unnoticed.
     """
     job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
-    trace, executor = _trace(job, console), load_executor(job.model, console, job.dtype, job.threads, device=job.device)
+    trace, executor = _trace(job, console), load_executor(job.loading, console)
     config = _scarce(real_config(executor, job.limits), job.max_total)
     profile = _profile(job.out / "profile", executor, config, console)
     rows = []
@@ -138,7 +135,7 @@ def _print_matrix(rows: list[dict[str, Any]]) -> None:
 
 def _trace(job: Job, console: Console) -> Trace:
     lengths = LengthFilter(max_total=job.max_total)
-    trace = sharegpt_trace(job.model, job.requests, job.seed, lengths, console)
+    trace = sharegpt_trace(job.loading.model, job.requests, job.seed, lengths, console)
     for note in trace.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)

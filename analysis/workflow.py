@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
-from analysis.options import Limits
+from analysis.options import Limits, Loading
 from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
@@ -102,19 +102,12 @@ def sharegpt_trace(
         )
 
 
-def load_executor(
-    model: str,
-    console: Console,
-    dtype: str = "auto",
-    threads: int | None = None,
-    load_format: str = "auto",
-    device: str = "auto",
-) -> Executor:
-    """Load a model; arguments and errors are those of `engine.executor.executor.Executor`."""
+def load_executor(loading: Loading, console: Console) -> Executor:
+    """Load a model; errors are those of `engine.executor.executor.Executor`."""
     from engine.executor.executor import Executor
 
-    with console.status(f"loading {model}"):
-        return Executor(model, dtype, threads, load_format, device)
+    with console.status(f"loading {loading.model}"):
+        return Executor(**asdict(loading))
 
 
 def real_config(executor: Executor, said: Limits) -> ServingConfig:
