@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from engine.config import ServingConfig
 from engine.step import Chunk, Step
@@ -15,6 +15,7 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
 LONG_SHARE, UNEVEN = 0.25, 2.0  # of an uneven batch: how many of its contexts are the long ones, and its unevenness
 HELD_OUT = 12
+Item = TypeVar("Item")
 _IDS = tuple(range(1000)) * 200  # token ids repeat: what they are costs nothing
 
 
@@ -134,8 +135,8 @@ def served_passes(config: ServingConfig, count: int, slack: int) -> list[Pass]:
     return passes
 
 
-def spread_out(passes: Sequence[Pass], rounds: int) -> list[Pass]:
-    """Each pass so many times, in random order, so that a machine that slows down for a while slows no one size."""
-    shuffled = [one for one in passes for _ in range(rounds)]
-    random.Random(0).shuffle(shuffled)
-    return shuffled
+def shuffled(items: Iterable[Item]) -> list[Item]:
+    """In random order, so that a machine that slows down for a while slows no one size."""
+    work = list(items)
+    random.Random(0).shuffle(work)
+    return work

@@ -31,7 +31,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     # All decodes of a step; kv_tokens is their sum, unevenness the mean square of their contexts over the squared mean.
     "decode_attention": ("sequences", "kv_tokens", "unevenness"),
     "head": ("samples",),  # final norm, language-model head and sampling
-    "host": ("term", "kind", "sequences"),  # of `HOST_TERMS`, by `HOST_KINDS`
+    "host": ("term", "kind", "sequences"),  # kind of step: decode, prefill (mixed too), or any
 }
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
@@ -39,7 +39,6 @@ OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
 }
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
-HOST_KINDS = ("decode", "prefill", "any")  # steps that only decode, that prefill (too), or what does not depend on it
 
 Row = dict[str, Any]
 

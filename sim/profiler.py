@@ -178,11 +178,12 @@ def _rows(table: str, times: dict[tuple[Any, ...], list[float]]) -> list[Row]:
 def _held_out_error(latency: LatencyModel, batches: Sequence[Batch]) -> dict[str, Any]:
     measured = [measured_us for _, measured_us in batches]
     predicted = [fmean(latency.device_ns(step) / 1000 for step in steps) for steps, _ in batches]
-    kinds = [steps[0].kind for steps, _ in batches]
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for place, (steps, _) in enumerate(batches):
+        places[steps[0].kind].append(place)
     by_kind = {
-        kind: _errors(*([one for one, its in zip(times, kinds, strict=True) if its == kind] for times in both))
-        for both in [(predicted, measured)]
-        for kind in sorted(set(kinds))
+        kind: _errors([predicted[place] for place in of_kind], [measured[place] for place in of_kind])
+        for kind, of_kind in sorted(places.items())
     }
     return {"batches": len(batches), **_errors(predicted, measured), "by_kind": by_kind, "measured_us": measured}
 

@@ -6,7 +6,6 @@ of points in tables. Everything runs as it does when serving: on the thread that
 
 from __future__ import annotations
 
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from sim.passes import (
     grid,
     mixed_passes,
     served_passes,
-    spread_out,
+    shuffled,
     uneven_grid,
     up_to,
 )
@@ -102,7 +101,7 @@ class Groups:
     def __init__(self, executor: Executor, config: ServingConfig) -> None:
         self._executor = executor
         self._config = config
-        self.work = spread_out([each for one in grid(config) for each in (one,) * _repeats(one)], 1)
+        self.work = shuffled(one for one in grid(config) for _ in range(_repeats(one)))
 
     def __enter__(self) -> Groups:
         self._caches = self._executor.caches(self._config)
@@ -205,8 +204,7 @@ class CapturedSteps:
         self._config = config
         self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
         points = [*self._steps(), *self._operations(), *self._decodes(), *self._prefills()]
-        self.work = [point for point in points for _ in range(ROUNDS)]
-        random.Random(0).shuffle(self.work)
+        self.work = shuffled(point for point in points for _ in range(ROUNDS))
 
     def _steps(self) -> Iterator[Point]:
         for kind in ("decode", "mixed"):

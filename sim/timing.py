@@ -123,7 +123,6 @@ class RecordedTiming:
         self, iterations: Sequence[dict[str, Any]], device: Sequence[tuple[int, int]], latency: LatencyModel | None
     ) -> None:
         self._iterations = iterations
-        self._device = device
         self._latency = latency
         self.parts_us: list[dict[str, float]] = []
         self._turn = 0
