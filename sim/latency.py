@@ -37,8 +37,8 @@ class LatencyModel:
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
         self._graph = _curves(tables.get("graph", ()), "kind", "rows")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
-        # In a captured step all chunks attend at once: what even the smallest costs is spent once.
-        self._prefill_floor = min(row["time_us"] for row in tables["prefill_attention"]) if self._graph else 0.0
+        # Where steps are captured all chunks attend at once, and the longest leaves room for what the others compute.
+        self._pair_us = _least_pair_us(tables["prefill_attention"]) if self._graph else None
 
     def device_ns(self, step: Step) -> int:
         """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
@@ -97,11 +97,15 @@ class LatencyModel:
         return self._head(samples)
 
     def _prefill_us(self, step: Step) -> float:
-        time_us = 0.0
+        times, pairs = [], []
         for start, tokens, _ in step.chunks.values():
             self._count("prefill_attention", self._prefill.covers(tokens, start))
-            time_us += max(0.0, self._prefill(tokens, start) - self._prefill_floor)
-        return time_us + self._prefill_floor
+            times.append(self._prefill(tokens, start))
+            pairs.append(_pairs(tokens, start))
+        if self._pair_us is None:
+            return sum(times)
+        longest = max(range(len(times)), key=times.__getitem__)
+        return times[longest] + self._pair_us * (sum(pairs) - pairs[longest])
 
     def _decode_us(self, step: Step) -> tuple[float, float]:
         """Attention of decodes with contexts all alike, and what their unevenness adds."""
@@ -125,6 +129,16 @@ class LatencyModel:
         self.lookups[table] += 1
         if not covered:
             self.outside[table] += 1
+
+
+def _pairs(chunk: float, context: float) -> float:
+    """Pairs of a query and a key that a chunk attends to."""
+    return chunk * (context + (chunk + 1) / 2)
+
+
+def _least_pair_us(rows: Collection[Mapping[str, float]]) -> float:
+    """Time of a pair where the device computes at its best."""
+    return min(row["time_us"] / _pairs(row["chunk"], row["context"]) for row in rows)
 
 
 def _curves(rows: Collection[Mapping[str, float]], name: str, axis: str) -> dict[str, Curve]:

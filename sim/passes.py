@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from engine.config import ServingConfig
 from engine.step import Chunk, Step
@@ -13,10 +16,10 @@ from traces.request import TraceRequest
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
-LONG_SHARE, UNEVEN = 0.25, 2.0  # of an uneven batch: how many of its contexts are the long ones, and its unevenness
+UNEVEN = (1.2, 1.8)  # unevenness of contexts (mean square over squared mean); ShareGPT's decodes lie between 1.2 and 2
+UNEVEN_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
 HELD_OUT = 12
 Item = TypeVar("Item")
-_IDS = tuple(range(1000)) * 200  # token ids repeat: what they are costs nothing
 
 
 class Pass(NamedTuple):
@@ -35,27 +38,41 @@ class Pass(NamedTuple):
         """KV tokens that its decodes attend to, their own included."""
         return sum(self.decodes) + len(self.decodes)
 
-    def requests(self, repeats: int = 1) -> list[TraceRequest]:
-        """Requests that put the data plane in the state where this is its next pass, `repeats` times over."""
-        lengths = [context + tokens for tokens, context in self.chunks] + [context + 1 for context in self.decodes]
+    @property
+    def _lengths(self) -> list[int]:
+        return [context + tokens for tokens, context in self.chunks] + [context + 1 for context in self.decodes]
+
+    def requests(self, vocab_size: int, steps: int = 1) -> list[TraceRequest]:
+        """Requests that put the data plane in the state where this is its next pass, for so many `steps`.
+
+        Their tokens are random and all different: at its power limit a GPU is faster on rows that are alike.
+        """
+        lengths = self._lengths
+        ids = random.Random(0).choices(range(vocab_size), k=max(lengths) + len(lengths))
         return [
-            TraceRequest(each, 0, length, repeats, repeats, list(_IDS[:length])) for each, length in enumerate(lengths)
+            TraceRequest(each, 0, length, steps, steps, ids[each : each + length])
+            for each, length in enumerate(lengths)
         ]
 
-    def steps(self, block_size: int, repeats: int = 1) -> list[Step]:
-        """Steps that run it over and over, on consecutive blocks: chunks again as they are, decodes a token further."""
-        first, used = Step(0), 0
-        for request in self.requests():
-            count = -(-(request.prompt_len + repeats - 1) // block_size)
-            first.blocks[request.id] = list(range(used, used + count))
-            used += count
+    def steps(self, block_size: int, repeats: int = 1, rests: int = 0) -> list[Step]:
+        """Steps that run it over and over, on consecutive blocks: chunks again as they are, decodes a token further.
+
+        Args:
+            rests: steps after each that only decode.
+        """
+        first, used, count = Step(0), 0, repeats * (1 + rests)
+        for each, length in enumerate(self._lengths):
+            owned = -(-(length + count - 1) // block_size)
+            first.blocks[each] = list(range(used, used + owned))
+            used += owned
         first.joined = dict(enumerate(self.decodes, len(self.chunks)))
-        steps = [first, *(Step(index) for index in range(1, repeats))]
+        steps = [first, *(Step(index) for index in range(1, count))]
+        chunks = {each: Chunk(context, tokens, True) for each, (tokens, context) in enumerate(self.chunks)}
         for index, step in enumerate(steps):
-            step.chunks = {each: Chunk(context, tokens, True) for each, (tokens, context) in enumerate(self.chunks)}
+            step.chunks = {} if index % (1 + rests) else dict(chunks)
             contexts = [context + index for context in self.decodes]
             step.decodes, step.kv_tokens = len(contexts), sum(contexts)
-            step.kv_squares, step.running = sum(context**2 for context in contexts), len(contexts) + len(self.chunks)
+            step.kv_squares, step.running = sum(context**2 for context in contexts), len(contexts) + len(chunks)
         return steps
 
 
@@ -85,24 +102,32 @@ def up_to(most: int) -> list[int]:
     return [count for count in TOKENS if count < most] + [most]
 
 
-def uneven(sequences: int, mean: int) -> tuple[int, ...]:
-    """Contexts with this mean of which a few are long, such that the mean square is `UNEVEN` times the mean squared."""
-    width = math.sqrt(UNEVEN - 1)
-    longer = mean * (1 + width * math.sqrt((1 - LONG_SHARE) / LONG_SHARE))
-    shorter = mean * (1 - width * math.sqrt(LONG_SHARE / (1 - LONG_SHARE)))
-    many = round(LONG_SHARE * sequences)
-    return (*(round(longer),) * many, *(round(shorter),) * (sequences - many))
+def uneven(sequences: int, mean: int, unevenness: float) -> tuple[int, ...]:
+    """Contexts with this mean and unevenness, in random order: quantiles of a gamma distribution."""
+    from scipy.optimize import brentq  # takes longer to import than a simulation takes to start
+    from scipy.special import gammaincinv
+
+    ranks = (np.arange(sequences) + 0.5) / sequences
+
+    def shares(shape: float) -> np.ndarray[Any, Any]:
+        quantiles = gammaincinv(shape, ranks)
+        return np.asarray(quantiles / quantiles.mean())
+
+    shape = brentq(lambda shape: (shares(shape) ** 2).mean() - unevenness, 0.05, 50)
+    contexts = [max(1, round(mean * share)) for share in shares(shape)]
+    random.Random(sequences).shuffle(contexts)
+    return tuple(contexts)
 
 
-def uneven_grid(config: ServingConfig, slack: int) -> Iterator[Pass]:
-    """Decodes of uneven contexts; `slack` tokens of each stay free."""
+def uneven_grid(config: ServingConfig, slack: int) -> Iterator[tuple[float, Pass]]:
+    """Decodes of uneven contexts, with their unevenness; `slack` tokens of each stay free."""
     room = config.num_blocks * config.block_size
-    for count in up_to(config.max_seqs):
-        for mean in CONTEXTS:
-            one = Pass((), uneven(count, mean))
-            fits = sum(context + slack + config.block_size for context in one.decodes) <= room
-            if count >= 8 and fits and max(one.decodes) + slack < config.max_model_len:
-                yield one
+    counts = [count for count in up_to(config.max_seqs) if count >= 4]
+    for count, mean, unevenness in product(counts, UNEVEN_CONTEXTS, UNEVEN):
+        one = Pass((), uneven(count, mean, unevenness))
+        fits = sum(context + slack + config.block_size for context in one.decodes) <= room
+        if fits and max(one.decodes) + slack < config.max_model_len:
+            yield unevenness, one
 
 
 def mixed_passes(config: ServingConfig, count: int = HELD_OUT) -> list[Pass]:

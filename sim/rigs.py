@@ -19,7 +19,6 @@ from engine.graph_sizes import GraphSizes
 from engine.step import Step
 from sim.passes import (
     HELD_OUT,
-    UNEVEN,
     Pass,
     grid,
     mixed_passes,
@@ -141,7 +140,7 @@ class Groups:
         return self._thread.submit(self._time, one).result()
 
     def _time(self, one: Pass) -> dict[str, float]:
-        runner = self._executor.runner(one.requests(), self._caches, self._config)
+        runner = self._executor.runner(one.requests(self._executor.model.vocab_size), self._caches, self._config)
         (step,) = one.steps(self._config.block_size)
         groups: defaultdict[str, float] = defaultdict(float)
         last = time.perf_counter_ns()
@@ -177,13 +176,16 @@ def _repeats(one: Pass) -> int:
 
 # -- a GPU -------------------------------------------------------------------------------------------------
 
-ROUNDS = 3  # of every measurement
+ROUNDS = 2  # of every measurement
 BURST, WARM = 10, 3  # steps that run one behind the other, of which the first do not count
+# Serving has steps that only decode between those that prefill. Without them a GPU reaches its power limit and slows
+# down more than it ever does when it serves: steps that prefill are measured with some in between.
+CYCLES, RESTS = 5, 3
 GPU_HELD_OUT = 48
 
 
 class Point(NamedTuple):
-    """Something to measure: a point of a table, or a pass whose time, less that of its captured step, is one."""
+    """Something to measure: a point of a table, or a pass of decodes whose time, less its captured step's, is one."""
 
     table: str
     key: tuple[Any, ...]
@@ -227,7 +229,7 @@ class CapturedSteps:
             and (count * (context + BURST + self._config.block_size) <= room * self._config.max_seqs)
         ]
         yield from (_decode_point(one, 1.0) for one in even)
-        yield from (_decode_point(one, UNEVEN) for one in uneven_grid(self._config, BURST))
+        yield from (_decode_point(one, unevenness) for unevenness, one in uneven_grid(self._config, BURST))
 
     def _prefills(self) -> Iterator[Point]:
         longest = self._config.max_model_len - BURST
@@ -235,7 +237,7 @@ class CapturedSteps:
         for chunk in sorted({*(each for each in up_to(most) if each >= 16), most}):
             for context in (0, 64, 256, 1024, 4096, 16384, 65536):
                 if chunk + context <= longest:
-                    yield Point("prefill_attention", (chunk, context), Pass(((chunk, context),), ()))
+                    yield Point("prefill_attention", (chunk, context))
 
     def __enter__(self) -> CapturedSteps:
         self._meter = self._executor.meter(self._config)
@@ -257,34 +259,36 @@ class CapturedSteps:
         if item.one:
             return [Sample(item.table, item.key, self._burst(item.one)[1])]
         if item.table == "graph":
-            kind, rows = item.key
-            return [Sample("graph", item.key, fmean(self._meter.padding_us(kind, rows, BURST)[WARM:]))]
+            return [Sample("graph", item.key, self._padding_us(*item.key))]
         if item.table == "head":
             return [Sample("head", item.key, self._meter.head_us(*item.key))]
+        if item.table == "prefill_attention":
+            return [Sample("prefill_attention", item.key, self._meter.attention_us(*item.key))]
         times = self._meter.operations_us(*item.key)
         return [Sample("dense", (name, *item.key), time_us) for name, time_us in times.items()]
 
+    def _padding_us(self, kind: str, rows: int) -> float:
+        cycles, rests = (BURST, 0) if kind == "decode" else (CYCLES, RESTS)
+        return fmean(self._meter.padding_us(kind, rows, cycles, rests)[_warm(rests) :])
+
     def _burst(self, one: Pass) -> Batch:
-        steps = one.steps(self._config.block_size, BURST)
-        return steps[WARM:], fmean(self._meter.steps_us(one.requests(BURST), steps)[WARM:])
+        cycles, rests = (CYCLES, RESTS) if one.chunks else (BURST, 0)
+        steps = one.steps(self._config.block_size, cycles, rests)
+        requests = one.requests(self._executor.model.vocab_size, len(steps))
+        counted = slice(_warm(rests) * (1 + rests), None, 1 + rests)
+        return steps[counted], fmean(self._meter.steps_us(requests, steps)[counted])
 
     def tables(self, measured: dict[str, list[Row]]) -> dict[str, list[Row]]:
-        """Attention is what a pass takes beyond its step without any."""
-        graphs = {
-            kind: Curve({row["rows"]: row["time_us"] for row in measured["graph"] if row["kind"] == kind})
-            for kind in ("decode", "mixed")
-        }
+        """Attention of decodes is what a pass takes beyond its step without any."""
+        captured = Curve({row["rows"]: row["time_us"] for row in measured["graph"] if row["kind"] == "decode"})
         for row in measured["decode_attention"]:
-            row["time_us"] = max(0.0, row["time_us"] - graphs["decode"](self._sizes.rows(row["sequences"], 0) or 0))
-        for row in measured["prefill_attention"]:
-            rows = self._sizes.rows(row["chunk"], 1)
-            without = graphs["mixed"](rows) if rows else _operations_us(measured, row["chunk"])
-            row["time_us"] = max(0.0, row["time_us"] - without)
+            row["time_us"] = max(0.0, row["time_us"] - captured(self._sizes.rows(row["sequences"], 0) or 0))
         return measured
 
     def held_out(self) -> Iterator[Batch]:
         """Batches as serving makes them."""
-        for one in served_passes(self._config, GPU_HELD_OUT, BURST + self._config.block_size):
+        slack = CYCLES * (1 + RESTS) + self._config.block_size
+        for one in served_passes(self._config, GPU_HELD_OUT, slack):
             yield self._burst(one)
 
     def facts(self) -> dict[str, Any]:
@@ -294,7 +298,7 @@ class CapturedSteps:
                 name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self._sizes).items()
             },
             "memory": self._meter.memory(),
-            "repeats": f"{ROUNDS} bursts of {BURST - WARM} steps",
+            "repeats": f"{ROUNDS} bursts of {BURST - WARM} steps, of {CYCLES - 1} where steps prefill",
         }
 
 
@@ -304,10 +308,5 @@ def _decode_point(one: Pass, unevenness: float) -> Point:
     return Point("decode_attention", (count, one.kv_tokens + round(count * middle), unevenness), one)
 
 
-def _operations_us(measured: dict[str, list[Row]], tokens: int) -> float:
-    """A step too large to be captured, with one sample: its operations one by one."""
-    points: defaultdict[str, dict[float, float]] = defaultdict(dict)
-    for row in measured["dense"]:
-        points[row["op"]][row["tokens"]] = row["time_us"]
-    head = Curve({row["samples"]: row["time_us"] for row in measured["head"]})
-    return sum(Curve(of_op)(tokens) for of_op in points.values()) + head(1)
+def _warm(rests: int) -> int:
+    return 1 if rests else WARM

@@ -19,7 +19,8 @@ from engine.recorder import Recorder
 from engine.records import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
-from sim.simulate import replay
+from sim.profiler import measure_profile
+from sim.simulate import predict, replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -220,3 +221,25 @@ def test_limits_that_do_not_fit_say_what_takes_the_memory(executor):
         executor.measure_blocks(long)
     with pytest.raises(TandemError, match="lower --kv-blocks"):
         executor.prepare(dataclasses.replace(WIDE, num_blocks=1 << 26))
+
+
+def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(executor, tmp_path):
+    config = dataclasses.replace(WIDE, num_cpu_blocks=40)
+    notes = tmp_path / "notes.jsonl"
+
+    def give_up(done: int) -> None:
+        if done == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_profile(executor, config, give_up, notes)
+    kept = notes.read_text().splitlines()
+    assert len(kept) == 41  # and a line that says of what
+    profile = measure_profile(executor, config, notes=notes)
+    assert not notes.exists()
+    assert {"graph", "swap"} < profile.tables.keys()
+    assert set(profile.meta["held_out"]["by_kind"]) == {"decode", "mixed"}
+    assert profile.meta["machine_state"]["before"]["driver"]
+    recorder = Recorder()
+    outside = predict(workload(), config, profile, recorder)
+    assert len(recorder.tables()["requests"]) == 24 and outside["lookups"] > 100

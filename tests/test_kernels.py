@@ -157,8 +157,16 @@ def test_pieces_cover_every_request_once_and_fit(contexts, programs):
     table = cut(lengths, kv_heads=2, programs=programs, chunk=128).pieces.tolist()
     work = [tuple(piece) for piece in table if piece[2] > 0]
     counts = {request: count for request, _, count, _ in work}
-    assert list(counts) == list(range(len(contexts)))
-    assert work == [(i, part, counts[i], n) for i, n in enumerate(contexts) for part in range(counts[i])]
+    assert sorted(counts) == list(range(len(contexts)))
+    assert work == [(i, part, counts[i], contexts[i]) for i in counts for part in range(counts[i])]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=300))
+def test_long_pieces_come_first(contexts):
+    table = cut(torch.tensor(contexts, dtype=torch.int32, device=DEVICE), 2, programs=20, chunk=128).pieces.tolist()
+    sizes = [-(-context // count) for _, _, count, context in table if count > 0]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_requests_are_split_only_while_there_are_too_few_to_fill_the_gpu():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 from shadow import small_profile
@@ -28,11 +29,14 @@ def whole_us(kind: str, rows: int) -> float:
 class KnownMeter:
     """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond."""
 
-    def padding_us(self, kind: str, rows: int, count: int) -> list[float]:
+    def padding_us(self, kind: str, rows: int, count: int, rests: int) -> list[float]:
         return [whole_us(kind, rows)] * count
 
     def operations_us(self, tokens: int) -> dict[str, float]:
         return dict.fromkeys(OPERATIONS, 2000 + 10.0 * tokens)
+
+    def attention_us(self, chunk: int, context: int) -> float:
+        return 200 + chunk * (context + chunk / 2) / 1000
 
     def head_us(self, samples: int) -> float:
         return 300 + samples
@@ -54,6 +58,7 @@ class KnownMeter:
 
 class KnownGpu:
     captures = True
+    model = SimpleNamespace(vocab_size=100)
 
     def meter(self, config: ServingConfig) -> KnownMeter:
         return KnownMeter()

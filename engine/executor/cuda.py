@@ -161,7 +161,6 @@ class CudaDataPlane:
             self._launch_copies(step, slot)
         self._wait_for_copies(step)
         if step.kind != "swap":
-            slot.begin.record()
             self._launch_compute(work, slot)
             slot.end.record()
         self._in_flight.append((step.index, slot, work))
@@ -183,6 +182,7 @@ class CudaDataPlane:
         exact = graphs.packing.shape_of(len(work.decodes.contexts), work.prefills, work.blocks)
         shape = graphs.shapes.holding(exact)
         spans = graphs.packing.pack(shape.split(slot.words.numpy()), work.decodes, work.prefills)
+        slot.begin.record()  # not before: an idle GPU would count the packing as its own work
         try:
             tokens = graphs.run(shape, slot.words[: shape.words], spans)
         except torch.OutOfMemoryError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.config import ServingConfig
-from engine.executor.batch import Decodes
+from engine.executor.batch import Decodes, Prefill, Shape
 from engine.executor.cuda import MEMORY_FRACTION, Cuda, CudaDataPlane
 from engine.executor.kernels.timing import time_us
 from engine.executor.model import Llama
@@ -38,6 +40,8 @@ class CudaMeter:
         self._config = config
         self._graphs, self._swap_cache = machine.prepare(model, config)
         self._graphs.cache.data.normal_()  # time depends a little on what is multiplied
+        gc.collect()
+        gc.freeze()  # torch collects garbage before each of the many captures, and there is much to look through
 
     def steps_us(self, requests: Sequence[TraceRequest], steps: Sequence[Step]) -> list[float]:
         """Run steps one behind the other, two in flight; returns the device's time for each."""
@@ -52,20 +56,58 @@ class CudaMeter:
             times.append(plane.complete().device_ns / 1000)
         return times
 
-    def padding_us(self, kind: str, rows: int, count: int) -> list[float]:
-        """Run the captured step (`decode` or `mixed`) of so many rows on padding alone: it attends to nothing."""
-        graphs, shape = self._graphs, self._graphs.shapes.of(kind, rows)
-        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
+    def padding_us(self, kind: str, rows: int, count: int, rests: int = 0) -> list[float]:
+        """Run the captured step (`decode` or `mixed`) of so many rows on padding alone: it attends to nothing.
+
+        Args:
+            kind, rows: which.
+            count: how often.
+            rests: decode steps of medium size that run after each, and are not timed.
+        """
+        graphs, shapes = self._graphs, self._graphs.shapes
+        shape, rest = shapes.of(kind, rows), shapes.of("decode", shapes.sizes.decode[len(shapes.sizes.decode) // 2])
+        words, rest_words = self._padding(shape), self._padding(rest)
         tokens = torch.empty(shape.samples, dtype=torch.int64, pin_memory=True)
-        graphs.packing.pack(shape.split(words.numpy()), Decodes.none(), [])
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * count)]  # type: ignore[no-untyped-call]
         with torch.cuda.stream(graphs.stream):
             for begin, end in zip(marks[::2], marks[1::2], strict=True):
                 begin.record()
                 tokens.copy_(graphs.run(shape, words, []), non_blocking=True)
                 end.record()
+                for _ in range(rests):
+                    graphs.run(rest, rest_words, [])
             graphs.stream.synchronize()
         return [1e3 * begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+
+    def _padding(self, shape: Shape) -> torch.Tensor:
+        """A batch of padding whose tokens are random: a GPU at its power limit is faster on rows that are alike."""
+        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
+        sections = shape.split(words.numpy())
+        self._graphs.packing.pack(sections, Decodes.none(), [])
+        sections.token_ids[:] = np.random.default_rng(0).integers(self._model.config.vocab_size, size=shape.tokens)
+        return words
+
+    @torch.inference_mode()
+    def attention_us(self, chunk: int, context: int) -> float:
+        """Time that a prefill chunk's attention adds to a step, in all layers: beyond padding's, if it is captured."""
+        packing, cache = self._graphs.packing, self._graphs.cache
+        table = np.arange(-(-(chunk + context) // cache.block_size), dtype=np.int32)
+        prefill = Prefill([0] * chunk, context, table, samples=True)
+        exact = packing.shape_of(0, [prefill], len(table))
+        shape = self._graphs.shapes.holding(exact)
+        padding = self._attention_us(shape, []) if shape.tiles > exact.tiles else 0.0
+        return max(0.0, self._attention_us(shape, [prefill]) - padding)
+
+    def _attention_us(self, shape: Shape, prefills: list[Prefill]) -> float:
+        config, cache, ops = self._model.config, self._graphs.cache, self._model.ops
+        words = np.zeros(shape.words, np.int32)
+        spans = self._graphs.packing.pack(shape.split(words), Decodes.none(), prefills)
+        batch = shape.split(torch.from_numpy(words).to(cache.data.device)).batch(spans, None, all_rows=False)
+        size = (shape.tokens, config.num_heads, config.head_dim)
+        q = torch.randn(size, dtype=self._model.dtype, device=cache.data.device)
+        out, plan = torch.empty_like(q), ops.plan_prefills(batch, cache.data)
+        calls = [partial(ops.attention, out, q, kv, plan) for kv in cache.layers]
+        return len(calls) * time_us(calls, REPLAYS)
 
     @torch.inference_mode()
     def operations_us(self, tokens: int) -> dict[str, float]:

@@ -4,8 +4,9 @@ Two kernels. Once a step, `_schedule` cuts the requests into pieces of about equ
 `_decode` attends to them. Both grids depend on the batch size alone, so that a CUDA graph holds while contexts grow.
 
 `_schedule`, grid (requests,): a request is split when it is longer than a fair share of all KV tokens; the shares are
-so few that the pieces fill the memory's bandwidth and no more. Pieces never outnumber requests + shares, the capacity;
-what is left of it is marked as having no work.
+so few that the pieces fill the memory's bandwidth and no more. Long pieces come first, so that none is left to begin
+when the others have ended. Pieces never outnumber requests + shares, the capacity; what is left of it is marked as
+having no work.
 
 `_decode`, grid (kv_heads, capacity), one program for a KV head of a piece; KV heads come first in launch order, so
 that programs which run side by side read side by side. The query heads of the KV head fill the rows of one tile that
@@ -52,17 +53,19 @@ def _schedule(
         all_tokens += tl.sum(tl.load(context_lens + i, mask=i < requests, other=0))
     length = tl.maximum(tl.cdiv(tl.cdiv(all_tokens, shares), CHUNK), 1) * CHUNK
 
+    context = tl.load(context_lens + request)
+    count = tl.maximum(tl.cdiv(context, length), 1)
+    size = tl.cdiv(context, count)
     before = 0
     used = 0
     for start in range(0, requests, _LENGTHS):
         i = start + tl.arange(0, _LENGTHS)
         contexts = tl.load(context_lens + i, mask=i < requests, other=0)
         counts = tl.where(i < requests, tl.maximum(tl.cdiv(contexts, length), 1), 0)
-        before += tl.sum(tl.where(i < request, counts, 0))
+        sizes = tl.cdiv(contexts, tl.maximum(counts, 1))
+        before += tl.sum(tl.where((sizes > size) | ((sizes == size) & (i < request)), counts, 0))
         used += tl.sum(counts)
 
-    context = tl.load(context_lens + request)
-    count = tl.maximum(tl.cdiv(context, length), 1)
     for start in range(0, count, 32):
         i = start + tl.arange(0, 32)
         piece = pieces + 4 * (before + i)

@@ -43,7 +43,7 @@ class Tuning:
     chunk: int = 64  # requests are split at multiples of so many KV tokens, for decode
 
 
-_PROGRAMS_PER_PROCESSOR = 2
+_PROGRAMS_PER_PROCESSOR = 4
 _DEFAULT = (8, 0)  # fits into the 100 KB of shared memory of 8.6 and 8.9 too
 
 _PREFILL = {  # compute capability: (bytes of an element, largest head_dim)
