@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 OUTLIER = 2.0
-SINGLES, BURSTS, BURST_REPEATS = 8, (8, 64, 256), 3  # requests, alone and at once, that the host is timed with
+SINGLES, BURSTS, BURST_REPEATS = 8, (8, 32, 64, 256), 3  # requests, alone and at once, that the host is timed with
 GAP_NS = 400_000_000
 TIMED = 3  # plans of a whole profile are timed by as many of its first measurements
 
@@ -226,9 +226,10 @@ def _host_samples(
             steps[name][step]
             for name in ("scheduled_ns", "planned_ns", "launched_ns", "device_start_ns", "device_ns", "completed_ns")
         )
-        kind, sequences = "prefill" if steps["chunks"][step] else "decode", steps["running"][step]
-        samples["plan", kind, sequences].append((planned - scheduled) / 1000)
-        samples["launch", kind, sequences].append((launched - planned) / 1000)
+        chunks, sequences = steps["chunks"][step], steps["running"][step]
+        key = ("prefill", chunks) if chunks else ("decode", sequences)
+        samples["plan", *key].append((planned - scheduled) / 1000)
+        samples["launch", *key].append((launched - planned) / 1000)
         samples["notice", "any", sequences].append((completed - start - work) / 1000)
         if step in next_read:
             samples["turn", "any", sequences].append((next_read[step] - completed) / 1000)

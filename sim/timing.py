@@ -14,7 +14,7 @@ from engine.backend import Launch
 from engine.copies import CopyOrder
 from engine.step import Step
 from sim.latency import LatencyModel
-from sim.profile import HOST_TERMS, Profile
+from sim.profile import HOST_TERMS, HOST_TERMS_BY_KIND, Profile
 
 
 class Work(NamedTuple):
@@ -86,23 +86,24 @@ class ProfiledTiming:
 
 
 class _HostTimes:
-    """The host's terms in nanoseconds, by kind of step and sequences."""
+    """The host's terms in nanoseconds, by kind of step, sequences, and requests with a chunk."""
 
     def __init__(self, profile: Profile, none: bool) -> None:
         self._curves = {(term, kind): profile.host(term, kind) for term in HOST_TERMS for kind in ("decode", "prefill")}
         self._none = none
-        self._known: dict[tuple[bool, int], tuple[int, ...]] = {}
+        self._known: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def of(self, step: Step) -> tuple[int, ...]:
         """`HOST_TERMS`, in order; for a number of sequences outside the measured, those of the nearest that was."""
-        key = bool(step.chunks), step.running
+        key = len(step.chunks), step.running
         times = self._known.get(key)
         if times is None:
             times = self._known[key] = tuple(self._ns(term, *key) for term in HOST_TERMS)
         return times
 
-    def _ns(self, term: str, prefills: bool, sequences: int) -> int:
-        curve = self._curves[term, "prefill" if prefills else "decode"]
+    def _ns(self, term: str, chunks: int, running: int) -> int:
+        curve = self._curves[term, "prefill" if chunks else "decode"]
+        sequences = chunks if chunks and term in HOST_TERMS_BY_KIND else running
         return 0 if self._none else round(1000 * curve(min(max(sequences, curve.xs[0]), curve.xs[-1])))
 
 
