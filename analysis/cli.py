@@ -259,6 +259,28 @@ def _print_plan(executor: Executor, config: ServingConfig) -> None:
 
 
 @app.command()
+@options.takes_limits("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", block_size=64)
+def memory(
+    limits: Limits,
+    hardware: Annotated[str, typer.Argument(help="A card: a100-80gb, h100-80gb, h200, rtx4090.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    as_json: options.AsJson = False,
+) -> None:
+    """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
+    from analysis.card import card_memory, memory_table
+    from analysis.tables import print_tables
+    from engine.model_config import load_model_config
+
+    shape = load_model_config(model)
+    terms = card_memory(hardware, shape, dtype, limits.config(num_blocks=1))
+    if as_json:
+        print(json.dumps(terms, indent=2))
+    else:
+        print_tables([memory_table(terms, f"{shape.name} {dtype} on {hardware}")], Console())
+
+
+@app.command()
 @options.takes_limits()
 def simulate(
     limits: Limits,

@@ -27,6 +27,7 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
+from sim.memory import card_blocks
 from sim.profile import Profile, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, replay, replay_parts
@@ -117,10 +118,12 @@ def real_config(executor: Executor, said: Limits) -> ServingConfig:
 
 
 def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
-    """The limits of a simulated run: as the user said, else those of the run `like`, else the profile's blocks."""
+    """The limits of a simulated run: as the user said, else those of the run `like`, else as many KV blocks as the
+    profile's card holds."""
     if like:
         return replace(manifest.config_of(like.manifest), **said.said())
-    return said.config(num_blocks=profile.meta["kv_blocks"], block_size=profile.meta["block_size"])
+    config = said.config(num_blocks=1, block_size=profile.meta["block_size"])
+    return config if said.num_blocks is not None else replace(config, num_blocks=card_blocks(profile, config))
 
 
 def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:

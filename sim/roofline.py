@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
+from engine.config import MEMORY_FRACTION
 from engine.model_config import ModelConfig
 from sim.profile import HOST_TERMS, Profile, Row
 from traces.errors import TandemError
 
 DATA_SHEETS = Path(__file__).parent / "hardware"
 BYTES = 2  # fp16
-MEMORY_FRACTION = 0.9  # of the card, for weights and KV blocks
 TOKENS = [2**power for power in range(14)]
 LENGTHS = [0, *(2**power for power in range(4, 18))]
 
@@ -31,6 +31,9 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         TandemError: no such card, or the model does not fit it.
     """
     sheet = data_sheet(hardware)
+    usable, weights = int(MEMORY_FRACTION * sheet["memory_gib"] * 2**30), BYTES * model.num_parameters
+    if weights > usable:
+        raise TandemError(f"{model.name} needs {weights / 1e9:.0f} GB for weights alone: too big for {sheet['device']}")
     flops_per_us, bytes_per_us = sheet["tflops"] * 1e6, sheet["memory_gb_per_s"] * 1e3
 
     def row(flops: float, traffic: float) -> Row:
@@ -72,24 +75,15 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         "dtype": "float16",
         "source": "roofline of the data sheet: a floor, nothing was measured",
         "data_sheet": sheet,
-        "kv_blocks": _kv_blocks(sheet, model, block_size),
         "memory": {
-            "usable": int(MEMORY_FRACTION * sheet["memory_gb"] * 1e9),
-            "weights": BYTES * model.num_parameters,
+            "usable": usable,
+            "weights": weights,
             "block": block_size * model.kv_bytes_per_token(BYTES),
         },
         "block_size": block_size,
     }
     tables = {"dense": dense, "prefill_attention": prefill, "decode_attention": decode, "head": head, "host": host}
     return Profile(meta, tables | {"swap": swap})
-
-
-def _kv_blocks(sheet: dict[str, float], model: ModelConfig, block_size: int) -> int:
-    room = MEMORY_FRACTION * sheet["memory_gb"] * 1e9 - BYTES * model.num_parameters
-    blocks = int(room // (block_size * model.kv_bytes_per_token(BYTES)))
-    if blocks < 1:
-        raise TandemError(f"{model.name} needs {BYTES * model.num_parameters / 1e9:.0f} GB for weights alone: too big")
-    return blocks
 
 
 def data_sheet(hardware: str) -> dict[str, Any]:

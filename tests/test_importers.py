@@ -216,7 +216,7 @@ def test_what_a_source_lacks_comes_from_the_data_sheet_and_is_labelled(vidur):
         "swap": "roofline",
     }
     assert profile.meta["memory"].keys() == {"usable", "weights", "block"}
-    assert profile.meta["kv_blocks"] > 20_000 and profile.meta["block_size"] == 16
+    assert profile.meta["data_sheet"]["memory_gib"] == 79.15 and profile.meta["block_size"] == 16
 
 
 def test_a_gemm_that_was_not_measured_lies_between_its_neighbours_or_in_proportion_and_the_profile_says_which(
