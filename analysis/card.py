@@ -1,11 +1,11 @@
-"""What a card's memory goes to, as a table."""
+"""Tables about a card: what its memory goes to, and how far it has moved from its profile."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from analysis.tables import TextTable
+from analysis.tables import TextTable, percent, signed
 from engine.config import ServingConfig
 from engine.model_config import ModelConfig
 from sim.memory import Memory, check_fits
@@ -41,6 +41,25 @@ def memory_table(terms: dict[str, Any], title: str) -> TextTable:
     bound = ", the most that they can use" if terms["most"] < held else ""
     note = f"Within these limits a run gets {terms['kv_blocks']:,} KV blocks{bound}."
     return TextTable(title, note, ("term", "what it is", "GiB"), rows, labels=2)
+
+
+def drift_table(report: dict[str, Any]) -> TextTable:
+    """What `sim.drift.drift_report` says, for people."""
+    rows = [
+        (
+            each["table"],
+            each["verdict"],
+            str(each["points"]),
+            signed(each["median"]),
+            f"±{percent(each['error'])}",
+            signed(each["worst"]),
+            ", ".join(f"{name} {value}" for name, value in each["at"].items()),
+        )
+        for each in report["tables"]
+    ]
+    title = f"Drift: measured now on {report['device']}, against the profile of {report['profiled']}"
+    columns = ("table", "verdict", "points", "median", "2 std errors", "worst", "at")
+    return TextTable(title, report["why"], columns, rows, labels=2)
 
 
 def _gib(count: int) -> str:

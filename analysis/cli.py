@@ -176,15 +176,22 @@ def profile(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
     ] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="Is this profile still true? Measures some of its points again on this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print JSON instead of a table.")] = False,
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on.
 
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
+    --check ends with status 0 where the profile is to be trusted, else 1.
     """
     from analysis.workflow import load_executor, measure, real_config
 
     if context.invoked_subcommand:
         return
+    if check is not None:
+        raise typer.Exit(_check_profile(check, limits, loading, as_json))
     if out is None:
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     if roofline is not None:
@@ -245,6 +252,25 @@ def profile_list(as_json: options.AsJson = False) -> None:
         wide = Console()
         wide.width = max(wide.width, 120)
         print_tables(shelf_tables(rows), wide)
+
+
+def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool) -> int:
+    from analysis.card import drift_table
+    from analysis.tables import print_tables
+    from analysis.workflow import check_drift, load_executor
+    from sim.profile import find_profile, read_profile
+
+    if limits.said():
+        raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
+    profile = read_profile(find_profile(folder))
+    report = check_drift(profile, load_executor(loading, console), console)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        wide = Console()
+        wide.width = max(wide.width, 120)
+        print_tables([drift_table(report)], wide)
+    return 0 if report["verdict"] == "trusted" else 1
 
 
 def _print_plan(executor: Executor, config: ServingConfig) -> None:

@@ -27,6 +27,7 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
+from sim.drift import DriftCheck, check_same, drift_report
 from sim.memory import card_blocks
 from sim.profile import Profile, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
@@ -143,6 +144,15 @@ def drift_since(profile: Profile, executor: Executor, console: Console) -> dict[
         return measure_drift(executor, profile, show)
 
 
+def check_drift(profile: Profile, executor: Executor, console: Console) -> dict[str, Any]:
+    """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
+    with console.status("getting ready"):
+        check = DriftCheck(executor, profile)
+    with progress_bar(console, "check", check.total) as show:
+        found = check.run(show)
+    return drift_report(executor, profile, found)
+
+
 def check_before(config: ServingConfig, out: Path) -> None:
     """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, a bad folder."""
     load_scheduler(config)
@@ -254,13 +264,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
     """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
-    for what, has, wanted in (
-        ("device", profile.meta["device"], executor.device),
-        ("dtype", profile.meta["dtype"], executor.dtype),
-        ("model shape", replace(profile.model, name=""), replace(executor.model, name="")),
-    ):
-        if has != wanted:
-            raise TandemError(f"the profile is of another {what} ({has}, not {wanted})")
+    check_same(profile, executor, ("device", "dtype", "model shape"))
     for limit, measured in profile.meta.get("limits", {}).items():
         wanted = getattr(config, limit)
         if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:

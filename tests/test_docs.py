@@ -26,11 +26,12 @@ def printed(tmp_path_factory) -> list[tuple[str, str]]:
 
 def _followed(commands: str, folder: Path) -> str:
     for command in commands.splitlines():
-        program, *args = shlex.split(command)
+        asked, *may_fail = command.split(" || ")
+        program, *args = shlex.split(asked)
         assert program == "tandem"
         tandem = Path(sys.executable).with_name(program)
         done = subprocess.run([tandem, *args], cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.returncode == 0 or (may_fail and done.returncode == 1), f"{command}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
