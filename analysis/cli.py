@@ -239,6 +239,29 @@ def profile_import(
     console.print(f"{out}: profile written", highlight=False)
 
 
+@profile_app.command("derive")
+def profile_derive(
+    source: Annotated[Path, typer.Option("--from", help="A profile's folder, or one that ships.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The other model's shape: llama-2-7b, …")],
+    out: options.Out,
+) -> None:
+    """Make a profile of another model on a profiled card.
+
+    What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
+    says of every table which and how. --check measures such a profile's points where the card is at hand.
+    """
+    from engine.model_config import load_model_config
+    from sim.derive import derive_profile
+    from sim.profile import find_profile, read_profile, write_profile
+
+    made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
+    write_profile(made, out)
+    for table, origin in made.meta["tables"].items():
+        for rule in origin["rules"]:
+            console.print(f"{table} {origin['how']}: {rule}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: profile written", highlight=False)
+
+
 @profile_app.command("list")
 def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
