@@ -44,6 +44,7 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
     for table, derive in (
         ("prefill_attention", made.prefill),
         ("decode_attention", made.decode),
+        ("mixed_decode_attention", made.decode),
         ("head", made.head),
         ("host", made.host),
         ("swap", made.swap),

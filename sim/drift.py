@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.config import ServingConfig
 from engine.step import Step
 from sim.latency import LatencyModel
-from sim.profile import OPTIONAL_TABLES, TABLES, Profile, Row
+from sim.profile import KEYS, Profile, Row
 from sim.profiler import measure_host, typical
 from sim.rigs import rig_for
 from traces.errors import TandemError
@@ -169,7 +169,7 @@ class DriftCheck:
         now = {(where, blocks): typical(of) for where, blocks, of in self._executor.measure_swap(self._config)}
         drifts = {key: now[key] / then[key] - 1 for key in now.keys() & then.keys()}
         if drifts:
-            yield TableDrift.of("swap", OPTIONAL_TABLES["swap"], drifts)
+            yield TableDrift.of("swap", KEYS["swap"], drifts)
 
     def _host(self) -> Iterator[TableDrift]:
         """All that the host does around a step, as a share of a decode step of so many sequences."""
@@ -193,7 +193,7 @@ def _host_us(profile: Profile, kind: str, sequences: int) -> float:
 
 def _axes(table: str) -> tuple[str, ...]:
     """A table's keys; of dense operations the tokens alone, since a step runs all of them."""
-    return ("tokens",) if table == "dense" else (TABLES | OPTIONAL_TABLES)[table]
+    return ("tokens",) if table == "dense" else KEYS[table]
 
 
 def _times(table: str, rows: Sequence[Row]) -> Times:
@@ -204,8 +204,7 @@ def _times(table: str, rows: Sequence[Row]) -> Times:
 
 
 def _as_rows(table: str, points: Mapping[tuple[Any, ...], list[float]]) -> list[Row]:
-    keys = (TABLES | OPTIONAL_TABLES)[table]
-    return [dict(zip(keys, key, strict=True)) | {"time_us": typical(times)} for key, times in points.items()]
+    return [dict(zip(KEYS[table], key, strict=True)) | {"time_us": typical(times)} for key, times in points.items()]
 
 
 def _copy(tables: Mapping[str, list[Row]]) -> dict[str, list[Row]]:

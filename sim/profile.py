@@ -36,7 +36,10 @@ TABLES: dict[str, tuple[str, ...]] = {
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
     "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
+    # What decodes add to the attention of a step that prefills too, for kernels that attend to both in one launch.
+    "mixed_decode_attention": ("sequences", "kv_tokens"),
 }
+KEYS = TABLES | OPTIONAL_TABLES
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
 

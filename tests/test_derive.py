@@ -68,6 +68,7 @@ def test_more_layers_of_the_same_shape_take_so_many_times_as_long():
         "dense": "scaled",
         "prefill_attention": "scaled",
         "decode_attention": "scaled",
+        "mixed_decode_attention": "scaled",
         "head": "reused",
         "host": "reused",
         "swap": "estimated",

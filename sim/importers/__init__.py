@@ -14,7 +14,7 @@ from engine.model_config import ModelConfig
 from sim.importers import aiconfigurator, llmservingsim, vidur
 from sim.importers.points import RULES, complete, cross_check, plane, rows
 from sim.importers.source import Measured, Points
-from sim.profile import TABLES, Profile, Row, Surface
+from sim.profile import KEYS, TABLES, Profile, Row, Surface
 from sim.roofline import BYTES, data_sheet, known_hardware, roofline_profile
 from traces.errors import TandemError
 
@@ -47,11 +47,12 @@ def import_profile(
     origin: dict[str, Any] = {name: {"how": "roofline"} for name in tables}
     origin["host"] = {"how": "zero"}
     held_out: dict[str, Any] = {"rule": RULES["held_out"]}
-    for table in TABLES:
+    for table in KEYS:
         of = next((each for each in found if table in each.tables), None)
         if of is None:
             continue
-        _check_unit(of, table, floor)
+        if table in TABLES:
+            _check_unit(of, table, floor)
         origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
         held_out[table] = cross_check(table, of.tables[table])
         tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta["data_sheet"]))
