@@ -18,7 +18,7 @@ from engine.config import MEMORY_FRACTION
 from engine.model_config import ModelConfig
 from sim.memory import DTYPE_BYTES
 from sim.profile import Curve, Profile, Row
-from sim.roofline import Floor, gemm_shapes, sheet_of
+from sim.roofline import Floor, gemm_shapes, sheet_of, small_kernels
 from traces.errors import TandemError
 
 REUSED, SCALED, ESTIMATED = ORDER = ("reused", "scaled", "estimated")  # of a table: as its weakest part
@@ -36,7 +36,7 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
     """
     if "derived" in source.meta:
         raise TandemError(f"{name} is itself derived: derive from the profile that was measured")
-    sheet = source.meta.get("data_sheet") or sheet_of(source.meta["device"])
+    sheet = sheet_of(source.meta["device"])
     item = DTYPE_BYTES[source.meta["dtype"]]
     made = _Derivation(source, Floor.of(sheet, source.model, item), Floor.of(sheet, model, item))
     dense, origin = made.dense()
@@ -71,6 +71,14 @@ def _meta(source: Profile, model: ModelConfig, name: str, sheet: dict[str, Any],
     }
 
 
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+KERNELS = {  # operations that only move memory -> kernels of a layer
+    "norm": ("norm",),
+    "rope_and_cache": ("rope_and_cache",),
+    "silu": ("silu",),
+    "small": ("norm", "rope_and_cache", "silu"),
+}
+ONCE = ("embed", "plan", "finish")  # not in every layer; the first moves rows of the model's width, the others none
 Origin = dict[str, Any]  # `how` of `ORDER`, and rules
 
 
@@ -117,10 +125,8 @@ class _Derivation:
         return self.new.gemm_us(tokens, *new) / self.old.gemm_us(tokens, *old)
 
     def _small(self, op: str, rows: list[Row]) -> tuple[list[Row], Origin]:
-        """A kernel that only moves memory, or host work: `TRAFFIC`."""
-        if op not in TRAFFIC:
-            raise TandemError(f"profile table dense: '{op}' is no operation that is known; choose another profile")
-        old, new = (TRAFFIC[op](floor.model) for floor in (self.old, self.new))
+        """Kernels that only move memory, or host work."""
+        old, new = (_traffic(op, floor.model) for floor in (self.old, self.new))
         fixed = 1.0 if op in ONCE else self._layers
         scaled = _fixed_and_rest(rows, fixed, lambda row: new / old if old else 1.0)
         if new == old * fixed or not old:
@@ -174,6 +180,16 @@ class _Derivation:
         return {"how": how, "rules": [rule + layers]}
 
 
+def _traffic(op: str, model: ModelConfig) -> int:
+    """Numbers that an operation moves per token, in all layers."""
+    if op in KERNELS:
+        kernels = small_kernels(model)
+        return model.num_layers * sum(sum(kernels[name]) for name in KERNELS[op])
+    if op not in ONCE:
+        raise TandemError(f"profile table dense: '{op}' is no operation that is known; choose another profile")
+    return 2 * model.hidden_size if op == "embed" else 0
+
+
 def _weights(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
 
@@ -194,31 +210,3 @@ def _operations(dense: Iterable[Row], head: Iterable[Row], most: int) -> Callabl
         by_op.setdefault(row["op"], {})[row["tokens"]] = row["time_us"]
     curves, of_head = [Curve(points) for points in by_op.values()], Curve({r["samples"]: r["time_us"] for r in head})
     return lambda rows: sum(curve(rows) for curve in curves) + of_head(min(rows, most))
-
-
-PRODUCTS = ("qkv", "o", "gate_up", "down")
-ONCE = ("embed", "plan", "finish")  # not in every layer
-
-
-def _norm(model: ModelConfig) -> int:
-    return model.num_layers * 8 * model.hidden_size
-
-
-def _rope(model: ModelConfig) -> int:
-    kv = 2 * model.num_kv_heads * model.head_dim
-    return model.num_layers * (2 * (model.num_heads * model.head_dim + kv // 2) + 2 * kv)
-
-
-def _silu(model: ModelConfig) -> int:
-    return model.num_layers * 3 * model.intermediate_size
-
-
-TRAFFIC: dict[str, Callable[[ModelConfig], int]] = {  # numbers moved per token, in all layers
-    "norm": _norm,
-    "rope_and_cache": _rope,
-    "silu": _silu,
-    "small": lambda model: _norm(model) + _rope(model) + _silu(model),
-    "embed": lambda model: 2 * model.hidden_size,
-    "plan": lambda model: 0,
-    "finish": lambda model: 0,
-}

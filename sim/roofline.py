@@ -123,6 +123,18 @@ def gemm_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def small_kernels(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Numbers that the kernels of a layer move per token that do little but move memory: both norms with their
+    residual, rotary embedding and the write to the cache, activation."""
+    width, kv_width = _widths(model)
+    norm, rotated = 4 * model.hidden_size, width + kv_width // 2
+    return {
+        "norm": (norm, norm),
+        "rope_and_cache": (2 * rotated, 2 * kv_width),
+        "silu": (3 * model.intermediate_size,),
+    }
+
+
 def _widths(model: ModelConfig) -> tuple[int, int]:
     """Numbers of a token's queries, and of its keys and values."""
     return model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
