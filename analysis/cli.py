@@ -176,15 +176,22 @@ def profile(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
     ] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="Is this profile still true? Measures some of its points again on this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print JSON instead of a table.")] = False,
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on.
 
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
+    --check ends with status 0 where the profile is to be trusted, else 1.
     """
     from analysis.workflow import load_executor, measure, real_config
 
     if context.invoked_subcommand:
         return
+    if check is not None:
+        raise typer.Exit(_check_profile(check, limits, loading, as_json))
     if out is None:
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     if roofline is not None:
@@ -232,6 +239,29 @@ def profile_import(
     console.print(f"{out}: profile written", highlight=False)
 
 
+@profile_app.command("derive")
+def profile_derive(
+    source: Annotated[Path, typer.Option("--from", help="A profile's folder, or one that ships.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The other model's shape: llama-2-7b, …")],
+    out: options.Out,
+) -> None:
+    """Make a profile of another model on a profiled card.
+
+    What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
+    says of every table which and how. --check measures such a profile's points where the card is at hand.
+    """
+    from engine.model_config import load_model_config
+    from sim.derive import derive_profile
+    from sim.profile import find_profile, read_profile, write_profile
+
+    made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
+    write_profile(made, out)
+    for table, origin in made.meta["tables"].items():
+        for rule in origin["rules"]:
+            console.print(f"{table} {origin['how']}: {rule}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: profile written", highlight=False)
+
+
 @profile_app.command("list")
 def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
@@ -247,6 +277,25 @@ def profile_list(as_json: options.AsJson = False) -> None:
         print_tables(shelf_tables(rows), wide)
 
 
+def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool) -> int:
+    from analysis.card import drift_table
+    from analysis.tables import print_tables
+    from analysis.workflow import check_drift, load_executor
+    from sim.profile import find_profile, read_profile
+
+    if limits.said():
+        raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
+    profile = read_profile(find_profile(folder))
+    report = check_drift(profile, load_executor(loading, console), console)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        wide = Console()
+        wide.width = max(wide.width, 120)
+        print_tables([drift_table(report)], wide)
+    return 0 if report["verdict"] == "trusted" else 1
+
+
 def _print_plan(executor: Executor, config: ServingConfig) -> None:
     from sim.profiler import estimate
 
@@ -256,6 +305,28 @@ def _print_plan(executor: Executor, config: ServingConfig) -> None:
     _print_facts(
         facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"
     )
+
+
+@app.command()
+@options.takes_limits("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", block_size=64)
+def memory(
+    limits: Limits,
+    hardware: Annotated[str, typer.Argument(help="A card: a100-80gb, h100-80gb, h200, rtx4090.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    as_json: options.AsJson = False,
+) -> None:
+    """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
+    from analysis.card import card_memory, memory_table
+    from analysis.tables import print_tables
+    from engine.model_config import load_model_config
+
+    shape = load_model_config(model)
+    terms = card_memory(hardware, shape, dtype, limits.config(num_blocks=1))
+    if as_json:
+        print(json.dumps(terms, indent=2))
+    else:
+        print_tables([memory_table(terms, f"{shape.name} {dtype} on {hardware}")], Console())
 
 
 @app.command()

@@ -27,6 +27,8 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
+from sim.drift import DriftCheck, check_same, drift_report
+from sim.memory import card_blocks
 from sim.profile import Profile, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, replay, replay_parts
@@ -117,10 +119,12 @@ def real_config(executor: Executor, said: Limits) -> ServingConfig:
 
 
 def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
-    """The limits of a simulated run: as the user said, else those of the run `like`, else the profile's blocks."""
+    """The limits of a simulated run: as the user said, else those of the run `like`, else as many KV blocks as the
+    profile's card holds."""
     if like:
         return replace(manifest.config_of(like.manifest), **said.said())
-    return said.config(num_blocks=profile.meta["kv_blocks"], block_size=profile.meta["block_size"])
+    config = said.config(num_blocks=1, block_size=profile.meta["block_size"])
+    return config if said.num_blocks is not None else replace(config, num_blocks=card_blocks(profile, config))
 
 
 def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
@@ -138,6 +142,15 @@ def drift_since(profile: Profile, executor: Executor, console: Console) -> dict[
     """How far the machine has moved since it was profiled, with a progress bar."""
     with progress_bar(console, "drift", count_drift(executor, profile)) as show:
         return measure_drift(executor, profile, show)
+
+
+def check_drift(profile: Profile, executor: Executor, console: Console) -> dict[str, Any]:
+    """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
+    with console.status("getting ready"):
+        check = DriftCheck(executor, profile)
+    with progress_bar(console, "check", check.total) as show:
+        found = check.run(show)
+    return drift_report(executor, profile, found)
 
 
 def check_before(config: ServingConfig, out: Path) -> None:
@@ -251,13 +264,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
     """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
-    for what, has, wanted in (
-        ("device", profile.meta["device"], executor.device),
-        ("dtype", profile.meta["dtype"], executor.dtype),
-        ("model shape", replace(profile.model, name=""), replace(executor.model, name="")),
-    ):
-        if has != wanted:
-            raise TandemError(f"the profile is of another {what} ({has}, not {wanted})")
+    check_same(profile, executor, ("device", "dtype", "model shape"))
     for limit, measured in profile.meta.get("limits", {}).items():
         wanted = getattr(config, limit)
         if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:

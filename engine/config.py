@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from traces.errors import TandemError
 
+MEMORY_FRACTION = 0.9  # of a GPU's memory, for all that a run takes
+
 
 @dataclass(frozen=True, slots=True)
 class ServingConfig:

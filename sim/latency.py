@@ -34,6 +34,7 @@ class LatencyModel:
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
         self._decode = _decode_surfaces(tables["decode_attention"])
         self._by_context: dict[int, list[Curve]] = {}
+        self._mixed_decode = _surface(tables.get("mixed_decode_attention", ()))
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
         self._graph = _curves(tables.get("graph", ()), "kind", "rows")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
@@ -117,13 +118,17 @@ class LatencyModel:
         curves = self._by_context.get(sequences)
         if curves is None:  # in a run many steps have the same number of sequences
             curves = self._by_context[sequences] = [surface.at(sequences) for surface in surfaces]
-        even = curves[0](context)
+        even, skew = curves[0](context), 0.0
         self._count("decode_attention", surfaces[0].covers(sequences, context))
-        if len(levels) == 1:
-            return even, 0.0
-        squares = step.kv_squares + 2 * step.kv_tokens + sequences
-        uneven = Curve(dict(zip(levels, (curve(context) for curve in curves), strict=True)))
-        return even, uneven(min(squares / sequences / context**2, levels[-1])) - even
+        if len(levels) > 1:
+            squares = step.kv_squares + 2 * step.kv_tokens + sequences
+            uneven = Curve(dict(zip(levels, (curve(context) for curve in curves), strict=True)))
+            skew = uneven(min(squares / sequences / context**2, levels[-1])) - even
+        if step.chunks and self._mixed_decode and even:
+            self._count("mixed_decode_attention", self._mixed_decode.covers(sequences, context))
+            mixed = self._mixed_decode(sequences, context)
+            return mixed, skew * mixed / even  # unevenness is taken to cost its share there too
+        return even, skew
 
     def _count(self, table: str, covered: bool) -> None:
         self.lookups[table] += 1
@@ -154,12 +159,17 @@ def _decode_surfaces(rows: Collection[Mapping[str, float]]) -> tuple[list[float]
 
     Over the mean context, so that interpolating between numbers of sequences keeps their lengths.
     """
-    points: dict[float, dict[tuple[float, float], float]] = {}
+    by_level: dict[float, list[Mapping[str, float]]] = {}
     for row in rows:
-        key = (row["sequences"], row["kv_tokens"] / row["sequences"])
-        points.setdefault(row["unevenness"], {})[key] = row["time_us"]
-    levels = sorted(points)
-    return levels, [Surface(points[level]) for level in levels]
+        by_level.setdefault(row["unevenness"], []).append(row)
+    levels = sorted(by_level)
+    return levels, [surface for level in levels if (surface := _surface(by_level[level]))]
+
+
+def _surface(rows: Collection[Mapping[str, float]]) -> Surface | None:
+    """Decodes over sequences and their mean context; None without rows."""
+    points = {(row["sequences"], row["kv_tokens"] / row["sequences"]): row["time_us"] for row in rows}
+    return Surface(points) if points else None
 
 
 def _sum_of(curves: list[Curve]) -> Curve:

@@ -31,14 +31,17 @@ TABLES: dict[str, tuple[str, ...]] = {
     # All decodes of a step; kv_tokens is their sum, unevenness the mean square of their contexts over the squared mean.
     "decode_attention": ("sequences", "kv_tokens", "unevenness"),
     "head": ("samples",),  # final norm, language-model head and sampling
-    # By kind of step: decode, prefill (mixed too), or any. The sequences of a prefill are those that have a chunk in it:
-    # the others cost the host little.
+    # By kind of step: decode, prefill (mixed too), or any. The sequences of a prefill are those with a chunk in it: the
+    # others cost the host little.
     "host": ("term", "kind", "sequences"),
 }
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
     "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
+    # What decodes add to the attention of a step that prefills too, for kernels that attend to both in one launch.
+    "mixed_decode_attention": ("sequences", "kv_tokens"),
 }
+KEYS = TABLES | OPTIONAL_TABLES
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
 HOST_TERMS_BY_KIND = ("plan", "launch")  # the others do not depend on what a step runs

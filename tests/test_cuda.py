@@ -19,6 +19,7 @@ from engine.recorder import Recorder
 from engine.records import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
+from sim.memory import Memory
 from sim.profiler import measure_profile
 from sim.simulate import predict, replay
 from traces.errors import TandemError
@@ -243,3 +244,12 @@ def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(executor
     recorder = Recorder()
     outside = predict(workload(), config, profile, recorder)
     assert len(recorder.tables()["requests"]) == 24 and outside["lookups"] > 100
+
+
+def test_as_many_blocks_fit_as_the_memory_model_predicts():
+    executor = Executor("llama-3.2-1b", load_format="dummy", device="cuda")
+    for tokens in (2048, 16384):
+        config = ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=tokens, max_model_len=16384)
+        card_gib = torch.cuda.mem_get_info()[1] / 2**30
+        predicted = Memory.of(card_gib, executor.model, executor.dtype, config).blocks
+        assert predicted == pytest.approx(executor.measure_blocks(config), rel=0.02)

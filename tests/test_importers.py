@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sim.importers.llmservingsim import OPS as VLLM_OPS
 from sim.importers.points import RULES, between_chunks, cross_check, errors, with_contexts
 from sim.importers.vidur import OPS as VIDUR_OPS
 from sim.latency import LatencyModel
-from sim.profile import find_profile, read_profile, shipped_profiles
+from sim.profile import Profile, find_profile, read_profile, shipped_profiles
 from traces.errors import TandemError
 
 LLAMA3, LAYERS = load_model_config("llama-3-8b"), 32
@@ -32,6 +33,7 @@ TANDEM = Path(sys.executable).with_name("tandem")
 needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published measurements are not in ../shared")
 
 TOKENS, CACHED = (1, 8, 64, 512, 2048), (16, 64, 256, 1024, 4096)
+MIXED = 3.0  # in the sample, how much longer decodes take beside a prefill
 SKEW = 0.5  # in the sample, how much longer decodes take per unit of unevenness
 FIXED = {"qkv": 50.0, "o": 35.0, "gate_up": 240.0, "down": 120.0, "small": 2.0}  # us, of one operation
 PER_TOKEN = {"qkv": 0.3, "o": 0.2, "gate_up": 1.4, "down": 0.7, "small": 0.01}
@@ -75,7 +77,12 @@ def vllm(tmp_path: Path) -> Path:
         (chunk, context, 0, 0, prefill_us(chunk, context)) for chunk in (16, 128, 512) for context in (0, *CACHED)
     ]
     decode = [(0, 0, n, cached, decode_us(n, cached)) for n in (1, 8, 64) for cached in CACHED]
-    mixed = [(16, 0, 8, 64, 99.0)]
+    mixed = [
+        (chunk, 0, n, cached, prefill_us(chunk, 0) + MIXED * decode_us(n, cached) + noise)
+        for n in (1, 8, 64)
+        for cached in CACHED
+        for chunk, noise in ((16, -1.0), (128, 0.0), (512, 9.0))
+    ]
     names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     write_csv(folder / "attention.csv", [dict(zip(names, row, strict=True)) for row in prefill + decode + mixed])
     skew = [
@@ -179,6 +186,33 @@ def test_a_prefill_costs_what_the_sources_operations_add_up_to(vllm):
     assert latency.device_ns(prefill(512, 256)) / 1000 == pytest.approx(expected, rel=1e-3)
 
 
+def test_decodes_beside_a_prefill_cost_what_they_add_to_it_in_the_median(vllm):
+    latency = LatencyModel(import_profile([vllm], LLAMA3))
+    mixed = replace(decodes(8, 1024), chunks=prefill(128).chunks)
+    parts = latency.parts_us(mixed)
+    assert parts["prefill_attention"] == pytest.approx(LAYERS * prefill_us(128, 0), rel=1e-3)
+    assert parts["decode_attention"] == pytest.approx(MIXED * LAYERS * decode_us(8, 1024), rel=1e-3)
+    alone = latency.parts_us(decodes(8, 1024))
+    assert alone["decode_attention"] == pytest.approx(LAYERS * decode_us(8, 1024), rel=1e-3)
+    assert latency.lookups["mixed_decode_attention"] == 1 and not latency.outside
+
+
+def test_unevenness_costs_its_share_beside_a_prefill_too(vllm):
+    latency = LatencyModel(import_profile([vllm], LLAMA3))
+    alone, mixed = (latency.parts_us(replace(uneven(), chunks=chunks)) for chunks in ({}, prefill(128).chunks))
+    shares = [parts["skew"] / parts["decode_attention"] for parts in (alone, mixed)]
+    assert shares[0] == pytest.approx(shares[1]) and shares[0] > 0.1
+
+
+def test_without_mixed_measurements_a_mixed_step_is_the_sum_of_both(vllm):
+    edited(vllm / "attention.csv", lambda rows: rows.__delitem__(slice(33, None)))
+    profile = import_profile([vllm], LLAMA3)
+    assert "mixed_decode_attention" not in profile.tables
+    latency = LatencyModel(profile)
+    mixed, alone = (latency.parts_us(replace(decodes(8, 1024), chunks=chunks)) for chunks in (prefill(128).chunks, {}))
+    assert mixed["decode_attention"] == alone["decode_attention"]
+
+
 def test_uneven_contexts_cost_more_as_the_source_measured(vllm):
     parts = LatencyModel(import_profile([vllm], LLAMA3)).parts_us(uneven())
     assert parts["skew"] == pytest.approx(SKEW * 0.36 * parts["decode_attention"], rel=0.01)
@@ -216,7 +250,7 @@ def test_what_a_source_lacks_comes_from_the_data_sheet_and_is_labelled(vidur):
         "swap": "roofline",
     }
     assert profile.meta["memory"].keys() == {"usable", "weights", "block"}
-    assert profile.meta["kv_blocks"] > 20_000 and profile.meta["block_size"] == 16
+    assert profile.meta["data_sheet"]["memory_gib"] == 79.15 and profile.meta["block_size"] == 16
 
 
 def test_a_gemm_that_was_not_measured_lies_between_its_neighbours_or_in_proportion_and_the_profile_says_which(
@@ -460,6 +494,33 @@ def test_prefills_on_the_rtx_4090_take_what_its_source_adds_up_to(tokens):
     expected = published_us(PUBLISHED / "rtx4090", 1, tokens, (tokens, 0, 0, 0))
     assert expected / 1000 == pytest.approx({512: 48.3, 2048: 193.0}[tokens], rel=0.003)
     assert latency.device_ns(prefill(tokens)) / 1000 == pytest.approx(expected, rel=0.001)
+
+
+@needs_published
+def test_mixed_steps_on_the_rtx_4090_take_what_was_measured_of_batches_left_out():
+    shipped = read_profile(shipped_profiles()["rtx4090/llama-3-8b"])
+    prefills, _, mixed = llmservingsim._attention(PUBLISHED / "rtx4090/attention.csv", LAYERS)
+    chunks = sorted({(chunk, context) for chunk, context, _, _ in mixed})
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    for fold in range(3):
+        of_fold = {key for key in mixed if chunks.index(key[:2]) % 3 == fold}
+        rest = llmservingsim._beside(prefills, {key: time for key, time in mixed.items() if key not in of_fold})
+        names = ("sequences", "kv_tokens", "time_us", "spread")
+        table = [dict(zip(names, (*key, time, 0.0), strict=True)) for key, time in rest.items()]
+        for name, rows in (("with", table), ("without", ())):
+            tables = {each: of for each, of in shipped.tables.items() if each != "mixed_decode_attention"}
+            latency = LatencyModel(Profile(shipped.meta, tables | ({"mixed_decode_attention": rows} if rows else {})))
+            for chunk, context, sequences, tokens in of_fold:
+                cached = tokens // sequences - 1
+                if max(context, cached) <= 4096 and chunk + sequences <= 2048:
+                    step = replace(decodes(sequences, cached), chunks={0: Chunk(context, chunk, True)})
+                    parts = latency.parts_us(step)
+                    true = parts["dense"] + parts["head"] + mixed[chunk, context, sequences, tokens]
+                    found[name].append(sum(parts.values()) / true - 1)
+    after, before = (errors(found[name]) for name in ("with", "without"))
+    assert after["points"] == before["points"] == 5040
+    assert (before["median"], before["p95"]) == (pytest.approx(0.031, abs=0.001), pytest.approx(0.31, abs=0.005))
+    assert after["median"] < 0.009 and after["p95"] < 0.04
 
 
 @needs_published

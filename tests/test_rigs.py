@@ -66,6 +66,10 @@ class KnownGpu:
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Profile, CapturedSteps]:
+    return known_profile()
+
+
+def known_profile() -> tuple[Profile, CapturedSteps]:
     rig = CapturedSteps(KnownGpu(), CONFIG)
     rig.facts = lambda: {}  # asks the GPU for its memory
     with rig:

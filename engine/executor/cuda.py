@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from engine.config import ServingConfig
+from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.copies import CopyOrder
 from engine.executor import backend
 from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
@@ -27,7 +27,6 @@ from engine.executor.shapes import Shapes
 from engine.step import Copies, Step
 from traces.errors import TandemError
 
-MEMORY_FRACTION = 0.9  # of the GPU's memory
 SLOTS = 3  # steps whose pinned memory is in use: two in flight, one being packed
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5

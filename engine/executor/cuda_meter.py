@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import ServingConfig
+from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.executor.batch import Decodes, Prefill, Shape
-from engine.executor.cuda import MEMORY_FRACTION, Cuda, CudaDataPlane
+from engine.executor.cuda import Cuda, CudaDataPlane
 from engine.executor.kernels.timing import time_us
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch

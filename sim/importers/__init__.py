@@ -7,6 +7,7 @@ data sheet or by a rule; `meta.yaml` says so too, table by table.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from engine.model_config import ModelConfig
 from sim.importers import aiconfigurator, llmservingsim, vidur
 from sim.importers.points import RULES, complete, cross_check, plane, rows
 from sim.importers.source import Measured, Points
-from sim.profile import TABLES, Profile, Row, Surface
-from sim.roofline import BYTES, data_sheet, known_hardware, roofline_profile
+from sim.profile import KEYS, TABLES, Profile, Row, Surface
+from sim.roofline import BYTES, data_sheet, known_hardware, roofline_profile, small_kernels
 from traces.errors import TandemError
 
 FORMATS = {"llmservingsim": llmservingsim, "aiconfigurator": aiconfigurator, "vidur": vidur}
@@ -47,11 +48,12 @@ def import_profile(
     origin: dict[str, Any] = {name: {"how": "roofline"} for name in tables}
     origin["host"] = {"how": "zero"}
     held_out: dict[str, Any] = {"rule": RULES["held_out"]}
-    for table in TABLES:
+    for table in KEYS:
         of = next((each for each in found if table in each.tables), None)
         if of is None:
             continue
-        _check_unit(of, table, floor)
+        if table in TABLES:
+            _check_unit(of, table, floor)
         origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
         held_out[table] = cross_check(table, of.tables[table])
         tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta["data_sheet"]))
@@ -120,11 +122,9 @@ def _filled(of: Measured, table: str, model: ModelConfig, sheet: dict[str, Any])
 
 def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> float:
     """Norms with residual, rotary embedding, KV write, activation, embedding: their memory traffic, or a least time."""
-    hidden, kv = model.hidden_size, 2 * model.num_kv_heads * model.head_dim
-    rotated = model.num_heads * model.head_dim + kv // 2
-    numbers = (4 * hidden, 4 * hidden, 2 * rotated, 2 * kv, 3 * model.intermediate_size)
+    numbers = chain(*small_kernels(model).values())
     in_layer = sum(max(LEAST_KERNEL_US, BYTES * tokens * each / bytes_per_us) for each in numbers)
-    once = 2 * max(LEAST_KERNEL_US, BYTES * tokens * 2 * hidden / bytes_per_us)  # embedding, final norm
+    once = 2 * max(LEAST_KERNEL_US, BYTES * tokens * 2 * model.hidden_size / bytes_per_us)  # embedding, final norm
     return model.num_layers * in_layer + once
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.model_config import ModelConfig
 from sim.importers.source import Line, Measured, Points, Publication, read_rows
 from sim.profile import Row
+from sim.roofline import gemm_shapes
 from traces.errors import TandemError
 
 PUBLISHED = Publication(
@@ -58,17 +59,6 @@ def read(source: Path, model: ModelConfig) -> Measured:
     about = PUBLISHED.of(source / GEMM) | {"engine": gemms.engine, "dtype": gemms.dtype, "device": gemms.device}
     tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
     return Measured(source, about, tables, rules, frozenset({"small", "sampling"}))
-
-
-def gemm_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(n, k) of a layer's matrices: features out and in."""
-    width, kv_width = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
-    return {
-        "qkv": (width + kv_width, model.hidden_size),
-        "o": (model.hidden_size, width),
-        "gate_up": (2 * model.intermediate_size, model.hidden_size),
-        "down": (model.hidden_size, model.intermediate_size),
-    }
 
 
 class Gemms:

@@ -7,6 +7,7 @@ the sampler, measured in vLLM (github.com/casys-kaist/LLMServingSim, `profiler/`
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -45,7 +46,7 @@ def recognizes(source: Path) -> bool:
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a folder. Raises TandemError if it is damaged, or of another model."""
     meta = _read_meta(source / "meta.yaml", model)
-    prefill, decode = _attention(source / "attention.csv", model.num_layers)
+    prefill, decode, mixed = _attention(source / "attention.csv", model.num_layers)
     about = PUBLISHED.of(source / "dense.csv") | {
         "engine": f"vLLM {meta['vllm_version']}",
         "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
@@ -63,6 +64,11 @@ def read(source: Path, model: ModelConfig) -> Measured:
             "decode_attention": decode,
         },
     )
+    if mixed:
+        measured.tables["mixed_decode_attention"] = _beside(prefill, mixed)
+        measured.rules["mixed_decode_attention"] = (
+            "the median over chunks and their contexts of what decodes add to them"
+        )
     measured.rules["dense"] = "the final norm counts here, by tokens, as the engine runs it"
     if (source / "skew.csv").exists():
         _add_unevenness(measured, source / "skew.csv")
@@ -109,19 +115,34 @@ def _head(path: Path) -> Points:
     return {(count,): sum(times[name][count] for name in HEAD) for count in times["lm_head"]}
 
 
-def _attention(path: Path, layers: int) -> tuple[Points, Points]:
-    """Prefill and decode, each alone in its step. A decode attends to its own token beside `kv_decode` earlier ones."""
+def _attention(path: Path, layers: int) -> tuple[Points, Points, Points]:
+    """Prefill and decode, each alone in its step, and both in one: by chunk, context, sequences and KV tokens.
+
+    A decode attends to its own token beside `kv_decode` earlier ones.
+    """
     prefill: Points = {}
     decode: Points = {}
+    mixed: Points = {}
     for row in read_rows(path, ATTENTION, ["time_us"]):
         chunk, context, sequences, cached = (row[name] for name in ATTENTION)
         if not sequences:
             prefill[chunk, context] = layers * row["time_us"]
         elif not chunk:
             decode[sequences, sequences * (cached + 1), 1.0] = layers * row["time_us"]
+        else:
+            mixed[chunk, context, sequences, sequences * (cached + 1)] = layers * row["time_us"]
     if not prefill or not decode:
         raise TandemError(f"{path}: needs rows with prefill_chunk 0, and rows with n_decode 0")
-    return prefill, decode
+    return prefill, decode, mixed
+
+
+def _beside(prefill: Points, mixed: Points) -> Points:
+    """What decodes add to a chunk in the same launch, where the chunk was measured alone too."""
+    added: dict[tuple[int, int], list[float]] = {}
+    for (chunk, context, sequences, kv_tokens), time_us in mixed.items():
+        if (chunk, context) in prefill:
+            added.setdefault((sequences, kv_tokens), []).append(time_us - prefill[chunk, context])
+    return {key: max(0.0, median(times)) for key, times in added.items()}
 
 
 def _add_unevenness(measured: Measured, path: Path) -> None:

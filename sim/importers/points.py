@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from sim.importers.source import Measured, Points
-from sim.profile import TABLES, Curve, Row, Surface
+from sim.profile import KEYS, Curve, Row, Surface
 
 Plane = dict[tuple[float, float], float]  # time by two axes
 
@@ -39,6 +39,8 @@ def plane(table: str, points: Points) -> Plane:
         return {(0, samples): time for (samples,), time in points.items()}
     if table == "decode_attention":
         return {(n, kv / n): time for (n, kv, level), time in points.items() if level == 1}
+    if table == "mixed_decode_attention":
+        return {(n, kv / n): time for (n, kv), time in points.items()}
     return {(chunk, context): time for (chunk, context), time in points.items()}
 
 
@@ -85,7 +87,7 @@ def with_contexts(points: Plane) -> Plane:
 def rows(table: str, points: Points) -> list[Row]:
     """A table's rows, times to four digits. Sources state no spread of their repeats."""
     return [
-        dict(zip(TABLES[table], key, strict=True)) | {"time_us": float(f"{time:.4g}"), "spread": 0.0}
+        dict(zip(KEYS[table], key, strict=True)) | {"time_us": float(f"{time:.4g}"), "spread": 0.0}
         for key, time in sorted(points.items())
     ]
 
