@@ -1,7 +1,7 @@
 """Has a card moved away from its profile? Measures a sample of a profile's points again, as its own rig measured them.
 
-What is compared is what a step takes: a point of decode attention on a GPU is a whole captured step, of which attention
-is the smaller part, and the host's times are set beside the step that they surround.
+What is compared is what a step takes: attention, of most steps the smaller part, and the host's times are set beside
+the step that they are part of.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config import ServingConfig
-from engine.step import Step
+from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.profile import KEYS, Profile, Row
-from sim.profiler import measure_host, typical
+from sim.profiler import measure_host, sampled_rows, typical
 from sim.rigs import rig_for
 from traces.errors import TandemError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 POINTS, TURNS = 16, 3  # of a table, at most; measurements of each
 TURN_LIMIT_S = 40  # no further turn begins after so long
 ALLOWED = 0.03  # the median drift of a table that is still the profile's
-ATTENTION = ("prefill_attention", "decode_attention")
 
 Times = dict[tuple[Any, ...], float]  # microseconds by a point's key
 Verdict = Literal["trusted", "unclear", "replace"]
@@ -135,19 +134,15 @@ class DriftCheck:
                 for table, key, time_us in self._rig.measure(item):
                     times[table][tuple(key)].append(time_us)
                 show(done := done + 1)
-        return {table: _as_rows(table, points) for table, points in times.items()}
+        return {table: sampled_rows(table, points) for table, points in times.items()}
 
     def _device(self, measured: dict[str, list[Row]]) -> Iterator[TableDrift]:
-        """The rig takes steps without attention away from those with it: here those of the profile, so that what a
-        point of attention drifts is what its step drifts."""
-        then = {table: _times(table, rows) for table, rows in self._profile.tables.items()}
-        whole = {table: _times(table, rows) for table, rows in measured.items()}
-        parts = self._rig.tables({**_copy(self._profile.tables), **_attention(measured)})
-        for table, now in whole.items():
-            alone = _times(table, parts[table]) if table in ATTENTION else now
+        latency = LatencyModel(self._profile)
+        for table, rows in self._rig.tables(measured).items():
+            then, now = _times(table, self._profile.tables[table]), _times(table, rows)
             drifts = {
-                key: (alone[key] - then[table][key]) / (then[table][key] + now[key] - alone[key])
-                for key in now.keys() & then[table].keys()
+                key: (now[key] - then[key]) / (_step_us(latency, table, key) or then[key])
+                for key in now.keys() & then.keys()
             }
             if drifts:
                 yield TableDrift.of(table, _axes(table), drifts)
@@ -203,16 +198,16 @@ def _times(table: str, rows: Sequence[Row]) -> Times:
     return dict(times)
 
 
-def _as_rows(table: str, points: Mapping[tuple[Any, ...], list[float]]) -> list[Row]:
-    return [dict(zip(KEYS[table], key, strict=True)) | {"time_us": typical(times)} for key, times in points.items()]
-
-
-def _copy(tables: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    return {table: [dict(row) for row in rows] for table, rows in tables.items()}
-
-
-def _attention(measured: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    return _copy({table: rows for table, rows in measured.items() if table in ATTENTION})
+def _step_us(latency: LatencyModel, table: str, key: tuple[Any, ...]) -> float | None:
+    """A whole step of the batch that a point of attention stands for."""
+    if table == "prefill_attention":
+        chunk, context = key
+        return latency.device_ns(Step(0, chunks={0: Chunk(context, chunk, True)})) / 1000
+    if table == "decode_attention":
+        sequences, kv_tokens, unevenness = key
+        squares = round(unevenness * kv_tokens**2 / sequences)
+        return latency.device_ns(Step(0, decodes=sequences, kv_tokens=kv_tokens - sequences, kv_squares=squares)) / 1000
+    return None
 
 
 def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:

@@ -17,6 +17,7 @@ from traces.request import TraceRequest
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
 UNEVEN = (1.2, 1.8)  # unevenness of contexts (mean square over squared mean); ShareGPT's decodes lie between 1.2 and 2
+UNEVEN_SEQUENCES = (4, 8, 12, *range(16, 64, 8), *range(64, 256, 16), 256, 384, 512, 768, 1024)
 UNEVEN_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
 HELD_OUT = 12
 Item = TypeVar("Item")
@@ -119,14 +120,14 @@ def uneven(sequences: int, mean: int, unevenness: float) -> tuple[int, ...]:
     return tuple(contexts)
 
 
-def uneven_grid(config: ServingConfig, slack: int) -> Iterator[tuple[float, Pass]]:
-    """Decodes of uneven contexts, with their unevenness; `slack` tokens of each stay free."""
-    room = config.num_blocks * config.block_size
-    counts = [count for count in up_to(config.max_seqs) if count >= 4]
+def uneven_grid(config: ServingConfig) -> Iterator[tuple[float, Pass]]:
+    """Decodes of uneven contexts, as serving has them, with their unevenness."""
+    counts = [count for count in UNEVEN_SEQUENCES if count < config.max_seqs]
+    counts += [config.max_seqs] if config.max_seqs >= 4 else []
     for count, mean, unevenness in product(counts, UNEVEN_CONTEXTS, UNEVEN):
         one = Pass((), uneven(count, mean, unevenness))
-        fits = sum(context + slack + config.block_size for context in one.decodes) <= room
-        if fits and max(one.decodes) + slack < config.max_model_len:
+        blocks = sum(context // config.block_size + 1 for context in one.decodes)
+        if blocks <= config.num_blocks and max(one.decodes) < config.max_model_len:
             yield unevenness, one
 
 

@@ -19,7 +19,7 @@ from engine.config import ServingConfig
 from engine.recorder import Recorder
 from sim.latency import LatencyModel
 from sim.profile import TABLES, Profile, Row
-from sim.rigs import Batch, Sample, Times, rig_for
+from sim.rigs import Batch, Rig, Sample, Times, rig_for
 from traces.request import TraceRequest
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OUTLIER = 2.0
 SINGLES, BURSTS, BURST_REPEATS = 8, (8, 32, 64, 256), 3  # requests, alone and at once, that the host is timed with
 GAP_NS = 400_000_000
-TIMED = 3  # plans of a whole profile are timed by as many of its first measurements
+TIMED = 3  # a plan of a profile is timed by as many measurements of each table
 
 
 def measure_profile(
@@ -59,7 +59,7 @@ def measure_profile(
             show(done)
         held_out = [*_counted(rig.held_out(), len(rig.work), show)]
         state |= rig.state("after")
-        tables = rig.tables({table: _rows(table, of_table) for table, of_table in times.items()})
+        tables = rig.tables({table: sampled_rows(table, of_table) for table, of_table in times.items()})
         facts = rig.facts()
     tables["host"] = measure_host(executor, config)
     if config.num_cpu_blocks:
@@ -101,14 +101,21 @@ def count_drift(executor: Executor, profile: Profile) -> int:
 def estimate(executor: Executor, config: ServingConfig) -> tuple[dict[str, int], float]:
     """What `measure_profile` would measure: points by table, and about how many seconds it would take."""
     with rig_for(executor, config) as rig:
-        points: defaultdict[str, set[Any]] = defaultdict(set)
-        start, timed = time.perf_counter(), rig.work[:TIMED]
-        for item in timed:
-            rig.measure(item)
-        each_s = (time.perf_counter() - start) / len(timed)
+        work: defaultdict[str, list[Any]] = defaultdict(list)
         for item in rig.work:
-            points[rig.table_of(item)].add(item)
-        return {table: len(items) for table, items in points.items()}, each_s * (len(rig.work) + rig.num_held_out)
+            work[rig.table_of(item)].append(item)
+        seconds = sum(len(items) * _seconds_each(rig, items) for items in work.values())
+        held_out_s = seconds / len(rig.work) * rig.num_held_out
+        return {table: len(set(items)) for table, items in work.items()}, seconds + held_out_s
+
+
+def _seconds_each(rig: Rig, items: Sequence[Any]) -> float:
+    """Of the first few, once one has compiled what all need."""
+    rig.measure(items[0])
+    start = time.perf_counter()
+    for item in items[:TIMED]:
+        rig.measure(item)
+    return (time.perf_counter() - start) / len(items[:TIMED])
 
 
 @dataclass(slots=True)
@@ -167,7 +174,8 @@ def _counted(batches: Iterator[Batch], before: int, show: Callable[[int], None])
         yield batch
 
 
-def _rows(table: str, times: dict[tuple[Any, ...], list[float]]) -> list[Row]:
+def sampled_rows(table: str, times: dict[tuple[Any, ...], list[float]]) -> list[Row]:
+    """The rows of a table, or of one that a rig makes into another, out of the times of its points."""
     keys = TABLES.get(table, ("kind", "rows"))
     return [
         dict(zip(keys, key, strict=True)) | {"time_us": typical(of_key), "spread": spread(of_key)}

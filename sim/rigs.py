@@ -6,6 +6,7 @@ of points in tables. Everything runs as it does when serving: on the thread that
 
 from __future__ import annotations
 
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,11 @@ from sim.passes import (
     mixed_passes,
     served_passes,
     shuffled,
+    uneven,
     uneven_grid,
     up_to,
 )
-from sim.profile import Curve, Row
+from sim.profile import Row
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
@@ -176,27 +178,34 @@ def _repeats(one: Pass) -> int:
 
 # -- a GPU -------------------------------------------------------------------------------------------------
 
-ROUNDS = 2  # of every measurement
-BURST, WARM = 10, 3  # steps that run one behind the other, of which the first do not count
-# Serving has steps that only decode between those that prefill. Without them a GPU reaches its power limit and slows
-# down more than it ever does when it serves: steps that prefill are measured with some in between.
-CYCLES, RESTS = 5, 3
+ROUNDS = 2  # of every operation and attention, which repeat it themselves
+STREAMS, RESTS = 10, 3  # passes over all captured sizes; steps that only decode between two that prefill, as in serving
+TYPICAL, TYPICAL_UNEVENNESS = 384, 1.7  # mean context of the decodes in a stream, and its unevenness
+CONTEXTS_BY_16 = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+BURST, WARM = 10, 3  # steps of a held-out batch that run one behind the other, of which the first do not count
+CYCLES = 5  # as often runs a held-out batch that prefills
 GPU_HELD_OUT = 48
 
 
 class Point(NamedTuple):
-    """Something to measure: a point of a table, or a pass of decodes whose time, less its captured step's, is one."""
+    """Something to measure: a point of a table, or all of table `graph` at once.
+
+    The attention of the steps in a stream is in a table of its own, `attended`, until it is taken away from theirs.
+    """
 
     table: str
-    key: tuple[Any, ...]
+    key: tuple[Any, ...] = ()
     one: Pass | None = None
 
 
 class CapturedSteps:
-    """Times whole steps in the graphs that serve, two in flight, and what attention adds to them.
+    """Times whole steps in the graphs that serve, and apart from them the attention that comes on top.
 
-    A captured step costs what its size says, and beyond that what its requests attend to. Operations are timed alone as
-    well: steps too large to be captured are made of them, and they say where the time of the others goes.
+    A captured step costs what its size says, and beyond that what its requests attend to. Steps of all sizes run in
+    random order, one behind the other, those that prefill between others that do not: a GPU at its power limit is the
+    slower the more it has computed in the last tens of milliseconds, so that a step alone, or many of its kind, would
+    not take what it takes in serving. Operations are timed alone as well: steps too large to be captured are made of
+    them, and they say where the time of the others goes.
     """
 
     num_held_out = GPU_HELD_OUT
@@ -205,12 +214,24 @@ class CapturedSteps:
         self._executor = executor
         self._config = config
         self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
-        points = [*self._steps(), *self._operations(), *self._decodes(), *self._prefills()]
-        self.work = shuffled(point for point in points for _ in range(ROUNDS))
+        self._steps = {("decode", rows): self._typical(rows) for rows in self._sizes.decode}
+        self._steps |= {("mixed", rows): one for rows in self._sizes.mixed if (one := self._prompts(rows))}
+        self._streams = 0
+        points = [*self._operations(), *self._decodes(), *self._prefills()]
+        points += [Point("attended", key, one) for key, one in self._steps.items()]
+        streams = [Point("graph")] * STREAMS
+        self.work = shuffled(streams + [point for point in points for _ in range(ROUNDS)])
 
-    def _steps(self) -> Iterator[Point]:
-        for kind in ("decode", "mixed"):
-            yield from (Point("graph", (kind, rows)) for rows in getattr(self._sizes, kind))
+    def _typical(self, sequences: int) -> Pass:
+        mean = min(TYPICAL, self._config.num_blocks * self._config.block_size // sequences // 4)
+        contexts = uneven(sequences, mean, TYPICAL_UNEVENNESS) if sequences >= 4 else (mean,) * sequences
+        return Pass((), tuple(min(context, self._config.max_model_len - 1) for context in contexts))
+
+    def _prompts(self, rows: int) -> Pass | None:
+        """As few prompts as fill a captured step; None if a step of so many rows has no room for so many prompts."""
+        whole, rest = divmod(rows, self._config.max_model_len)
+        chunks = ((self._config.max_model_len, 0),) * whole + ((rest, 0),) * (rest > 0)
+        return Pass(chunks, ()) if len(chunks) <= self._sizes.prefills(rows) else None
 
     def _operations(self) -> Iterator[Point]:
         beyond = [tokens for tokens in (4096, 8192, 16384, 32768, 65536) if tokens <= self._config.max_batched_tokens]
@@ -219,25 +240,23 @@ class CapturedSteps:
         yield from (Point("head", (samples,)) for samples in self._sizes.decode)
 
     def _decodes(self) -> Iterator[Point]:
-        room = self._config.num_blocks // self._config.max_seqs * self._config.block_size
-        longest = self._config.max_model_len - BURST
+        room, longest = self._config.num_blocks, self._config.max_model_len - 1
         even = [
             Pass((), (context,) * count)
             for count in up_to(self._config.max_seqs)
-            for context in sorted({*(16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536), longest})
-            if context <= longest
-            and (count * (context + BURST + self._config.block_size) <= room * self._config.max_seqs)
+            for context in sorted({*(each for each in CONTEXTS_BY_16 if each < longest), longest})
+            if count * (context // self._config.block_size + 1) <= room
         ]
-        yield from (_decode_point(one, 1.0) for one in even)
-        yield from (_decode_point(one, unevenness) for unevenness, one in uneven_grid(self._config, BURST))
+        yield from (Point("decode_attention", (len(one.decodes), one.kv_tokens, 1.0), one) for one in even)
+        for unevenness, one in uneven_grid(self._config):
+            yield Point("decode_attention", (len(one.decodes), one.kv_tokens, unevenness), one)
 
     def _prefills(self) -> Iterator[Point]:
-        longest = self._config.max_model_len - BURST
-        most = min(self._config.max_batched_tokens, longest)
+        most = min(self._config.max_batched_tokens, self._config.max_model_len)
         for chunk in sorted({*(each for each in up_to(most) if each >= 16), most}):
             for context in (0, 64, 256, 1024, 4096, 16384, 65536):
-                if chunk + context <= longest:
-                    yield Point("prefill_attention", (chunk, context))
+                if chunk + context <= self._config.max_model_len:
+                    yield Point("prefill_attention", (chunk, context), Pass(((chunk, context),), ()))
 
     def __enter__(self) -> CapturedSteps:
         self._meter = self._executor.meter(self._config)
@@ -255,41 +274,50 @@ class CapturedSteps:
         return item.table
 
     def measure(self, item: Point) -> list[Sample]:
-        """Time a point once; steps in a burst."""
+        """Time a point, or a step of every captured size."""
         if item.one:
-            return [Sample(item.table, item.key, self._burst(item.one)[1])]
+            return [Sample(item.table, item.key, self._meter.attention_us(item.one))]
         if item.table == "graph":
-            return [Sample("graph", item.key, self._padding_us(*item.key))]
+            return self._stream()
         if item.table == "head":
             return [Sample("head", item.key, self._meter.head_us(*item.key))]
-        if item.table == "prefill_attention":
-            return [Sample("prefill_attention", item.key, self._meter.attention_us(*item.key))]
         times = self._meter.operations_us(*item.key)
         return [Sample("dense", (name, *item.key), time_us) for name, time_us in times.items()]
 
-    def _padding_us(self, kind: str, rows: int) -> float:
-        cycles, rests = (BURST, 0) if kind == "decode" else (CYCLES, RESTS)
-        return fmean(self._meter.padding_us(kind, rows, cycles, rests)[_warm(rests) :])
-
-    def _burst(self, one: Pass) -> Batch:
-        cycles, rests = (CYCLES, RESTS) if one.chunks else (BURST, 0)
-        steps = one.steps(self._config.block_size, cycles, rests)
-        requests = one.requests(self._executor.model.vocab_size, len(steps))
-        counted = slice(_warm(rests) * (1 + rests), None, 1 + rests)
-        return steps[counted], fmean(self._meter.steps_us(requests, steps)[counted])
+    def _stream(self) -> list[Sample]:
+        """Every size that prefills once, and before each of them some that only decode, all in random order."""
+        generator = random.Random(self._streams)
+        self._streams += 1
+        prefills, decodes = ([key for key in self._steps if key[0] == kind] for kind in ("mixed", "decode"))
+        decodes *= -(-RESTS * len(prefills) // len(decodes))
+        generator.shuffle(prefills)
+        generator.shuffle(decodes)
+        keys = [key for turn, key in enumerate(prefills) for key in (*decodes[RESTS * turn :][:RESTS], key)]
+        times = self._meter.stream_us([self._steps[key] for key in keys])
+        return [Sample("graph", key, time_us) for key, time_us in zip(keys, times, strict=True)]
 
     def tables(self, measured: dict[str, list[Row]]) -> dict[str, list[Row]]:
-        """Attention of decodes is what a pass takes beyond its step without any."""
-        captured = Curve({row["rows"]: row["time_us"] for row in measured["graph"] if row["kind"] == "decode"})
-        for row in measured["decode_attention"]:
-            row["time_us"] = max(0.0, row["time_us"] - captured(self._sizes.rows(row["sequences"], 0) or 0))
-        return measured
+        """A captured step without the attention of those that were measured."""
+        attended = {(row["kind"], row["rows"]): row["time_us"] for row in measured["attended"]}
+        graph = [
+            row | {"time_us": row["time_us"] - attended[row["kind"], row["rows"]]}
+            for row in measured["graph"]
+            if (row["kind"], row["rows"]) in attended
+        ]
+        return {table: rows for table, rows in measured.items() if table != "attended"} | {"graph": graph}
 
     def held_out(self) -> Iterator[Batch]:
-        """Batches as serving makes them."""
+        """Batches as serving makes them, over and over; those that prefill between steps of their decodes alone."""
         slack = CYCLES * (1 + RESTS) + self._config.block_size
         for one in served_passes(self._config, GPU_HELD_OUT, slack):
             yield self._burst(one)
+
+    def _burst(self, one: Pass) -> Batch:
+        cycles, rests, warm = (CYCLES, RESTS, 1) if one.chunks else (BURST, 0, WARM)
+        steps = one.steps(self._config.block_size, cycles, rests)
+        requests = one.requests(self._executor.model.vocab_size, len(steps))
+        counted = slice(warm * (1 + rests), None, 1 + rests)
+        return steps[counted], fmean(self._meter.steps_us(requests, steps)[counted])
 
     def facts(self) -> dict[str, Any]:
         """The captured sizes, the memory, and how often a point was measured."""
@@ -298,15 +326,5 @@ class CapturedSteps:
                 name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self._sizes).items()
             },
             "memory": self._meter.memory(),
-            "repeats": f"{ROUNDS} bursts of {BURST - WARM} steps, of {CYCLES - 1} where steps prefill",
+            "repeats": f"{STREAMS} streams of captured steps, {ROUNDS} rounds of operations and attention",
         }
-
-
-def _decode_point(one: Pass, unevenness: float) -> Point:
-    middle = (WARM + BURST - 1) / 2  # contexts grow in a burst
-    count = len(one.decodes)
-    return Point("decode_attention", (count, one.kv_tokens + round(count * middle), unevenness), one)
-
-
-def _warm(rests: int) -> int:
-    return 1 if rests else WARM

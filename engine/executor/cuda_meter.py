@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from engine.config import MEMORY_FRACTION, ServingConfig
-from engine.executor.batch import Decodes, Prefill, Shape
+from engine.executor.batch import Decodes, Prefill, Shape, Span
 from engine.executor.cuda import Cuda, CudaDataPlane
 from engine.executor.kernels.timing import time_us
 from engine.executor.model import Llama
@@ -29,6 +29,18 @@ THROTTLED = {  # NVML's reasons why clocks are lower than they could be, but for
     "power brake": 0x80,
 }
 POWER_LIMITED = 0x04
+
+
+class Batch(Protocol):
+    """What a step runs: prefill chunks as (tokens, context), and decodes as contexts. Hashable."""
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """Chunks of prefill."""
+
+    @property
+    def decodes(self) -> tuple[int, ...]:
+        """Decodes."""
 
 
 class CudaMeter:
@@ -56,57 +68,52 @@ class CudaMeter:
             times.append(plane.complete().device_ns / 1000)
         return times
 
-    def padding_us(self, kind: str, rows: int, count: int, rests: int = 0) -> list[float]:
-        """Run the captured step (`decode` or `mixed`) of so many rows on padding alone: it attends to nothing.
-
-        Args:
-            kind, rows: which.
-            count: how often.
-            rests: decode steps of medium size that run after each, and are not timed.
-        """
-        graphs, shapes = self._graphs, self._graphs.shapes
-        shape, rest = shapes.of(kind, rows), shapes.of("decode", shapes.sizes.decode[len(shapes.sizes.decode) // 2])
-        words, rest_words = self._padding(shape), self._padding(rest)
-        tokens = torch.empty(shape.samples, dtype=torch.int64, pin_memory=True)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * count)]  # type: ignore[no-untyped-call]
+    def stream_us(self, batches: Sequence[Batch]) -> list[float]:
+        """Run captured steps of these batches one behind the other, the GPU never idle; returns each one's time."""
+        graphs, packed = self._graphs, {batch: self._pack(batch) for batch in dict.fromkeys(batches)}
+        marks = [(_event(), _event()) for _ in batches]
+        tokens = torch.empty(self._config.max_seqs, dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(graphs.stream):
-            for begin, end in zip(marks[::2], marks[1::2], strict=True):
+            for (begin, end), batch in zip(marks, batches, strict=True):
+                shape, words, spans = packed[batch]
                 begin.record()
-                tokens.copy_(graphs.run(shape, words, []), non_blocking=True)
+                tokens[: shape.samples].copy_(graphs.run(shape, words, spans), non_blocking=True)
                 end.record()
-                for _ in range(rests):
-                    graphs.run(rest, rest_words, [])
             graphs.stream.synchronize()
-        return [1e3 * begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+        return [1e3 * begin.elapsed_time(end) for begin, end in marks]
 
-    def _padding(self, shape: Shape) -> torch.Tensor:
-        """A batch of padding whose tokens are random: a GPU at its power limit is faster on rows that are alike."""
-        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
+    def _pack(self, batch: Batch) -> tuple[Shape, torch.Tensor, list[Span]]:
+        """Its words in pinned memory. Tokens are random: at its power limit a GPU is faster on rows that are alike."""
+        random = np.random.default_rng(0)
+        decodes, prefills = _requests(batch, self._graphs.cache.block_size)
+        exact = self._graphs.packing.shape_of(len(batch.decodes), prefills, 0)
+        shape = self._graphs.shapes.holding(exact)
+        words = torch.zeros(shape.words, dtype=torch.int32, pin_memory=True)
         sections = shape.split(words.numpy())
-        self._graphs.packing.pack(sections, Decodes.none(), [])
-        sections.token_ids[:] = np.random.default_rng(0).integers(self._model.config.vocab_size, size=shape.tokens)
-        return words
+        spans = self._graphs.packing.pack(sections, decodes, prefills)
+        sections.token_ids[:] = random.integers(self._model.config.vocab_size, size=shape.tokens)
+        return shape, words, spans
 
     @torch.inference_mode()
-    def attention_us(self, chunk: int, context: int) -> float:
-        """Time that a prefill chunk's attention adds to a step, in all layers: beyond padding's, if it is captured."""
-        packing, cache = self._graphs.packing, self._graphs.cache
-        table = np.arange(-(-(chunk + context) // cache.block_size), dtype=np.int32)
-        prefill = Prefill([0] * chunk, context, table, samples=True)
-        exact = packing.shape_of(0, [prefill], len(table))
-        shape = self._graphs.shapes.holding(exact)
-        padding = self._attention_us(shape, []) if shape.tiles > exact.tiles else 0.0
-        return max(0.0, self._attention_us(shape, [prefill]) - padding)
+    def attention_us(self, batch: Batch) -> float:
+        """Time that a batch's attention adds to its step, in all layers: beyond that of padding, if it is captured."""
+        shape, words, spans = self._pack(batch)
+        time_us = self._attention_us(shape, words, spans)
+        if shape in self._graphs.shapes.captured:
+            empty = torch.zeros_like(words)
+            self._graphs.packing.pack(shape.split(empty.numpy()), Decodes.none(), [])
+            time_us -= self._attention_us(shape, empty, [])
+        return max(0.0, time_us)
 
-    def _attention_us(self, shape: Shape, prefills: list[Prefill]) -> float:
+    def _attention_us(self, shape: Shape, words: torch.Tensor, spans: Sequence[Span]) -> float:
         config, cache, ops = self._model.config, self._graphs.cache, self._model.ops
-        words = np.zeros(shape.words, np.int32)
-        spans = self._graphs.packing.pack(shape.split(words), Decodes.none(), prefills)
-        batch = shape.split(torch.from_numpy(words).to(cache.data.device)).batch(spans, None, all_rows=False)
+        batch = shape.split(words.to(cache.data.device)).batch(spans, None, all_rows=False)
         size = (shape.tokens, config.num_heads, config.head_dim)
         q = torch.randn(size, dtype=self._model.dtype, device=cache.data.device)
-        out, plan = torch.empty_like(q), ops.plan_prefills(batch, cache.data)
-        calls = [partial(ops.attention, out, q, kv, plan) for kv in cache.layers]
+        out = torch.empty_like(q)
+        plans = [ops.plan_decodes(batch, cache.data)] if shape.decodes else []
+        plans += [ops.plan_prefills(batch, cache.data)] if shape.prefills else []
+        calls = [partial(ops.attention, out, q, kv, plan) for kv in cache.layers for plan in plans]
         return len(calls) * time_us(calls, REPLAYS)
 
     @torch.inference_mode()
@@ -201,3 +208,25 @@ class CudaMeter:
             }
         finally:
             pynvml.nvmlShutdown()
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _requests(batch: Batch, block_size: int) -> tuple[Decodes, list[Prefill]]:
+    """A batch's requests, on consecutive blocks."""
+    blocks = [-(-(context + 1) // block_size) for context in batch.decodes]
+    tables = np.zeros((len(blocks), max(blocks, default=0)), np.int32)
+    used = 0
+    for row, count in zip(tables, blocks, strict=True):
+        row[:count] = range(used, used + count)
+        used += count
+    seats = np.arange(len(blocks), dtype=np.int32)
+    prefills = []
+    for tokens, context in batch.chunks:
+        count = -(-(tokens + context) // block_size)
+        table = np.arange(used, used + count, dtype=np.int32)
+        prefills.append(Prefill([0] * tokens, context, table, samples=True))
+        used += count
+    return Decodes(seats, np.array(batch.decodes, np.int32), tables, seats), prefills
