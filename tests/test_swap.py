@@ -36,7 +36,7 @@ SCARCE = ServingConfig(num_blocks=20, max_seqs=12, max_batched_tokens=300, num_c
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("depth", [1, 2])
 def test_with_room_in_host_memory_victims_are_swapped_and_nothing_is_computed_twice(policy, depth):
-    config = dataclasses.replace(SCARCE, scheduler=policy, pipeline_depth=depth)
+    config = dataclasses.replace(SCARCE, scheduler=policy, pipeline_depth=depth, num_cpu_blocks=60)
     recorder, served = serve(REQUESTS, config)
     tables = recorder.tables()
     assert all(request.outcome == LENGTH for request in served)
