@@ -129,6 +129,36 @@ def trace_convert(
     _write_trace(out, trace)
 
 
+@trace_app.command("assign")
+def trace_assign(
+    source: Annotated[Path, typer.Argument(help="A trace.")],
+    out: options.Out,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="CLIENT[:share=3][:priority=1][:ttft_slo_ms=200][:e2e_slo_ms=9000][:patience_ms=60000]",
+        ),
+    ] = None,
+    predict: Annotated[
+        float | None, typer.Option(help="Predict output lengths: sigma of their lognormal error, 0 for an oracle.")
+    ] = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Say of a trace's requests whose they are, how urgent, and how long they will be.
+
+    Each --class takes its share of the requests, at random. Arrivals and lengths stay as they are.
+    """
+    from traces.classes import assign_classes, predict_lengths, read_class
+
+    trace = read_trace(source)
+    if classes:
+        trace = assign_classes(trace, [read_class(text) for text in classes], seed)
+    if predict is not None:
+        trace = predict_lengths(trace, predict, seed)
+    _write_trace(out, trace)
+
+
 @trace_app.command("show")
 def trace_show(path: Annotated[Path, typer.Argument(help="A trace.")], as_json: options.AsJson = False) -> None:
     """Describe a trace: how many requests, how long, how fast."""
