@@ -18,7 +18,6 @@ from traces.request import TraceRequest
 MS = 1_000_000
 WITH_PARAMETERS = (
     "fastserve:levels=3:quantum=1:prefill_tokens=8:starve_ms=20",
-    "srpt:spare=0.5",
     "vtc:input_weight=0:output_weight=3",
 )
 
