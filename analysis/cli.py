@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from analysis.bench import Benchmark
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
+    from sim.profile import Profile
 
 app = typer.Typer(
     name="tandem",
@@ -298,17 +299,49 @@ def simulate(
     like: Annotated[
         Path | None, typer.Option(help="Take limits and policy, and where requests stopped, of this run.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies to compare --scheduler with, commas between: a folder of OUT each, and policies.html."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Serve a trace in simulation, on the times of a profile."""
+    """Serve a trace in simulation, on the times of a profile; under several policies with --against."""
     from analysis.workflow import simulate_run, simulated_config
     from sim.profile import find_profile, read_profile
 
     times, requests = read_profile(find_profile(profile)), read_trace(trace)
     _say_notes(requests)
     template = read_run(like) if like else None
-    run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template)
-    _print_summary(run, out, as_json)
+    config = simulated_config(times, limits, template)
+    if against is not None:
+        return _simulate_policies(requests, times, config, against.split(","), out, template, as_json)
+    _print_summary(simulate_run(requests, times, config, out, console, template), out, as_json)
+
+
+def _simulate_policies(
+    trace: Trace,
+    profile: Profile,
+    config: ServingConfig,
+    against: Sequence[str],
+    out: Path,
+    like: RunRecords | None,
+    as_json: bool,
+) -> None:
+    from analysis.policies import policy_tables
+    from analysis.tables import print_tables
+    from analysis.workflow import simulate_policies
+
+    policies = [config.scheduler, *filter(None, against)]
+    comparison = simulate_policies(trace, profile, config, policies, out, console, like)
+    if as_json:
+        print(json.dumps(comparison, indent=2))
+        return
+    wide = Console()
+    wide.width = max(wide.width, 120)
+    print_tables(policy_tables(comparison), wide)
+    console.print(f"page: {out / 'policies.html'}", highlight=False)
 
 
 @app.command()

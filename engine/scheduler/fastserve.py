@@ -50,7 +50,8 @@ class SkipJoinMlfq(KeyedScheduler):
         quantum: iterations in the highest queue.
         ratio: of each queue's quantum to that of the queue above.
         prefill_tokens: prompt tokens that cost as much as one decode iteration.
-        starve_ms: how long a request may wait before it moves to the highest queue; 0 is for ever.
+        starve_ms: how long a request may wait before it moves to the highest queue; 0 is for ever. If it is less than
+            requests usually wait, all of them move up, and push each other out.
 
     Raises:
         TandemError: a parameter is out of range.
@@ -67,7 +68,7 @@ class SkipJoinMlfq(KeyedScheduler):
         quantum: int = 8,
         ratio: int = 2,
         prefill_tokens: int = 128,
-        starve_ms: int = 10_000,
+        starve_ms: int = 60_000,
     ) -> None:
         super().__init__(config)
         if min(levels, quantum, ratio, prefill_tokens) < 1 or starve_ms < 0:
