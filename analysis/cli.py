@@ -339,7 +339,7 @@ def _simulate_policies(
         print(json.dumps(comparison, indent=2))
         return
     wide = Console()
-    wide.width = max(wide.width, 120)
+    wide.width = max(wide.width, 100 + max(map(len, comparison["policies"])))
     print_tables(policy_tables(comparison), wide)
     console.print(f"page: {out / 'policies.html'}", highlight=False)
 
