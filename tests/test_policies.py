@@ -177,7 +177,7 @@ def largest_gap(trace: Trace, run: RunRecords) -> float:
 
 def test_the_services_of_two_backlogged_clients_differ_by_no_more_than_the_papers_bound():
     trace, limits = backlogged(), {"num_blocks": 64, "num_cpu_blocks": 0}
-    bound = 2 * max(50, 2 * 64 * LIMITS.block_size)  # theorem 4.4: 2 max(w_p longest prompt, w_q tokens in a batch)
+    bound = 2 * max(50, 2 * 64 * LIMITS.block_size)  # 2 max(w_p longest prompt, w_q tokens in a batch)
     assert largest_gap(trace, run(trace, "vtc", **limits)) <= bound
     assert largest_gap(trace, run(trace, "chunked_prefill", **limits)) > 5 * bound
 

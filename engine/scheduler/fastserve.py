@@ -42,7 +42,7 @@ class SkipJoinMlfq(KeyedScheduler):
     The highest queues run, each in order of joining; who has to make room is swapped out (recomputed, if there is no
     `--cpu-blocks`). A request that has waited for `starve_ms` moves to the top. The paper counts service in time, of a
     profile; here the unit is one decode iteration, which `prefill_tokens` tokens of prefill are worth, so that
-    decisions do not depend on the clock.
+    decisions do not depend on the clock. Its swapping ahead of need is left out.
 
     Args:
         config: the run's limits.

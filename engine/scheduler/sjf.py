@@ -1,4 +1,4 @@
-"""Shortest job first, by predicted length (the oracle of S3, NeurIPS '23, and of learning-to-rank scheduling, '24)."""
+"""Shortest job first by predicted length, which learning to rank approximates (Fu et al., NeurIPS '24)."""
 
 from __future__ import annotations
 
