@@ -84,7 +84,10 @@ class KeyedScheduler(Scheduler):
         self._last.push(request)
 
     def _make_room(self, head: Request) -> None:
-        """Preempt running requests with larger keys, largest first, until the head fits."""
+        """Preempt running requests with larger keys, largest first, until the head fits; not for want of budget, of
+        which a victim would give back a token."""
+        if not self.chunked and not head.cpu_blocks and head.to_prefill > self.budget:
+            return
         while self.running and self._is_admissible(head) and not self._fits(head):
             victim = self.victim()
             if self.key(victim) < self.key(head):
@@ -96,7 +99,7 @@ class KeyedScheduler(Scheduler):
             return self._has_room(head, head.computed + 1)
         if self.chunked:  # should the decodes take the whole budget, a victim's token is the head's
             return self._has_room(head, min(head.to_prefill, max(self.budget, 1)))
-        return head.to_prefill <= self.budget and self._has_room(head, head.to_prefill)
+        return self._has_room(head, head.to_prefill)
 
     def _reversed(self, request: Request) -> Key:
         return tuple(-part for part in self.key(request))
