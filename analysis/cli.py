@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from analysis.bench import Benchmark
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
+    from sim.profile import Profile
 
 app = typer.Typer(
     name="tandem",
@@ -126,6 +127,36 @@ def trace_convert(
     trace = read_trace(source)
     if rate is not None:
         trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
+    _write_trace(out, trace)
+
+
+@trace_app.command("assign")
+def trace_assign(
+    source: Annotated[Path, typer.Argument(help="A trace.")],
+    out: options.Out,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="CLIENT[:share=3][:priority=1][:ttft_slo_ms=200][:e2e_slo_ms=9000][:patience_ms=60000]",
+        ),
+    ] = None,
+    predict: Annotated[
+        float | None, typer.Option(help="Predict output lengths: sigma of their lognormal error, 0 for an oracle.")
+    ] = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Say of a trace's requests whose they are, how urgent, and how long they will be.
+
+    Each --class takes its share of the requests, at random. Arrivals and lengths stay as they are.
+    """
+    from traces.classes import assign_classes, predict_lengths, read_class
+
+    trace = read_trace(source)
+    if classes:
+        trace = assign_classes(trace, [read_class(text) for text in classes], seed)
+    if predict is not None:
+        trace = predict_lengths(trace, predict, seed)
     _write_trace(out, trace)
 
 
@@ -339,17 +370,49 @@ def simulate(
     like: Annotated[
         Path | None, typer.Option(help="Take limits and policy, and where requests stopped, of this run.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies to compare --scheduler with, commas between: a folder of OUT each, and policies.html."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Serve a trace in simulation, on the times of a profile."""
+    """Serve a trace in simulation, on the times of a profile; under several policies with --against."""
     from analysis.workflow import simulate_run, simulated_config
     from sim.profile import find_profile, read_profile
 
     times, requests = read_profile(find_profile(profile)), read_trace(trace)
     _say_notes(requests)
     template = read_run(like) if like else None
-    run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template)
-    _print_summary(run, out, as_json)
+    config = simulated_config(times, limits, template)
+    if against is not None:
+        return _simulate_policies(requests, times, config, against.split(","), out, template, as_json)
+    _print_summary(simulate_run(requests, times, config, out, console, template), out, as_json)
+
+
+def _simulate_policies(
+    trace: Trace,
+    profile: Profile,
+    config: ServingConfig,
+    against: Sequence[str],
+    out: Path,
+    like: RunRecords | None,
+    as_json: bool,
+) -> None:
+    from analysis.policies import policy_tables
+    from analysis.tables import print_tables
+    from analysis.workflow import simulate_policies
+
+    policies = [config.scheduler, *filter(None, against)]
+    comparison = simulate_policies(trace, profile, config, policies, out, console, like)
+    if as_json:
+        print(json.dumps(comparison, indent=2))
+        return
+    wide = Console()
+    wide.width = max(wide.width, 100 + max(map(len, comparison["policies"])))
+    print_tables(policy_tables(comparison), wide)
+    console.print(f"page: {out / 'policies.html'}", highlight=False)
 
 
 @app.command()

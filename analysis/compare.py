@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -235,9 +236,9 @@ def _mean(values: Floats) -> float | None:
 # -- part 3: closed loop -----------------------------------------------------------------------------------
 
 
-def common_requests(sim: RunRecords, real: RunRecords) -> Ints:
-    """Ids of the requests that completed in both runs."""
-    return np.intersect1d(request_metrics(sim)["request"], request_metrics(real)["request"])
+def common_requests(*runs: RunRecords) -> Ints:
+    """Ids of the requests that completed in every run."""
+    return reduce(np.intersect1d, (request_metrics(run)["request"] for run in runs))
 
 
 def closed_loop_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Draws a comparison: predicted against measured steps, latency distributions, and the batch over time.
+"""Draws comparisons: predicted against measured steps, latency distributions, the batch over time; and policies.
 
 It may not compute an error: it draws from the records of the runs.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 COLOURS = {"measured": "#1f5a92", "simulated": "#d9730d"}
 KIND_COLOURS = {"decode": "#1f5a92", "mixed": "#7a4fa3", "prefill": "#2e8b57"}
+PALETTE = ("#1f5a92", "#d9730d", "#2e8b57", "#7a4fa3", "#c0392b", "#008b9a", "#8a6d00", "#c2548f", "#555555", "#6b8e23")
 LOG_AXIS = {"type": "log", "minorloglabels": "complete", "exponentformat": "none"}
 MAX_POINTS = 5000  # of one curve: more of them only make the page heavy
 
@@ -33,9 +34,44 @@ def html_figures(
     runs = {"measured": real, "simulated": sim}
     return {
         "steps_figure": _html_figure("steps", _steps_figure(real, replayed, equal_steps), plotly_js=True),
-        "cdf_figure": _html_figure("cdf", _cdf_figure(runs)),
+        "cdf_figure": _html_figure("cdf", _cdf_figure(runs, {run: _line(run) for run in runs})),
         "time_figure": _html_figure("time", _time_figure(runs)),
     }
+
+
+def policy_figures(
+    runs: Mapping[str, RunRecords], statistics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+) -> dict[str, str]:
+    """The figures of several policies' runs as HTML by name; the first one brings plotly.js for all.
+
+    Args:
+        runs: by policy.
+        statistics: {latency: {statistic: {policy: ms}}}, for the bars.
+    """
+    lines = {run: {"color": PALETTE[place % len(PALETTE)], "width": 2} for place, run in enumerate(runs)}
+    return {
+        "cdf_figure": _html_figure("cdf", _cdf_figure(runs, lines), plotly_js=True),
+        "bar_figure": _html_figure("bar", _bar_figure(statistics, lines)),
+    }
+
+
+def _bar_figure(
+    statistics: Mapping[str, Mapping[str, Mapping[str, float | None]]], lines: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(2, 2, subplot_titles=[LATENCY_NAMES[name] for name in statistics], vertical_spacing=0.14)
+    for position, by_statistic in enumerate(statistics.values()):
+        for policy, line in lines.items():
+            heights = [values[policy] for values in by_statistic.values()]
+            colour, shown = (
+                {"color": line["color"]},
+                {"name": policy, "legendgroup": policy, "showlegend": not position},
+            )
+            place = {"row": position // 2 + 1, "col": position % 2 + 1}
+            figure.add_bar(x=list(by_statistic), y=heights, marker=colour, **shown, **place)
+    figure.update_yaxes(title="ms", rangemode="tozero")
+    return figure.update_layout(height=640, barmode="group")
 
 
 def _html_figure(name: str, figure: Figure, plotly_js: bool = False) -> str:
@@ -81,7 +117,7 @@ def _shown(shown: int, points: int) -> str:
     return f"{points:,}" if shown == points else f"{shown:,} of {points:,}"
 
 
-def _cdf_figure(runs: Mapping[str, RunRecords]) -> Figure:
+def _cdf_figure(runs: Mapping[str, RunRecords], lines: Mapping[str, dict[str, Any]]) -> Figure:
     from plotly.subplots import make_subplots
 
     ids = common_requests(*runs.values())
@@ -90,10 +126,11 @@ def _cdf_figure(runs: Mapping[str, RunRecords]) -> Figure:
     for run, records in runs.items():
         values = latencies(records, ids)
         for position, name in enumerate(CLOSED_LOOP):
-            line = _line(run) | {"shape": "hv"}
+            line = lines[run] | {"shape": "hv"}
             x, y = _cdf(values[name])
             place = {"row": position // 2 + 1, "col": position % 2 + 1}
-            figure.add_scatter(x=x, y=y, mode="lines", name=run, line=line, showlegend=position == 0, **place)
+            shown = {"name": run, "legendgroup": run, "showlegend": position == 0}
+            figure.add_scatter(x=x, y=y, mode="lines", line=line, **shown, **place)
     figure.update_xaxes(LOG_AXIS, title="ms", minorloglabels="small digits")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     return figure.update_layout(height=720)

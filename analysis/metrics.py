@@ -52,6 +52,8 @@ TOTALS = {
     "total_output_tokens": "output tokens of completed requests",
     "wasted_tokens": "tokens made after a stop token, before the scheduler knew of it",
     "preemptions": "times a request lost its KV blocks",
+    "own_slo_attainment": "of the requests that bring SLOs along, the fraction that met them; a rejected one did not, "
+    "a cancelled one is left out",
     "duration_s": "from the first arrival to the last token of a completed request",
     "request_throughput": "completed requests per second",
     "output_throughput": "output tokens per second",
@@ -240,11 +242,25 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "total_output_tokens": outputs,
         "wasted_tokens": int(column(table, "wasted_tokens").sum()),
         "preemptions": int(column(table, "preemptions").sum()),
+        "own_slo_attainment": _own_slo_attainment(table),
         "duration_s": duration_s,
         "request_throughput": _per_second(len(done), duration_s),
         "output_throughput": _per_second(outputs, duration_s),
         "total_token_throughput": _per_second(inputs + outputs, duration_s),
     }
+
+
+def _own_slo_attainment(requests: pa.Table) -> float | None:
+    kept = requests.filter(np.array(requests["outcome"].to_pylist()) != CANCELLED)
+    arrival, *times = (
+        kept[name].to_numpy().astype(np.float64)  # NaN where there is none
+        for name in ("arrival_ns", "first_token_ns", "ttft_slo_ns", "last_token_ns", "e2e_slo_ns")
+    )
+    promised, broken = np.zeros(len(kept), bool), np.zeros(len(kept), bool)
+    for token, slo in zip(times[::2], times[1::2], strict=True):
+        promised |= ~np.isnan(slo)
+        broken |= ~np.isnan(slo) & ~(token - arrival <= slo)
+    return float(1 - broken.sum() / promised.sum()) if promised.any() else None
 
 
 def _duration_s(requests: pa.Table, done: pa.Table) -> float | None:

@@ -39,7 +39,10 @@ Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals; 1 is Poisson
 class Limits:
     """What the user said of a run's limits and policy; None is 'not said'."""
 
-    scheduler: Annotated[str | None, typer.Option("--scheduler", "-s", help="A policy's name, or module:Class.")] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", "-s", help="A policy's name or module:Class, and parameters :key=value."),
+    ] = None
     pipeline_depth: Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap.")] = None
     num_blocks: Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None

@@ -28,9 +28,9 @@ from analysis.metrics import (
     P99_REQUESTS,
     TOTALS,
 )
+from analysis.page import write_page
 from analysis.tables import TextTable, amount, html_table, number, percent, print_tables, signed
 from engine.records import RunRecords
-from traces.format import atomic_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,9 +68,7 @@ def write_report(
         TandemError: the page cannot be written.
     """
     decisions, latency_model, closed_loop = (html_table(table) for table in _parts(comparison))
-    page = _PAGE.substitute(
-        title=escape(title),
-        headline=escape(headline(comparison)),
+    body = _BODY.substitute(
         verdict=html_table(_verdict_table(comparison)),
         decisions=decisions,
         latency_model=latency_model,
@@ -83,8 +81,7 @@ def write_report(
         manifest=html_table(_manifest_table(real, sim)),
         **html_figures(comparison, sim, real, replayed),
     )
-    with atomic_file(path) as file:
-        file.write(page.encode())
+    write_page(path, title, headline(comparison), body)
 
 
 # -- words -------------------------------------------------------------------------------------------------
@@ -218,33 +215,7 @@ def _spread(fraction: float | None, repeats: int) -> str:
 # -- the page ----------------------------------------------------------------------------------------------
 
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2.5rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; break-after: avoid; }
-.headline { font-size: 1.05rem; max-width: 50rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-th { font-weight: 600; border-bottom: 1px solid #888; }
-.label { text-align: left; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
-figure { margin: 1rem 0; break-inside: avoid; }
-figcaption, dd { color: #555; font-size: .9rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dd { margin: 0; }
-@media print { body { margin: 0; max-width: none; } .modebar { display: none; } tr { break-inside: avoid; } }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="headline">$headline</p>
-$verdict
+_BODY = Template("""$verdict
 $decisions
 $latency_model
 <figure>$steps_figure<figcaption>Each dot is a step of the real run. Above the line, the latency model predicts too
@@ -259,6 +230,4 @@ $explanations
 a point is the highest of several steps.</figcaption></figure>
 $totals
 $manifest
-</body>
-</html>
 """)

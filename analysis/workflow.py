@@ -20,6 +20,7 @@ from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
 from analysis.options import Limits, Loading
+from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
@@ -160,12 +161,24 @@ def check_before(config: ServingConfig, out: Path) -> None:
 
 
 def simulate_run(
-    trace: Trace, profile: Profile, config: ServingConfig, out: Path, console: Console, like: RunRecords | None = None
+    trace: Trace,
+    profile: Profile,
+    config: ServingConfig,
+    out: Path,
+    console: Console,
+    like: RunRecords | None = None,
+    what: str = "simulate",
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
     Args:
+        trace: the workload.
+        profile: the times.
+        config: limits and policy.
+        out: the run's folder.
+        console: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there.
+        what: the progress bar's label.
 
     Raises:
         TandemError: `like` is a run of another trace.
@@ -176,7 +189,7 @@ def simulate_run(
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = recorded_requests(like) if like else trace.requests
     recorder = Recorder()
-    with watched(console, "simulate", recorder, len(requests)):
+    with watched(console, what, recorder, len(requests)):
         coverage = predict(requests, config, profile, recorder)
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
@@ -187,6 +200,45 @@ def simulate_run(
     run.summary = metrics(run) | {"profile_lookups": coverage}
     run.write(out)
     return run
+
+
+def simulate_policies(
+    trace: Trace,
+    profile: Profile,
+    config: ServingConfig,
+    policies: Sequence[str],
+    out: Path,
+    console: Console,
+    like: RunRecords | None = None,
+) -> dict[str, Any]:
+    """Serve a trace in simulation under several policies, and set them side by side.
+
+    Args:
+        policies: others are compared to the first. The rest as in `simulate_run`; `config` gives the limits.
+
+    Returns:
+        The comparison (`analysis.policies.compare_policies`), also written to `out` as policies.json, with
+        policies.html and a folder for each policy beside it.
+
+    Raises:
+        TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
+    """
+    configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
+    folders = {policy: out / policy.replace(":", "-") for policy in configs}
+    if (out / "manifest.json").exists():
+        raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
+    for policy, each in configs.items():
+        check_before(each, folders[policy])
+    width = max(map(len, configs))
+    runs = {
+        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width))
+        for policy, each in configs.items()
+    }
+    comparison = compare_policies(runs)
+    write_json(out / "policies.json", comparison)
+    title = f"{len(runs)} policies, {len(trace.requests):,} requests on {profile.name}"
+    write_policy_page(comparison, runs, out / "policies.html", title)
+    return comparison
 
 
 def real_run(

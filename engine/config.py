@@ -19,7 +19,7 @@ class ServingConfig:
         max_seqs: requests that may hold KV blocks at once.
         max_batched_tokens: token budget of one step, prefill and decode together.
         max_model_len: longest prompt + output that is served; longer requests are rejected.
-        scheduler: a policy's name, or `module:Class`.
+        scheduler: a policy's name, or `module:Class`, and its parameters: `name:key=value:key=value`.
         pipeline_depth: steps in flight at once, 1 or 2.
         num_cpu_blocks: KV blocks in host memory, for what preemption swaps out.
 

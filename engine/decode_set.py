@@ -22,6 +22,11 @@ class DecodeSet:
         self._sum = self._squares = 0  # of the bases, and of their squares
 
     @property
+    def ticks(self) -> int:
+        """How often its members have advanced."""
+        return self._tick
+
+    @property
     def kv_tokens(self) -> int:
         """The sum of the members' contexts, in tokens."""
         return self._sum + len(self._base) * self._tick

@@ -129,7 +129,7 @@ class Recorder:
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
             *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
-            *(request.priority, request.client),
+            *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
         )
 
     def _time_of(self, step: int | None) -> int | None:

@@ -20,7 +20,7 @@ from traces.errors import TandemError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _INT = "int64"
 COLUMNS: dict[str, dict[str, str]] = {
@@ -43,6 +43,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "reason": "string",
         "priority": _INT,
         "client": "string",
+        "ttft_slo_ns": _INT,
+        "e2e_slo_ns": _INT,
     },
     "steps": {
         "step": _INT,
@@ -83,6 +85,10 @@ COLUMNS: dict[str, dict[str, str]] = {
         "completed_ns": _INT,
     },
 }
+
+
+_ADDED = {2: {"requests": ("ttft_slo_ns", "e2e_slo_ns")}}
+"""Older schema versions that are read -> the columns that they lack: null."""
 
 
 def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str, pa.Table]:
@@ -158,8 +164,8 @@ def read_run(folder: Path) -> RunRecords:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    manifest = _read_json(folder / "manifest.json")
-    summary = _read_json(folder / "summary.json")
+    manifest, version = _read_json(folder / "manifest.json")
+    summary, _ = _read_json(folder / "summary.json")
     tables = {}
     for name, columns in COLUMNS.items():
         path = folder / f"{name}.parquet"
@@ -167,22 +173,26 @@ def read_run(folder: Path) -> RunRecords:
             tables[name] = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
+        for added in _ADDED.get(version, {}).get(name, ()):
+            tables[name] = tables[name].append_column(added, pa.nulls(len(tables[name]), columns[added]))
         if tables[name].column_names != list(columns):
             raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
     partial = manifest.pop("partial", False)
     return RunRecords(manifest, tables, summary, partial)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's content, and its schema version."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise TandemError(f"{path.parent} is not a run: it has no {path.name}") from error
     except (OSError, ValueError) as error:
         raise TandemError(f"{path}: cannot be read ({_first_line(error)})") from error
-    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA_VERSION:
+    version = content.pop("schema", None) if isinstance(content, dict) else None
+    if version not in (*_ADDED, SCHEMA_VERSION):
         raise TandemError(f"{path}: not schema {SCHEMA_VERSION}; it was written by another version of tandem")
-    return content
+    return content, version
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ class Request:
         predicted_length: an estimate of its output tokens, if the workload has one.
         priority: smaller is more urgent.
         client: who sent it.
+        ttft_slo_ns, e2e_slo_ns: within what time of its arrival its first and its last token are due, or None.
         blocks: ids of its KV blocks, in order of position.
         cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
@@ -39,6 +40,8 @@ class Request:
     predicted_length: int | None = None
     priority: int = 0
     client: str | None = None
+    ttft_slo_ns: int | None = None
+    e2e_slo_ns: int | None = None
     blocks: list[int] = field(default_factory=list)
     cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
@@ -60,7 +63,16 @@ class Request:
             source.predicted_length,
             source.priority,
             source.client,
+            source.ttft_slo_ns,
+            source.e2e_slo_ns,
         )
+
+    @property
+    def deadline_ns(self) -> int | None:
+        """When its next promise is due, of the first token until that is made, then of the last; None without one."""
+        slos = (None if self.generated else self.ttft_slo_ns, self.e2e_slo_ns)
+        due = [slo_ns for slo_ns in slos if slo_ns is not None]
+        return self.arrival_ns + min(due) if due else None
 
     @property
     def computed(self) -> int:

@@ -62,6 +62,8 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
             priority=row["priority"],
             client=row["client"],
             cancel_ns=row["cancel_ns"],
+            ttft_slo_ns=row["ttft_slo_ns"],
+            e2e_slo_ns=row["e2e_slo_ns"],
         )
         for row in run.tables["requests"].to_pylist()
     ]

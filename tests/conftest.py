@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -23,3 +25,9 @@ def let_kernels_loop() -> None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     let_kernels_loop()
+
+
+@pytest.fixture(scope="session")
+def measured() -> dict[str, Path]:
+    """Profiles of this machine that a page's commands have made in this session: see `reader.follow`."""
+    return {}

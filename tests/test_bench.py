@@ -278,7 +278,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "no row": (("forward", "--rows", ""), "--rows 1x128"),
     "no output": (("forward", "--outputs", "0"), "--outputs"),
     "budget below batch": (("forward", "--rows", "8x8", "--max-batched-tokens", "4"), "below max_seqs"),
-    "unknown scheduler": (("forward", "--scheduler", "lifo"), "chunked_prefill, fcfs, prefill_first"),
+    "unknown scheduler": (("forward", "--scheduler", "lifo"), "choose chunked_prefill, edf, fastserve, fcfs"),
     "no weights": (("forward", "--model", "llama-3-8b"), "--load-format dummy"),
     "no folder": (("forward", "--out", "nowhere/f.json"), "nowhere/f.json"),
     "bad rate": ((*ONLINE, "--rates", "5,fast"), "--rates: cannot read 'fast'; write, for example, --rates 5,10,20"),

@@ -83,6 +83,31 @@ def test_policies_are_ranked_from_runs_of_both_riders(work):
     assert "From prefill_first to fcfs" in shown and ranking["sentence"] in " ".join(shown.split())
 
 
+def test_policies_are_simulated_side_by_side_in_one_command(work):
+    (work / "longest.py").write_text(
+        "from engine.scheduler.sjf import ShortestJobFirst\n"
+        "class LongestFirst(ShortestJobFirst):\n"
+        "    def key(self, request): return (-request.max_tokens, request.id)\n"
+    )
+    tandem("trace", "assign", "t.parquet", "--class", "a", "--class", "b:share=2", "-o", "two.parquet", cwd=work)
+    simulate = ("simulate", "-t", "two.parquet", "-p", "a100", "--max-seqs", 2, "--scheduler", "longest:LongestFirst")
+    policies = ["longest:LongestFirst", "sjf", "chunked_prefill:budget=64"]
+    done = tandem(*simulate, "--against", ",".join(policies[1:]), "--out", "side", "--json", cwd=work)
+    comparison = json.loads(done.stdout)
+    assert comparison == json.loads((work / "side/policies.json").read_text())
+    assert comparison["policies"] == policies and comparison["requests"] == 30
+    for policy in policies:
+        run = read_run(work / "side" / policy.replace(":", "-"))
+        assert run.manifest["system"]["scheduler"] == policy
+        assert run.summary["mean_e2el_ms"] == comparison["latencies"]["e2el"]["mean"][policy]
+    tandem(*simulate, "--out", "longest", cwd=work)
+    alone, beside = (read_run(work / name).tables["steps"] for name in ("longest", "side/longest-LongestFirst"))
+    assert alone.equals(beside)
+    shown = tandem(*simulate, "--against", ",".join(policies[1:]), "--out", "side", cwd=work).stdout
+    assert all(policy in shown for policy in policies) and "By client" in shown and "…" not in shown
+    assert (work / "side/policies.html").stat().st_size > 1_000_000  # plotly.js is inside: no network
+
+
 def test_a_simulation_repeats_to_the_byte(work):
     folders = [work / "one", work / "two"]
     for folder in folders:
@@ -179,8 +204,23 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "truncated trace": ((*SIMULATE, "--trace", "cut.jsonl"), "cut.jsonl:2"),
     "negative length": ((*SIMULATE, "--trace", "negative.jsonl"), "negative.jsonl:1"),
     "time that is no number": ((*SIMULATE, "--trace", "words.jsonl"), "words.jsonl:1"),
-    "unknown scheduler": ((*SIMULATE, "-t", "t.parquet", "-s", "lifo"), "chunked_prefill, fcfs, prefill_first"),
+    "unknown scheduler": ((*SIMULATE, "-t", "t.parquet", "-s", "lifo"), "choose chunked_prefill, edf, fastserve, fcfs"),
     "unknown module": ((*SIMULATE, "-t", "t.parquet", "-s", "nowhere:Mine"), "cannot import nowhere"),
+    "unknown policy to compare with": (
+        (*SIMULATE, "-t", "t.parquet", "--against", "fcfs,lifo"),
+        "unknown scheduler 'lifo'",
+    ),
+    "unknown parameter": (
+        (*SIMULATE, "-t", "t.parquet", "-s", "vtc:lift=1"),
+        "no parameter 'lift': it has input_weight",
+    ),
+    "compare in a run's folder": (
+        ("simulate", "-t", "t.parquet", "-p", "a100", "-o", "run-t", "--against", "fcfs"),
+        "run-t is a run",
+    ),
+    "unknown attribute": (("trace", "assign", "t.parquet", "-o", "x", "--class", "a:slo=5"), "no attribute 'slo'"),
+    "share of words": (("trace", "assign", "t.parquet", "-o", "x", "--class", "a:share=most"), "share is 'most'"),
+    "negative noise": (("trace", "assign", "t.parquet", "-o", "x.jsonl", "--predict", "-1"), "noise is -1.0"),
     "no profile": (("simulate", "-t", "t.parquet", "-p", "none", "-o", "x"), "none is not a profile"),
     "profile with NaN": (("simulate", "-t", "t.parquet", "-p", "nan", "-o", "x"), "time_us is nan"),
     "no such run": ((*SIMULATE, "-t", "t.parquet", "--like", "none"), "none is not a run"),

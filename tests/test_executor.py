@@ -16,7 +16,9 @@ from engine.records import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
 from sim.simulate import replay
+from traces.classes import RequestClass, assign_classes, predict_lengths
 from traces.errors import TandemError
+from traces.format import Trace
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -61,6 +63,18 @@ def test_batched_chunked_and_preempted_requests_get_the_tokens_they_get_alone(ex
     run, outputs = serve(executor, workload(), config)
     assert sum(run.tables["requests"]["preemptions"].to_pylist()) > 0
     assert outputs == expected
+
+
+@pytest.mark.parametrize("policy", ["edf", "fastserve:quantum=2", "priority", "srpt", "swiftllm", "vtc"])
+def test_requests_that_are_preempted_by_choice_and_swapped_get_the_tokens_they_get_alone(executor, expected, policy):
+    """Blocks that somebody leaves in a step may be somebody else's in that same step."""
+    classes = [RequestClass("a", 1, -1, ttft_slo_ms=20), RequestClass("b", 2, e2e_slo_ms=500)]
+    trace = predict_lengths(assign_classes(Trace(workload()), classes, seed=1), 0.5)
+    config = dataclasses.replace(LIMITS, scheduler=policy, pipeline_depth=2, num_cpu_blocks=40)
+    run, outputs = serve(executor, trace.requests, config)
+    assert sum(run.tables["requests"]["swaps"].to_pylist()) > 0
+    assert outputs == expected
+    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

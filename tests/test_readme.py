@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from reader import ROOT, blocks, follow
 
 from engine.records import read_run
 from traces.format import read_trace
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCKS if found == language]
+README = ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory) -> Path:
+def followed(tmp_path_factory, measured) -> Path:
     """A folder in which a reader has followed the README: saved its scheduler, run its tandem commands."""
     folder = tmp_path_factory.mktemp("reader")
-    (scheduler,) = blocks("python")
+    (scheduler,) = blocks(README, "python")
     (folder / "shortest_first.py").write_text(scheduler)
-    for command in "".join(blocks("bash")).splitlines():
-        program, *args = shlex.split(command)
-        if program == "tandem":
-            done = subprocess.run(
-                [Path(sys.executable).with_name("tandem"), *args],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
+    follow(README, folder, measured)
     return folder
 
 
@@ -55,7 +38,7 @@ def test_shortest_first_serves_short_requests_sooner(followed):
 
 
 def test_the_trace_lines_are_a_trace(tmp_path):
-    (lines,) = blocks("json")
+    (lines,) = blocks(README, "json")
     (tmp_path / "t.jsonl").write_text(lines)
     first, second = read_trace(tmp_path / "t.jsonl").requests
     assert (first.prompt_len, first.output_len, first.max_tokens) == (128, 40, 40)
@@ -63,7 +46,7 @@ def test_the_trace_lines_are_a_trace(tmp_path):
 
 
 def test_its_make_targets_exist_and_ci_runs_the_test_command():
-    targets = re.findall(r"^make (\w+)$", "".join(blocks("bash")), re.MULTILINE)
+    targets = re.findall(r"^make (\w+)$", "".join(blocks(README, "bash")), re.MULTILINE)
     assert targets == ["validate", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
@@ -72,6 +55,6 @@ def test_its_make_targets_exist_and_ci_runs_the_test_command():
 
 def test_every_file_it_names_exists():
     named = re.findall(
-        r"`((?:engine|sim|traces|analysis|docs|tests)/[\w/.]*)`|\]\((docs/[\w./]+)\)", (ROOT / "README.md").read_text()
+        r"`((?:engine|sim|traces|analysis|docs|tests)/[\w/.]*)`|\]\((docs/[\w./]+)\)", README.read_text()
     )
     assert named and all((ROOT / (code or link)).exists() for code, link in named)

@@ -16,6 +16,14 @@ from engine.scheduler.base import Scheduler
 from traces.request import TraceRequest
 
 MS = 1_000_000
+WITH_PARAMETERS = (
+    "fastserve:levels=3:quantum=1:prefill_tokens=8:starve_ms=20",
+    "vtc:input_weight=0:output_weight=3",
+)
+
+
+def policy_of(config: ServingConfig) -> type[Scheduler]:
+    return POLICIES[config.scheduler.partition(":")[0]]
 
 
 @st.composite
@@ -32,7 +40,12 @@ def workloads(draw: st.DrawFn) -> list[TraceRequest]:
                 prompt_len=draw(st.integers(1, 90)),
                 output_len=draw(st.one_of(st.just(max_tokens), st.integers(1, max_tokens))),
                 max_tokens=max_tokens,
+                predicted_length=draw(st.none() | st.integers(1, 60)),
+                priority=draw(st.integers(-1, 1)),
+                client=draw(st.sampled_from([None, "a", "b"])),
                 cancel_ns=arrival_ns + draw(st.integers(0, 40 * MS)) if cancelled else None,
+                ttft_slo_ns=draw(st.none() | st.integers(1, 50 * MS)),
+                e2e_slo_ns=draw(st.none() | st.integers(1, 200 * MS)),
             )
         )
     return requests
@@ -47,7 +60,7 @@ def configs(draw: st.DrawFn) -> ServingConfig:
         max_seqs=max_seqs,
         max_batched_tokens=draw(st.integers(max_seqs, 160)),
         max_model_len=draw(st.integers(16, 160)),
-        scheduler=draw(st.sampled_from(sorted(POLICIES))),
+        scheduler=draw(st.sampled_from([*sorted(POLICIES), *WITH_PARAMETERS])),
         pipeline_depth=draw(st.sampled_from([1, 2])),
         num_cpu_blocks=draw(st.sampled_from([0, 0, 5, 60])),
     )
@@ -124,12 +137,12 @@ def test_a_request_is_rejected_only_if_it_could_never_run(requests, config):
         total = request.prompt_len + request.max_tokens
         too_long = total > config.max_model_len
         too_big = -(-(total - 1) // config.block_size) > config.num_blocks
-        unsplittable = config.scheduler != "chunked_prefill" and total - 1 > config.max_batched_tokens
+        unsplittable = not policy_of(config).chunked and total - 1 > config.max_batched_tokens
         if request.outcome != CANCELLED or request.reason:
             assert (request.outcome == REJECTED) == (too_long or too_big or unsplittable)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"fastserve"}))  # which has everybody take turns
 @pytest.mark.parametrize("depth", [1, 2])
 def test_when_blocks_are_scarce_requests_are_preempted_and_the_oldest_is_not(policy, depth):
     requests = [TraceRequest(i, i, prompt_len=20, output_len=60, max_tokens=60) for i in range(12)]

@@ -36,7 +36,7 @@ SCARCE = ServingConfig(num_blocks=20, max_seqs=12, max_batched_tokens=300, num_c
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("depth", [1, 2])
 def test_with_room_in_host_memory_victims_are_swapped_and_nothing_is_computed_twice(policy, depth):
-    config = dataclasses.replace(SCARCE, scheduler=policy, pipeline_depth=depth)
+    config = dataclasses.replace(SCARCE, scheduler=policy, pipeline_depth=depth, num_cpu_blocks=60)
     recorder, served = serve(REQUESTS, config)
     tables = recorder.tables()
     assert all(request.outcome == LENGTH for request in served)
@@ -66,8 +66,9 @@ def test_a_policy_decides_who_is_swapped():
 @settings(max_examples=100, deadline=None)
 @given(workloads(), configs())
 def test_a_tier_that_is_not_used_changes_nothing(requests, config):
-    """Without memory pressure the digests do not depend on the second tier."""
-    roomy = dataclasses.replace(config, num_blocks=4000)
+    """With blocks and seats for all, the digests do not depend on the second tier."""
+    budget = max(config.max_batched_tokens, len(requests))
+    roomy = dataclasses.replace(config, num_blocks=4000, max_seqs=len(requests), max_batched_tokens=budget)
     with_tier, without = (
         serve(requests, dataclasses.replace(roomy, num_cpu_blocks=count))[0].tables()["steps"]["digest"]
         for count in (50, 0)

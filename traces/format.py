@@ -28,7 +28,8 @@ from traces.request import TraceRequest
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)  # version 1 knew no SLOs
 
 # A column of a file, and the field of `TraceRequest` it fills.
 _FIELD_OF = {
@@ -45,8 +46,12 @@ _FIELD_OF = {
     "priority": "priority",
     "client": "client",
     "cancel_ns": "cancel_ns",
+    "ttft_slo_ns": "ttft_slo_ns",
+    "ttft_slo_ms": "ttft_slo_ns",
+    "e2e_slo_ns": "e2e_slo_ns",
+    "e2e_slo_ms": "e2e_slo_ns",
 }
-_UNIT_NS = {"arrival_s": 10**9, "timestamp": 10**6}
+_UNIT_NS = {"arrival_s": 10**9, "timestamp": 10**6, "ttft_slo_ms": 10**6, "e2e_slo_ms": 10**6}
 _LATEST_NS = 9e18  # inside int64
 _COLUMNS = list(dict.fromkeys(_FIELD_OF.values()))
 _BATCH_ROWS = 4096
@@ -88,9 +93,12 @@ class Trace:
     @property
     def digest(self) -> str:
         """SHA-256 of the requests, in hexadecimal: equal in every file format, whatever `meta` and `notes` say."""
-        sha = hashlib.sha256(b"tandem-trace/1\n")
+        promised = any(request.ttft_slo_ns or request.e2e_slo_ns for request in self.requests)
+        sha = hashlib.sha256(b"tandem-trace/2\n" if promised else b"tandem-trace/1\n")
         for request in self.requests:
             sha.update(_canonical_bytes(request))
+            if promised:  # a trace without SLOs keeps the digest that it had before there were any
+                sha.update(struct.pack("<2q", request.ttft_slo_ns or -1, request.e2e_slo_ns or -1))
         return sha.hexdigest()
 
 
@@ -255,8 +263,8 @@ def _header(trace: Trace) -> str:
 
 def _meta_of(header: _Row) -> dict[str, Any]:
     version, meta = header["tandem_trace"], header.get("meta", {})
-    if version != SCHEMA_VERSION:
-        raise TandemError(f"trace schema version {version!r:.60}: this Tandem reads version {SCHEMA_VERSION}")
+    if version not in _READABLE:
+        raise TandemError(f"trace schema version {version!r:.60}: this Tandem reads versions up to {SCHEMA_VERSION}")
     if not isinstance(meta, dict):
         raise TandemError(f"meta is {meta!r:.60}: it must be a JSON object")
     return meta

@@ -29,6 +29,8 @@ class TraceRequest:
         priority: smaller is more urgent.
         client: who sent it, for fair sharing.
         cancel_ns: when the client gives up (same clock as `arrival_ns`), or None.
+        ttft_slo_ns: within what time of its arrival its first token is due, or None.
+        e2e_slo_ns: within what time of its arrival its last token is due, or None.
 
     Raises:
         TandemError: a value is of the wrong type, out of its range, or contradicts another.
@@ -44,6 +46,8 @@ class TraceRequest:
     priority: int = 0
     client: str | None = None
     cancel_ns: int | None = None
+    ttft_slo_ns: int | None = None
+    e2e_slo_ns: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("id", self.id, 0)
@@ -56,6 +60,9 @@ class TraceRequest:
             _check_integer("predicted_length", self.predicted_length, 1)
         if self.cancel_ns is not None:
             _check_integer("cancel_ns", self.cancel_ns, self.arrival_ns)
+        for name in ("ttft_slo_ns", "e2e_slo_ns"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
         if not isinstance(self.client, str | None):
             raise TandemError(f"client is {self.client!r:.60}: it must be a string")
         if self.output_len > self.max_tokens:

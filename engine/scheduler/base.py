@@ -7,6 +7,11 @@ the workload has one. A policy is a subclass with a `plan`, written with three v
 - `self.prefill(request)` runs (a chunk of) a request's prefill in this step, admitting it if need be;
 - `self.decode()` runs one token for every decoding request;
 - `self.preempt(request)` takes a running request's blocks away; it will be swapped back in, or recomputed.
+
+A policy that serves in another order than that of arrival says who is next (`head`, or `KeyedScheduler`); one that
+keeps accounts of its own is told when a request gets blocks, starts to decode, and gives its blocks up (`on_admit`,
+`on_decode`, `on_leave`). Its parameters are keyword arguments of its `__init__`, with defaults:
+`--scheduler NAME:KEY=VALUE`.
 """
 
 from __future__ import annotations
@@ -50,7 +55,8 @@ class Scheduler(ABC):
         self._step = Step(0)
         self._digest = GENESIS
         self._decode_planned = False
-        self._preempted_now = False
+        self._closed = False  # blocks ran out while this step was planned: nobody is admitted
+        self._preempted_now: set[int] = set()  # nor are these, who have just left
 
     # -- for policies ------------------------------------------------------------------------------------
 
@@ -66,15 +72,27 @@ class Scheduler(ABC):
         """Whether a victim goes to host memory, there being room, rather than be recomputed."""
         return True
 
+    def head(self) -> Request | None:
+        """Who of `waiting` is to be admitted next: the first, unless a policy has another order."""
+        return next(iter(self.waiting.values()), None)
+
     def queue(self) -> Iterator[Request]:
-        """First-come-first-served candidates for prefill: incomplete prefills, then the head of `waiting` for as
-        long as the head is admitted."""
+        """Candidates for prefill: incomplete prefills, then the `head` for as long as the head is admitted."""
         yield from tuple(self.prefilling.values())
-        while self.waiting:
-            head = next(iter(self.waiting.values()))
+        while (head := self.head()) is not None:
             yield head
             if head.id in self.waiting:
                 return
+
+    def on_admit(self, request: Request) -> None:  # noqa: B027 (these three may be left empty)
+        """A waiting request got blocks on the GPU. For a policy's own accounts, as the two below."""
+
+    def on_decode(self, request: Request) -> None:  # noqa: B027
+        """A request that was prefilled or swapped in makes a token in every decode step from now on."""
+
+    def on_leave(self, request: Request) -> None:  # noqa: B027
+        """A request gives up its place, waiting or running: it has ended (`outcome` says how), or is preempted. What
+        it has made is counted by now."""
 
     @property
     def budget(self) -> int:
@@ -86,8 +104,8 @@ class Scheduler(ABC):
         """Run the request's prefill in this step: all that is left of it or, if `chunked`, what the budget takes.
 
         A request that is already running may preempt others for its blocks; a waiting one is admitted only into
-        free blocks, and not in a step that preempted somebody. One that was swapped out needs no prefill: it is
-        swapped in beside what this step computes, and decodes from the next on.
+        free blocks, not in a step in which blocks ran out, nor in the step that preempted it. One that was swapped out
+        needs no prefill: it is swapped in beside what this step computes, and decodes from the next on.
 
         Returns:
             False if it does not fit, in which case the step is unchanged (but for preemptions).
@@ -137,7 +155,7 @@ class Scheduler(ABC):
             self._step.preempted.append(request.id)
         self.waiting[request.id] = request
         self.waiting.move_to_end(request.id, last=False)
-        self._preempted_now = True
+        self._preempted_now.add(request.id)
 
     # -- for the serving loop ----------------------------------------------------------------------------
 
@@ -159,7 +177,8 @@ class Scheduler(ABC):
 
     def schedule(self, now: int) -> Step | None:
         """Plan the next step, or None if there is nothing to run."""
-        self._decode_planned = self._preempted_now = False
+        self._decode_planned = self._closed = False
+        self._preempted_now.clear()
         self._start_decoding()
         self.plan(now)
         return self._seal()
@@ -185,13 +204,18 @@ class Scheduler(ABC):
     def _has_room(self, request: Request, tokens: int) -> bool:
         """Whether a waiting request with `tokens` tokens in the cache may run beside the others."""
         full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) > self.pool.free
-        return request.id in self.waiting and not full and not self._preempted_now
+        return not full and self._is_admissible(request)
+
+    def _is_admissible(self, request: Request) -> bool:
+        """Whether it may be admitted in this step, given room."""
+        return request.id in self.waiting and not self._closed and request.id not in self._preempted_now
 
     def _admit(self, request: Request, tokens: int) -> bool:
         if not self._has_room(request, tokens):
             return False
         del self.waiting[request.id]
         self.running[request.id] = self.prefilling[request.id] = request
+        self.on_admit(request)
         return True
 
     def _swap_in(self, request: Request) -> bool:
@@ -204,6 +228,7 @@ class Scheduler(ABC):
         request.cpu_blocks = []
         self._grow(request, 1)
         self._ready.append(request)
+        self.on_admit(request)
         return True
 
     def _undo_swap_in(self, request: Request) -> None:
@@ -230,6 +255,7 @@ class Scheduler(ABC):
         while missing > self.pool.free:
             victim = self.victim()
             self.preempt(victim)
+            self._closed = True
             if victim is request:
                 return False
         if missing > 0:
@@ -240,6 +266,7 @@ class Scheduler(ABC):
 
     def _leave(self, request: Request) -> None:
         """Take a request out of every queue and out of the step under construction, and free its GPU blocks."""
+        self.on_leave(request)
         for place in (self.waiting, self.running, self.prefilling):
             place.pop(request.id, None)
         for part in (self._step.chunks, self._step.blocks, self._step.joined):
@@ -250,10 +277,10 @@ class Scheduler(ABC):
 
     def _drop(self, request: Request, outcome: str) -> None:
         if request.outcome is None:
+            request.outcome = outcome
             self._leave(request)
             self.cpu_pool.release(request.cpu_blocks)
             request.cpu_blocks = []
-            request.outcome = outcome
             self._step.dropped.append(request.id)
 
     def _start_decoding(self) -> None:
@@ -263,6 +290,7 @@ class Scheduler(ABC):
                 self._step.joined[request.id] = request.computed
                 self.decoding.wake(request.id, request.max_tokens - request.generated)
                 self._watch_blocks(request)
+                self.on_decode(request)
         self._ready = []
 
     def _room(self, request: Request) -> int:
@@ -307,10 +335,11 @@ class Scheduler(ABC):
     def _finish_at_length(self, request: Request, step: Step) -> bool:
         if request.generated < request.max_tokens:
             return False
+        request.outcome = LENGTH
+        self.on_leave(request)
         request.stop_decoding()
         self.pool.release(request.blocks)
         request.blocks = []
         del self.running[request.id]
-        request.outcome = LENGTH
         step.finishing.append(request.id)
         return True
