@@ -16,7 +16,6 @@ from rich.table import Table
 from analysis import options
 from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
-from engine.serving_loop import StarvationError
 from traces.errors import TandemError
 from traces.format import Trace, read_trace, write_trace
 
@@ -46,8 +45,8 @@ def main() -> None:
     """Entry point: an error that the user can mend becomes one line and exit status 2."""
     try:
         status = app(standalone_mode=False)
-    except (TandemError, StarvationError) as error:
-        _fail(str(error), 2 if isinstance(error, TandemError) else 1)
+    except TandemError as error:
+        _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
@@ -97,6 +96,10 @@ def trace_synthetic(
     out: options.Out,
     prompt: Annotated[str, typer.Option(help="fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
     output: Annotated[str, typer.Option(help="As --prompt.")] = "lognormal:5:1",
+    shared_prefixes: Annotated[
+        int, typer.Option(help="Begin every prompt with one of so many prefixes, such as system prompts.", min=0)
+    ] = 0,
+    prefix_len: Annotated[int, typer.Option(help="Tokens of such a prefix, beside --prompt.", min=1)] = 512,
     requests: options.Requests = 200,
     rate: options.Rate = 1.0,
     seed: options.Seed = 0,
@@ -107,7 +110,7 @@ def trace_synthetic(
     from traces.arrivals import assign_arrivals
     from traces.synthetic import synthetic
 
-    trace = synthetic(requests, seed, prompt, output)
+    trace = synthetic(requests, seed, prompt, output, shared_prefixes, prefix_len)
     _write_trace(out, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
 
 
@@ -165,7 +168,7 @@ def _say_notes(trace: Trace) -> None:
 
 
 @profile_app.callback()
-@options.takes_limits("scheduler", "pipeline_depth")
+@options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
 @options.takes_loading(device="cpu")
 def profile(
     limits: Limits,
@@ -268,6 +271,7 @@ def simulate(
     like: Annotated[
         Path | None, typer.Option(help="Take limits and policy, and where requests stopped, of this run.")
     ] = None,
+    check: options.Check = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace in simulation, on the times of a profile."""
@@ -277,7 +281,7 @@ def simulate(
     times, requests = read_profile(find_profile(profile)), read_trace(trace)
     _say_notes(requests)
     template = read_run(like) if like else None
-    run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template)
+    run = simulate_run(requests, times, simulated_config(times, limits, template), out, console, template, check)
     _print_summary(run, out, as_json)
 
 
@@ -290,6 +294,7 @@ def run(
     trace: options.TracePath,
     out: options.Out,
     stops: options.Stops = "trace",
+    check: options.Check = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
@@ -299,7 +304,7 @@ def run(
     requests = read_trace(trace)
     _say_notes(requests)
     executor = load_executor(loading, console)
-    done = real_run(requests, executor, real_config(executor, limits), out, console, stops)
+    done = real_run(requests, executor, real_config(executor, limits), out, console, stops, check)
     _print_summary(done, out, as_json)
 
 

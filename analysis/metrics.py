@@ -52,6 +52,8 @@ TOTALS = {
     "total_output_tokens": "output tokens of completed requests",
     "wasted_tokens": "tokens made after a stop token, before the scheduler knew of it",
     "preemptions": "times a request lost its KV blocks",
+    "cached_tokens": "prompt tokens found in the prefix cache",
+    "prefix_cache_hit_rate": "of the tokens that had to be prefilled, the share found in the prefix cache",
     "duration_s": "from the first arrival to the last token of a completed request",
     "request_throughput": "completed requests per second",
     "output_throughput": "output tokens per second",
@@ -240,11 +242,18 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "total_output_tokens": outputs,
         "wasted_tokens": int(column(table, "wasted_tokens").sum()),
         "preemptions": int(column(table, "preemptions").sum()),
+        **_prefix_cache(run),
         "duration_s": duration_s,
         "request_throughput": _per_second(len(done), duration_s),
         "output_throughput": _per_second(outputs, duration_s),
         "total_token_throughput": _per_second(inputs + outputs, duration_s),
     }
+
+
+def _prefix_cache(run: RunRecords) -> dict[str, Any]:
+    cached = int(column(run.tables["requests"], "cached_tokens").sum())
+    prefilled = cached + int(column(run.tables["steps"], "prefill_tokens").sum())
+    return {"cached_tokens": cached, "prefix_cache_hit_rate": cached / prefilled if prefilled else None}
 
 
 def _duration_s(requests: pa.Table, done: pa.Table) -> float | None:

@@ -20,9 +20,9 @@ from traces.errors import TandemError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_INT = "int64"
+_INT, _INTS = "int64", "int64[]"
 COLUMNS: dict[str, dict[str, str]] = {
     "requests": {
         "request": _INT,
@@ -43,6 +43,9 @@ COLUMNS: dict[str, dict[str, str]] = {
         "reason": "string",
         "priority": _INT,
         "client": "string",
+        "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
+        "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
+        "hash_block_size": _INT,
     },
     "steps": {
         "step": _INT,
@@ -92,9 +95,15 @@ def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str,
     tables = {}
     for name, columns in COLUMNS.items():
         values = list(zip(*rows[name], strict=True)) or [()] * len(columns)
-        arrays = [pa.array(column, kind) for column, kind in zip(values, columns.values(), strict=True)]
+        arrays = [pa.array(column, _arrow_type(kind)) for column, kind in zip(values, columns.values(), strict=True)]
         tables[name] = pa.table(arrays, names=list(columns))
     return tables
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(pa.int64()) if kind == _INTS else kind
 
 
 @dataclass(slots=True)

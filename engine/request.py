@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.decode_set import DecodeSet
+from engine.prefix import Content
 from traces.request import TraceRequest
 
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
@@ -24,10 +25,13 @@ class Request:
         predicted_length: an estimate of its output tokens, if the workload has one.
         priority: smaller is more urgent.
         client: who sent it.
+        content: what its prompt begins with, if the workload says so.
+        block_hashes: one for each KV block that its prompt fills, where prefixes are cached.
         blocks: ids of its KV blocks, in order of position.
         cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
         swaps: how often they were swapped out.
+        cached_tokens: prompt tokens that were found in the prefix cache, each time that it was admitted.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
     """
@@ -39,10 +43,13 @@ class Request:
     predicted_length: int | None = None
     priority: int = 0
     client: str | None = None
+    content: Content | None = None
+    block_hashes: Content | None = None
     blocks: list[int] = field(default_factory=list)
     cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
     swaps: int = 0
+    cached_tokens: int = 0
     outcome: str | None = None
     reason: str | None = None
     _computed: int = 0
@@ -60,6 +67,7 @@ class Request:
             source.predicted_length,
             source.priority,
             source.client,
+            Content.of(source),
         )
 
     @property
@@ -79,7 +87,7 @@ class Request:
         return self.prompt_len + self._generated - self._computed
 
     def prefilled(self, tokens: int) -> None:
-        """Count a planned prefill chunk."""
+        """Count a planned prefill chunk, or tokens found in the prefix cache."""
         self._computed += tokens
 
     def sampled(self) -> None:
