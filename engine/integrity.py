@@ -1,8 +1,8 @@
 """The integrity mode: a second bookkeeper that sees only what passes the seam, and checks every step before it runs.
 
 It stands between the serving loop and a backend, whichever that is. It keeps its own account of who holds which KV
-blocks with which tokens in them, and finds what a data plane could not run, or would run wrongly. It shares no code with
-the scheduler's accounting; it knows neither policies nor torch.
+blocks with which tokens in them, and finds what a data plane could not run, or would run wrongly. It shares no code
+with the scheduler's accounting; it knows neither policies nor torch.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ class Scheduler(ABC):
         return request.id in self.waiting and not full and not self._preempted_now
 
     def _hits(self, request: Request) -> Sequence[int]:
-        """The cached blocks that a waiting request begins with. Its last token is always computed, since that samples."""
+        """The cached blocks that a waiting request begins with; its last token is always computed, for that samples."""
         hashes = request.block_hashes
         if self._cache is None or hashes is None or request.id not in self.waiting:
             return ()
