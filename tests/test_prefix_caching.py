@@ -23,6 +23,7 @@ from engine.kv_blocks import PrefixCachingPool
 from engine.prefix import Content
 from engine.records import RunRecords
 from engine.scheduler import POLICIES
+from engine.scheduler.chunked_prefill import ChunkedPrefill
 from sim.simulate import recorded_requests, replay
 from traces.request import TraceRequest
 
@@ -251,6 +252,32 @@ def test_a_request_that_lost_its_blocks_finds_those_of_its_prompt_again():
     (victim, *_) = [request for request in served if request.preemptions]
     assert victim.cached_tokens > 0
     assert spans(recorder, victim.id)[1][0] > 0
+
+
+def test_a_request_waits_for_room_beside_a_prefix_that_it_must_take_out_of_the_free_blocks():
+    """Of 10 blocks one request holds 5; 4 more are cached, nobody's, and part of the 7 that the next one needs."""
+    first, last = alike(2, prompt_len=64, shared=64, apart_ns=52 * MS)
+    last = dataclasses.replace(last, id=2, prompt_len=112)
+    between = TraceRequest(1, 50 * MS, 64, 16, 16)
+    recorder, served = serve([first, between, last], dataclasses.replace(ROOMY, num_blocks=10))
+    assert [request.preemptions for request in served] == [0, 0, 0]
+    rows = recorder.tables()["requests"].to_pylist()
+    assert rows[2]["first_scheduled_ns"] >= rows[1]["last_token_ns"]
+
+
+class Rash(ChunkedPrefill):
+    """Admits the second request twice, for it takes the first time back within the plan."""
+
+    def plan(self, now: int) -> None:
+        super().plan(now)
+        second = self.running.get(1)
+        if second and not second.preemptions:
+            self.preempt(second)
+
+
+def test_what_an_admission_found_that_was_taken_back_is_not_counted():
+    _, served = serve(alike(2, prompt_len=100, shared=70, apart_ns=MS), ROOMY, scheduler=Rash(ROOMY))
+    assert (served[1].preemptions, served[1].cached_tokens) == (1, 64)
 
 
 @settings(max_examples=100, deadline=None)
