@@ -323,8 +323,8 @@ class Books:
 
 def _begin_alike(one: Request, other: Request, tokens: int) -> bool:
     """Whether the first tokens of two prompts are the same: by what the workload says they are, not by hash."""
-    if one.content is None or other.content is None or one.content.width != other.content.width:
+    first, second = one.content, other.content
+    if first is None or second is None or first.width != second.width:
         return False
-    ids = -(-tokens // one.content.width)
-    first, second = (list(each.content.ids[:ids]) for each in (one, other) if each.content)
-    return len(first) == ids and first == second
+    ids = -(-tokens // first.width)
+    return len(first.ids) >= ids and list(first.ids[:ids]) == list(second.ids[:ids])
