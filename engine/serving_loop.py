@@ -32,7 +32,7 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
     try:
         yield from _turns(backend, scheduler, recorder)
     except Exception as error:
-        if fault := blame(scheduler, error):
+        if fault := blame(type(scheduler), error):
             raise fault from error
         raise
 

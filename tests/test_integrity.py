@@ -21,6 +21,7 @@ from engine.integrity import Books, CheckedBackend, IntegrityError
 from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.request import CANCELLED, LENGTH, STOP, Request
+from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from engine.scheduler.blame import PolicyError
 from engine.scheduler.chunked_prefill import ChunkedPrefill
@@ -387,6 +388,17 @@ def test_a_policy_that_fails_breaks_a_rule_or_starves_everyone_is_named_with_fil
     assert name == policy.__name__
     line = Path(__file__).read_text().splitlines()[int(place) - 1]
     assert "# here" in line or line.startswith(f"class {name}") or "super().plan(now)" in line
+
+
+class Stillborn(Fcfs):
+    def __init__(self, config: ServingConfig) -> None:
+        super().__init__(config.limits)  # here
+
+
+def test_a_policy_that_cannot_be_made_is_named():
+    config = dataclasses.replace(LIMITS, scheduler=f"{__name__}:Stillborn")
+    with pytest.raises(PolicyError, match=rf"Stillborn \(.*{HERE}:\d+\) raised AttributeError: .*'limits'"):
+        load_scheduler(config)
 
 
 def test_a_failing_backend_is_no_policys_fault():

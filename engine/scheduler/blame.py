@@ -17,14 +17,13 @@ class PolicyError(TandemError):
     serving loop puts the policy's name, file and line before it."""
 
 
-def blame(scheduler: Scheduler, error: Exception) -> PolicyError | None:
-    """Say of an exception that ended a serving loop which policy is at fault.
+def blame(policy: type[Scheduler], error: Exception) -> PolicyError | None:
+    """Say of an exception that ended a serving loop, or kept one from starting, that a policy is at fault.
 
     Returns:
         What to raise: the policy's name, its file, the innermost line of its own that was running (if none was, that of
         its class), and what it did. None if the policy has no part in the exception.
     """
-    policy = type(scheduler)
     line, involved = _policy_line(policy, error)
     name = f"{policy.__name__} ({line or _class_line(policy)})"
     if isinstance(error, PolicyError):

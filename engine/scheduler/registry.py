@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.config import ServingConfig
 from engine.scheduler.base import Scheduler
+from engine.scheduler.blame import blame
 from engine.scheduler.chunked_prefill import ChunkedPrefill
 from engine.scheduler.fcfs import Fcfs
 from engine.scheduler.prefill_first import PrefillFirst
@@ -25,13 +26,21 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
 
     Raises:
         TandemError: no such policy, module or class, or the class is not a Scheduler.
+        PolicyError: the class cannot be made.
     """
     name = config.scheduler
     policy = _import_policy(name) if ":" in name else POLICIES.get(name)
     if policy is None:
         known = ", ".join(sorted(POLICIES))
         raise TandemError(f"unknown scheduler '{name}': choose {known}, or give your own as module:Class")
-    return policy(config)
+    try:
+        return policy(config)
+    except TandemError:
+        raise
+    except Exception as error:
+        if fault := blame(policy, error):
+            raise fault from error
+        raise
 
 
 def _import_policy(name: str) -> type[Scheduler]:
