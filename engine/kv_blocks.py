@@ -6,7 +6,8 @@ although step n is still running, because the data plane orders every access to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
@@ -40,3 +41,77 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """Take blocks back."""
         self._free.extend(blocks)
+
+
+class PrefixCachingPool(BlockPool):
+    """A pool whose blocks may have several owners, and stay known by the hash of what they hold when the last has left.
+
+    Such a block is free as well as cached: it is evicted, least recently released first, once nothing else is free.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks, block_size)
+        self._owners = [0] * num_blocks  # how many requests hold each block
+        self._block_of: dict[int, int] = {}  # hash -> the block that holds what it stands for
+        self._hash_of: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without an owner, next to be evicted first
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody owns, cached or not."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Blocks that somebody owns."""
+        return self.num_blocks - self.free
+
+    def find(self, hashes: Sequence[int]) -> list[int]:
+        """The cached blocks of the longest prefix of a chain of hashes."""
+        found = []
+        for each in hashes:
+            if (block := self._block_of.get(each)) is None:
+                break
+            found.append(block)
+        return found
+
+    def idle(self, blocks: Sequence[int]) -> int:
+        """How many of these cached blocks nobody owns: what `free` falls by if they are shared."""
+        return sum(block in self._idle for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Give cached blocks one more owner."""
+        for block in blocks:
+            self._owners[block] += 1
+            self._idle.pop(block, None)
+
+    def publish(self, block: int, block_hash: int) -> None:
+        """Let a block be found by the hash of what it holds, unless another that holds the same is."""
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def allocate(self, count: int) -> list[int]:
+        """Hand out `count` blocks of which nothing is known, evicting if need be. Raises ValueError as `BlockPool`."""
+        for _ in range(min(count - len(self._free), len(self._idle))):
+            self._evict()
+        blocks = super().allocate(count)
+        for block in blocks:
+            self._owners[block] = 1
+        return blocks
+
+    def _evict(self) -> None:
+        block, _ = self._idle.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        self._free.append(block)
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Take a request's blocks back; its last are evicted before its first, of which others can make more use."""
+        for block in reversed(tuple(blocks)):
+            self._owners[block] -= 1
+            if self._owners[block]:
+                continue
+            if block in self._hash_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +130,19 @@ class Recorder:
             *(output_len, generated - output_len),
             *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
+            *(request.cached_tokens, *_recorded(request)),
         )
 
     def _time_of(self, step: int | None) -> int | None:
         known = step is not None and step < len(self._completions)
         return self._completions[step].completed_ns if known and step is not None else None
+
+
+def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None]:
+    """What a replay needs to share what this run shared: a trace's own hash ids, or hashes in place of token ids."""
+    if request.block_hashes is None or request.content is None:
+        return None, None
+    return request.block_hashes if request.content.width == 1 else request.content
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:

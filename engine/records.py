@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 
-_INT = "int64"
+_INT, _INTS = "int64", "int64[]"
 COLUMNS: dict[str, dict[str, str]] = {
     "requests": {
         "request": _INT,
@@ -45,6 +45,9 @@ COLUMNS: dict[str, dict[str, str]] = {
         "client": "string",
         "ttft_slo_ns": _INT,
         "e2e_slo_ns": _INT,
+        "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
+        "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
+        "hash_block_size": _INT,
     },
     "steps": {
         "step": _INT,
@@ -87,8 +90,19 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-_ADDED = {2: {"requests": ("ttft_slo_ns", "e2e_slo_ns")}}
-"""Older schema versions that are read -> the columns that they lack: null."""
+_ADDED: dict[int, dict[str, dict[str, int | None]]] = {
+    2: {
+        "requests": {
+            "ttft_slo_ns": None,
+            "e2e_slo_ns": None,
+            "cached_tokens": 0,
+            "hash_ids": None,
+            "hash_block_size": None,
+        }
+    }
+}
+"""Older schema versions that are read -> the columns that they lack, and what stands for them."""
+_ADDED_TO_SYSTEM = {2: {"prefix_caching": False}}  # likewise, of a manifest
 
 
 def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str, pa.Table]:
@@ -98,9 +112,15 @@ def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str,
     tables = {}
     for name, columns in COLUMNS.items():
         values = list(zip(*rows[name], strict=True)) or [()] * len(columns)
-        arrays = [pa.array(column, kind) for column, kind in zip(values, columns.values(), strict=True)]
+        arrays = [pa.array(column, _arrow_type(kind)) for column, kind in zip(values, columns.values(), strict=True)]
         tables[name] = pa.table(arrays, names=list(columns))
     return tables
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(pa.int64()) if kind == _INTS else kind
 
 
 @dataclass(slots=True)
@@ -173,11 +193,14 @@ def read_run(folder: Path) -> RunRecords:
             tables[name] = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
-        for added in _ADDED.get(version, {}).get(name, ()):
-            tables[name] = tables[name].append_column(added, pa.nulls(len(tables[name]), columns[added]))
+        for added, value in _ADDED.get(version, {}).get(name, {}).items():
+            filled = pa.array([value] * len(tables[name]), _arrow_type(columns[added]))
+            tables[name] = tables[name].append_column(added, filled)
         if tables[name].column_names != list(columns):
             raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
     partial = manifest.pop("partial", False)
+    if "system" in manifest:
+        manifest["system"] = _ADDED_TO_SYSTEM.get(version, {}) | manifest["system"]
     return RunRecords(manifest, tables, summary, partial)
 
 

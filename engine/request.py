@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.decode_set import DecodeSet
+from engine.prefix import Content
 from traces.request import TraceRequest
 
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
@@ -25,10 +26,13 @@ class Request:
         priority: smaller is more urgent.
         client: who sent it.
         ttft_slo_ns, e2e_slo_ns: within what time of its arrival its first and its last token are due, or None.
+        content: what its prompt begins with, if the workload says so.
+        block_hashes: one for each KV block that its prompt fills, where prefixes are cached.
         blocks: ids of its KV blocks, in order of position.
         cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
         swaps: how often they were swapped out.
+        cached_tokens: prompt tokens that were found in the prefix cache, each time that it was admitted.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
     """
@@ -42,10 +46,13 @@ class Request:
     client: str | None = None
     ttft_slo_ns: int | None = None
     e2e_slo_ns: int | None = None
+    content: Content | None = None
+    block_hashes: Content | None = None
     blocks: list[int] = field(default_factory=list)
     cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
     swaps: int = 0
+    cached_tokens: int = 0
     outcome: str | None = None
     reason: str | None = None
     _computed: int = 0
@@ -65,6 +72,7 @@ class Request:
             source.client,
             source.ttft_slo_ns,
             source.e2e_slo_ns,
+            Content.of(source),
         )
 
     @property
@@ -91,7 +99,7 @@ class Request:
         return self.prompt_len + self._generated - self._computed
 
     def prefilled(self, tokens: int) -> None:
-        """Count a planned prefill chunk."""
+        """Count a planned prefill chunk, or tokens found in the prefix cache."""
         self._computed += tokens
 
     def sampled(self) -> None:

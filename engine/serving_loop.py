@@ -5,7 +5,6 @@ It may not know which: everything that differs is behind `Backend`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator
 from typing import Any
 
@@ -13,10 +12,8 @@ from engine.backend import Backend, Completion, Launch
 from engine.recorder import Recorder
 from engine.request import Request
 from engine.scheduler.base import Scheduler
-
-
-class StarvationError(Exception):
-    """A policy left requests waiting with nothing in flight and nothing to come."""
+from engine.scheduler.blame import PolicyError, blame
+from engine.step import Step
 
 
 def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
@@ -29,8 +26,18 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         What `backend` hands out to wait on.
 
     Raises:
-        StarvationError: the policy plans nothing, although requests wait and nothing else can happen.
+        PolicyError: the policy fails or breaks a rule, or it plans nothing although requests wait and nothing else can
+            happen; the message names it, with file and line.
     """
+    try:
+        yield from _turns(backend, scheduler, recorder)
+    except Exception as error:
+        if fault := blame(type(scheduler), error):
+            raise fault from error
+        raise
+
+
+def _turns(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
     depth, in_flight = scheduler.config.pipeline_depth, 0
     requests: dict[int, Request] = {}
     while True:
@@ -44,6 +51,8 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         completion: Completion | None = None
         step = scheduler.schedule(now)
         if step is not None:
+            if step.chunks:
+                _check_budget(step, scheduler)
             launch = yield backend.launch(step)
             in_flight += 1
             recorder.launched(step, now, launch)
@@ -60,11 +69,12 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
                 break
             yield arrival
     if not scheduler.idle:
-        raise StarvationError(_blame(scheduler))
+        stuck = len(scheduler.waiting) + len(scheduler.running)
+        raise PolicyError(f"plans nothing, but {stuck} requests wait and nothing is in flight")
 
 
-def _blame(scheduler: Scheduler) -> str:
-    policy = type(scheduler)
-    where = f"{inspect.getsourcefile(policy)}:{inspect.getsourcelines(policy)[1]}"
-    stuck = len(scheduler.waiting) + len(scheduler.running)
-    return f"{policy.__name__} ({where}) plans nothing, but {stuck} requests wait and nothing is in flight"
+def _check_budget(step: Step, scheduler: Scheduler) -> None:
+    """The verbs keep to the budget; a policy that makes a Step by other means is found out here."""
+    tokens, most = step.prefill_tokens + step.decodes, scheduler.config.max_batched_tokens
+    if tokens > most:
+        raise PolicyError(f"plans {tokens} tokens in step {step.index}: max_batched_tokens is {most}")

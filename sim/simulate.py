@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import simpy
 
+from engine.backend import Backend
 from engine.config import ServingConfig
+from engine.integrity import CheckedBackend
 from engine.recorder import Recorder
 from engine.records import RunRecords
 from engine.request import STOP
@@ -21,11 +24,23 @@ from traces.request import TraceRequest
 
 
 def simulate(
-    requests: Sequence[TraceRequest], config: ServingConfig, timing: Timing, recorder: Recorder, start_ns: int = 0
+    requests: Sequence[TraceRequest],
+    config: ServingConfig,
+    timing: Timing,
+    recorder: Recorder,
+    start_ns: int = 0,
+    check: bool = False,
 ) -> None:
-    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`."""
+    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`.
+
+    Raises:
+        IntegrityError: `check` is set, and a step breaks an invariant.
+        PolicyError: as `serving_loop`.
+    """
     env = simpy.Environment(initial_time=start_ns)
-    backend = SimBackend(env, requests, timing)
+    backend: Backend = SimBackend(env, requests, timing)
+    if check:
+        backend = CheckedBackend(backend, config)
     env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
 
 
@@ -35,17 +50,19 @@ def predict(
     profile: Profile,
     recorder: Recorder,
     ignore: Collection[str] = (),
+    check: bool = False,
 ) -> dict[str, int]:
     """Simulate on the times of a profile.
 
     Args:
         ignore: what is to count for nothing: `sim.latency.PARTS`, and `host`.
+        check: whether `engine.integrity` looks at every step.
 
     Returns:
         How often the profile was asked outside its measured range, by table; `lookups` counts all questions.
     """
     timing = ProfiledTiming(profile, ignore)
-    simulate(requests, config, timing, recorder)
+    simulate(requests, config, timing, recorder, check=check)
     return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
 
 
@@ -61,12 +78,19 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
             predicted_length=row["predicted_length"],
             priority=row["priority"],
             client=row["client"],
+            **_recorded_prefix(row),
             cancel_ns=row["cancel_ns"],
             ttft_slo_ns=row["ttft_slo_ns"],
             e2e_slo_ns=row["e2e_slo_ns"],
         )
         for row in run.tables["requests"].to_pylist()
     ]
+
+
+def _recorded_prefix(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["hash_ids"] is None:
+        return {}
+    return {"hash_ids": row["hash_ids"], "hash_block_size": row["hash_block_size"]}
 
 
 def replay(

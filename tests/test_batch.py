@@ -8,7 +8,7 @@ import simpy
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from shadow import CheckedBackend, Shadow, small_profile
+from shadow import small_profile
 from test_scheduling_properties import configs, schedulers, workloads
 from tiny_models import tiny_model
 
@@ -19,10 +19,12 @@ from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work
 from engine.executor.shapes import Shapes
 from engine.executor.weights import load_weights
+from engine.integrity import CheckedBackend
 from engine.model_config import load_model_config
 from engine.recorder import Recorder
 from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
+from sim.backend import SimBackend
 from sim.timing import ProfiledTiming
 from traces.request import TraceRequest
 
@@ -147,9 +149,9 @@ class FollowedBackend(CheckedBackend):
     def launch(self, step):
         event = super().launch(step)
         work = self.running.apply(step)
-        mirrors = self.shadow.mirrors
+        mirrors = self.books.mirrors
         decoding = [mirrors[each.source.id] for each in work.samplers[: step.decodes]]
-        # the shadow is a step ahead: it has counted this step's tokens, and given back what ended
+        # the books are a step ahead: they have counted this step's tokens, and given back what ended
         for row, mirror in enumerate(decoding):
             assert mirror.cached in (0, work.decodes.contexts[row] + 1)
             assert work.decodes.tables[row, : len(mirror.blocks)].tolist() == mirror.blocks
@@ -182,8 +184,7 @@ class FollowedBackend(CheckedBackend):
 @given(workloads(), configs(), st.data())
 def test_a_running_batch_feeds_every_request_its_own_tokens_and_blocks(requests, config, data):
     env = simpy.Environment()
-    backend = FollowedBackend(env, requests, ProfiledTiming(small_profile()))
-    backend.shadow = Shadow(requests, config)
+    backend = FollowedBackend(SimBackend(env, requests, ProfiledTiming(small_profile())), config)
     backend.running = RunningBatch(requests, None, 100, config)
     backend.seats, backend.pending, backend.made = {}, [], {each.id: [] for each in requests}
     recorder = Recorder()

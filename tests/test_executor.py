@@ -43,9 +43,9 @@ def workload(count: int = 20, hidden_stops: bool = False) -> list[TraceRequest]:
     return requests
 
 
-def serve(executor: Executor, requests, config: ServingConfig, stop_rule: str = "trace"):
+def serve(executor: Executor, requests, config: ServingConfig, stop_rule: str = "trace", check: bool = False):
     recorder = Recorder()
-    runner = executor.serve(requests, config, recorder, stop_rule)
+    runner = executor.serve(requests, config, recorder, stop_rule, check)
     return RunRecords({}, recorder.tables()), runner.outputs
 
 

@@ -38,7 +38,7 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 
 MS = 1_000_000
-ZEROS = {"int64": 0, "string": None, "bool": False, "binary": b""}
+ZEROS = {"int64": 0, "int64[]": None, "string": None, "bool": False, "binary": b""}
 
 
 def records(**rows: Sequence[dict[str, Any]]) -> RunRecords:

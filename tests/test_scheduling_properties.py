@@ -27,17 +27,29 @@ def policy_of(config: ServingConfig) -> type[Scheduler]:
 
 
 @st.composite
+def hash_ids(draw: st.DrawFn, number: int, most: int) -> list[int]:
+    """What a prompt of up to `most` blocks begins with: one of two texts, which some prompts leave at some point."""
+    text, common, own = draw(st.integers(0, 1)), draw(st.integers(0, most)), draw(st.booleans())
+    return [(1 + text) * 1000 + place for place in range(common)] + [number] * (own and common < most)
+
+
+@st.composite
 def workloads(draw: st.DrawFn) -> list[TraceRequest]:
+    """Requests some of which stop early, are cancelled, or begin as others do."""
     arrivals = sorted(draw(st.lists(st.integers(0, 60 * MS), min_size=1, max_size=25)))
+    width = draw(st.sampled_from([3, 8, 32]))
     requests = []
     for number, arrival_ns in enumerate(arrivals):
         max_tokens = draw(st.integers(1, 40))
         cancelled = draw(st.integers(0, 9)) == 0
+        prompt_len = draw(st.integers(1, 90))
         requests.append(
             TraceRequest(
                 id=number,
                 arrival_ns=arrival_ns,
-                prompt_len=draw(st.integers(1, 90)),
+                prompt_len=prompt_len,
+                hash_ids=draw(st.none() | hash_ids(number, -(-prompt_len // width))),
+                hash_block_size=width,
                 output_len=draw(st.one_of(st.just(max_tokens), st.integers(1, max_tokens))),
                 max_tokens=max_tokens,
                 predicted_length=draw(st.none() | st.integers(1, 60)),
@@ -63,6 +75,7 @@ def configs(draw: st.DrawFn) -> ServingConfig:
         scheduler=draw(st.sampled_from([*sorted(POLICIES), *WITH_PARAMETERS])),
         pipeline_depth=draw(st.sampled_from([1, 2])),
         num_cpu_blocks=draw(st.sampled_from([0, 0, 5, 60])),
+        prefix_caching=draw(st.booleans()),
     )
 
 

@@ -15,8 +15,8 @@ import engine
 from engine.config import ServingConfig
 from engine.request import Request
 from engine.scheduler import POLICIES, load_scheduler
+from engine.scheduler.blame import PolicyError
 from engine.scheduler.fcfs import Fcfs
-from engine.serving_loop import StarvationError
 from traces.request import TraceRequest
 
 ROOT = Path(engine.__file__).parents[1]
@@ -144,7 +144,7 @@ class Lazy(Fcfs):
 
 def test_a_policy_that_starves_everyone_is_named_with_its_file_and_line():
     config = ServingConfig(num_blocks=50)
-    with pytest.raises(StarvationError, match=r"Lazy \(.*test_seam\.py:\d+\) plans nothing, but 1 requests wait"):
+    with pytest.raises(PolicyError, match=r"Lazy \(.*test_seam\.py:\d+\) leaves 1 requests unserved"):
         serve([TraceRequest(0, 0, 5, 5, 5)], config, scheduler=Lazy(config))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from test_scheduling_properties import MS, configs, schedulers, workloads
 
 from engine.config import ServingConfig
 from engine.copies import CopyOrder
+from engine.prefix import Content
 from engine.records import RunRecords
 from engine.request import LENGTH
 from engine.scheduler import POLICIES
@@ -126,10 +128,11 @@ def test_blocks_of_a_request_that_is_gone_are_not_written_while_they_arrive():
 # -- that this suffices: no cache is read half-copied ---------------------------------------------------------
 
 
-class Content(NamedTuple):
-    """What a block holds: the first `tokens` tokens of the `place`-th block of a request's cache."""
+class Held(NamedTuple):
+    """What a block holds: the first `tokens` tokens of the `place`-th block of a request's cache, or of all caches that
+    begin with the same prompt."""
 
-    request: int
+    whose: int | tuple[str, int]
     place: int
     tokens: int
 
@@ -141,20 +144,26 @@ class Access(NamedTuple):
     table: tuple[int, ...]
     start: int
     end: int
+    hashes: Sequence[int] = ()  # of its full prompt blocks
 
-    def cache(self, tokens: int, block_size: int) -> dict[int, Content]:
+    def cache(self, tokens: int, block_size: int) -> dict[int, Held]:
         """What the request's blocks hold when its first `tokens` tokens are cached."""
         starts = range(0, tokens, block_size)
         return {
-            block: Content(self.request, place, min(block_size, tokens - start))
+            block: self._held(place, min(block_size, tokens - start), block_size)
             for place, (block, start) in enumerate(zip(self.table, starts, strict=False))
         }
+
+    def _held(self, place: int, tokens: int, block_size: int) -> Held:
+        common = tokens == block_size and place < len(self.hashes)
+        return Held(("prompt", self.hashes[place]) if common else self.request, place, tokens)
 
 
 class Tables:
     """Block tables and contexts as a data plane keeps them, from the Steps alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: dict[int, Sequence[int]]) -> None:
+        self.hashes = hashes
         self.tables: dict[int, list[int]] = {}
         self.decoding: dict[int, int] = {}  # request -> context
 
@@ -170,7 +179,9 @@ class Tables:
         if step.decodes:
             spans |= {each: (context, context + 1) for each, context in self.decoding.items()}
             self.decoding = {each: context + 1 for each, context in self.decoding.items()}
-        accesses = [Access(each, tuple(self.tables[each]), *span) for each, span in spans.items()]
+        accesses = [
+            Access(each, tuple(self.tables[each]), *span, self.hashes.get(each, ())) for each, span in spans.items()
+        ]
         self._leave(*step.finishing)
         return accesses
 
@@ -187,11 +198,15 @@ class Machine:
     more. `stale` counts how often a request reads blocks that do not hold its own cache, complete and in order.
     """
 
-    def __init__(self, config: ServingConfig, steps: list[Step], compute_waits=True, copies_wait=True) -> None:
+    def __init__(
+        self, config: ServingConfig, steps: list[Step], requests=(), compute_waits=True, copies_wait=True
+    ) -> None:
         self.block_size = config.block_size
-        self.gpu: dict[int, Content | None] = {}
-        self.cpu: dict[int, Content | None] = {}
-        order, tables = CopyOrder(), Tables()
+        self.gpu: dict[int, Held | None] = {}
+        self.cpu: dict[int, Held | None] = {}
+        contents = {each.id: (Content.of(each), each.prompt_len) for each in requests}
+        hashes = {each: what.hashes(length, config.block_size).ids for each, (what, length) in contents.items() if what}
+        order, tables = CopyOrder(), Tables(hashes)
         self.compute = deque((step.index, order.needs(step), tables.apply(step)) for step in steps)
         self.copies = deque(step for step in steps if step.swapped_out or step.swapped_in)
         self.compute_waits, self.copies_wait = compute_waits, copies_wait
@@ -250,12 +265,14 @@ def steps_of(requests: list[TraceRequest], config: ServingConfig, scheduler: Sch
 
 @st.composite
 def crowds(draw: st.DrawFn) -> list[TraceRequest]:
-    """Requests that arrive faster than they are served, some of which stop or are cancelled, swapped out or not."""
+    """Requests that arrive faster than they are served, some of which begin alike, stop or are cancelled."""
     return [
         TraceRequest(
             id=number,
             arrival_ns=number * MS,
-            prompt_len=draw(st.integers(1, 40)),
+            prompt_len=draw(st.integers(32, 40)) if (prefix := draw(st.integers(0, 2))) else draw(st.integers(1, 40)),
+            hash_ids=[prefix] if prefix else None,
+            hash_block_size=32,
             output_len=draw(st.one_of(st.just(60), st.integers(1, 60))),
             max_tokens=60,
             cancel_ns=draw(st.one_of(st.none(), st.integers(number * MS, 300 * MS))),
@@ -272,6 +289,7 @@ def scarce_configs(draw: st.DrawFn) -> ServingConfig:
         num_cpu_blocks=draw(st.integers(4, 40)),
         scheduler=draw(st.sampled_from(sorted(POLICIES))),
         pipeline_depth=draw(st.sampled_from([1, 2])),
+        prefix_caching=draw(st.booleans()),
     )
 
 
@@ -280,7 +298,7 @@ def scarce_configs(draw: st.DrawFn) -> ServingConfig:
 def test_whatever_the_streams_do_within_their_fences_every_request_reads_its_own_cache(crowd, config, data):
     steps = steps_of(crowd, config, data.draw(schedulers(config)))
     generator = random.Random(data.draw(st.integers(0, 10**6)))
-    assert [Machine(config, steps).run(generator, haste) for haste in (0.05, 0.5, 0.95)] == [0, 0, 0]
+    assert [Machine(config, steps, crowd).run(generator, haste) for haste in (0.05, 0.5, 0.95)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("missing", ["compute_waits", "copies_wait"])

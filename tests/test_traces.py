@@ -40,16 +40,24 @@ def token_arrays(draw: st.DrawFn) -> array[int]:
 
 
 @st.composite
+def hash_arrays(draw: st.DrawFn) -> array[int]:
+    return array("q", draw(st.lists(st.integers(0, 2**63 - 1), max_size=5)))
+
+
+@st.composite
 def requests(draw: st.DrawFn, position: int, arrival_ns: int) -> TraceRequest:
     ids = draw(st.none() | token_arrays())
+    hashes = draw(st.none() | hash_arrays()) if ids is None else None
     output_len = draw(lengths)
     return TraceRequest(
         id=position,
         arrival_ns=arrival_ns,
-        prompt_len=draw(lengths) if ids is None else len(ids),
+        prompt_len=draw(st.integers(2**12, 2**40)) if ids is None else len(ids),
         output_len=output_len,
         max_tokens=output_len + draw(st.integers(0, 100)),
         prompt_token_ids=ids,
+        hash_ids=hashes,
+        hash_block_size=512 if hashes is None else draw(st.integers(1, 2**9)),
         predicted_length=draw(st.none() | lengths),
         priority=draw(st.integers(-5, 5)),
         client=draw(st.none() | st.text()),
@@ -191,6 +199,25 @@ def test_the_digest_sees_every_field(change: dict[str, Any]) -> None:
     assert Trace([replace(request, **change)]).digest != Trace([request]).digest
 
 
+def test_the_digest_sees_what_prompts_share() -> None:
+    plain = TraceRequest(0, 7, 20, 3, 4)
+    variants = [
+        {},
+        *({"hash_ids": ids} for ids in ([], [1], [2])),
+        {"hash_ids": [1], "hash_block_size": 10},
+        {"prompt_token_ids": range(20)},
+    ]
+    assert len({Trace([replace(plain, **each)]).digest for each in variants}) == len(variants)
+
+
+def test_synthetic_prefixes_are_shared_and_leave_all_else_as_it_was() -> None:
+    plain = synthetic(200, 0, "uniform:1:90", "fixed:5").requests
+    shared = synthetic(200, 0, "uniform:1:90", "fixed:5", shared_prefixes=3, prefix_len=100).requests
+    assert [each.prompt_len for each in shared] == [100 + each.prompt_len for each in plain]
+    assert {tuple(each.hash_ids) for each in shared} == {(0,), (1,), (2,)}
+    assert {each.hash_block_size for each in shared} == {100}
+
+
 def test_the_digest_does_not_change_between_releases() -> None:
     request = TraceRequest(0, 7, 2, 3, 4, [1, 2], predicted_length=9, client="a", cancel_ns=9)
     trace = Trace([request, TraceRequest(1, 8, 1, 1, 1)])
@@ -231,8 +258,11 @@ def row(**changes: Any) -> str:
 def test_mooncake_and_vllm_timed_traces_are_read(tmp_path: Path) -> None:
     lines = [{"timestamp": ms, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]} for ms in (0, 1.5)]
     trace = read_trace(write_lines(tmp_path / "t.jsonl", *map(json.dumps, lines)))
-    assert trace.requests == [TraceRequest(0, 0, 6758, 500, 500), TraceRequest(1, 1_500_000, 6758, 500, 500)]
-    assert trace.notes == ["ignored unknown columns: hash_ids"]
+    assert trace.requests == [
+        TraceRequest(position, arrival_ns, 6758, 500, 500, hash_ids=array("q", [0, 1]))
+        for position, arrival_ns in enumerate((0, 1_500_000))
+    ]
+    assert trace.notes == []
 
 
 def test_arrivals_in_seconds_are_rounded_to_nanoseconds(tmp_path: Path) -> None:
@@ -283,6 +313,15 @@ def test_token_ids_give_the_prompt_length(tmp_path: Path) -> None:
         (row(prompt_len=..., prompt_token_ids=[2**31]), "prompt_token_ids must be"),
         (row(prompt_len=..., prompt_token_ids="abc"), "prompt_token_ids must be"),
         (row(predicted_length=0), "predicted_length is 0"),
+        (row(hash_ids=[1, -2]), "hash_ids must be a list of integers from 0"),
+        (row(hash_ids=[2**63]), "hash_ids must be"),
+        (row(hash_ids=7), "hash_ids must be"),
+        (row(hash_ids=[1], hash_block_size=0), "hash_block_size is 0"),
+        (
+            row(hash_ids=[1, 2, 3], hash_block_size=5),
+            "there are 3 hash_ids, but a prompt of 10 tokens has 2 blocks of 5",
+        ),
+        (row(prompt_token_ids=[1] * 10, hash_ids=[1]), "there are both prompt_token_ids and hash_ids"),
         (row(priority="high"), "priority is 'high'"),
         (row(client=5), "client is 5: it must be a string"),
         (row(cancel_ns=4), "cancel_ns is 4: it must be an integer of at least 5"),

@@ -42,6 +42,8 @@ _FIELD_OF = {
     "output_length": "output_len",
     "max_tokens": "max_tokens",
     "prompt_token_ids": "prompt_token_ids",
+    "hash_ids": "hash_ids",
+    "hash_block_size": "hash_block_size",
     "predicted_length": "predicted_length",
     "priority": "priority",
     "client": "client",
@@ -103,9 +105,18 @@ class Trace:
 
 
 def _canonical_bytes(request: TraceRequest) -> bytes:
-    """Nine little-endian int64 (-1 where a value is absent), the client in UTF-8, the token ids as int32."""
+    """Nine little-endian int64 (-1 where a value is absent), the client in UTF-8, the token ids as int32.
+
+    Where hash ids come in place of token ids, the ninth number is -2 minus their number; then their block size and they
+    themselves follow, as int64.
+    """
     client = (request.client or "").encode()
-    ids = request.prompt_token_ids
+    ids, hashes = request.prompt_token_ids, request.hash_ids
+    if hashes is not None:
+        number, content = -2 - len(hashes), struct.pack(f"<{len(hashes) + 1}q", request.hash_block_size, *hashes)
+    else:
+        number = -1 if ids is None else len(ids)
+        content = np.asarray(() if ids is None else ids, dtype="<i4").tobytes()
     numbers = struct.pack(
         "<9q",
         request.arrival_ns,
@@ -116,9 +127,9 @@ def _canonical_bytes(request: TraceRequest) -> bytes:
         request.priority,
         -1 if request.cancel_ns is None else request.cancel_ns,
         -1 if request.client is None else len(client),
-        -1 if ids is None else len(ids),
+        number,
     )
-    return numbers + client + np.asarray(() if ids is None else ids, dtype="<i4").tobytes()
+    return numbers + client + content
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -229,6 +240,8 @@ def _request(position: int, row: Mapping[str, Any]) -> TraceRequest:
     if "prompt_token_ids" in fields:
         fields["prompt_token_ids"] = _token_ids(fields["prompt_token_ids"])
         fields.setdefault("prompt_len", len(fields["prompt_token_ids"]))
+    if "hash_ids" in fields:
+        fields["hash_ids"] = _hash_ids(fields["hash_ids"])
     for name in ("arrival_ns", "prompt_len", "output_len"):
         if name not in fields:
             raise TandemError(f"no {name}: give {' or '.join(c for c, field in _FIELD_OF.items() if field == name)}")
@@ -251,6 +264,16 @@ def _token_ids(value: Any) -> array[int]:
             value = array("i", value)
     if not isinstance(value, array) or (np.asarray(value) < 0).any():
         raise TandemError("prompt_token_ids must be a list of integers from 0 to 2147483647")
+    return value
+
+
+def _hash_ids(value: Any) -> array[int]:
+    """Hash ids as a C array of int64."""
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
+        with suppress(OverflowError):
+            value = array("q", value)
+    if not isinstance(value, array) or (len(value) and min(value) < 0):
+        raise TandemError("hash_ids must be a list of integers from 0 to 9223372036854775807")
     return value
 
 
@@ -304,10 +327,16 @@ def _write_jsonl(file: IO[bytes], trace: Trace) -> None:
 
 
 def _json_row(request: TraceRequest) -> _Row:
-    row = {name: getattr(request, name) for name in _COLUMNS if getattr(request, name) is not None}
-    if "prompt_token_ids" in row:
-        row["prompt_token_ids"] = np.asarray(row["prompt_token_ids"]).tolist()
+    row = {name: value for name in _COLUMNS if (value := _value(request, name)) is not None}
+    for name in ("prompt_token_ids", "hash_ids"):
+        if name in row:
+            row[name] = np.asarray(row[name]).tolist()
     return row
+
+
+def _value(request: TraceRequest, name: str) -> Any:
+    """A field as files have it: a block size only where it is the size of something."""
+    return None if name == "hash_block_size" and request.hash_ids is None else getattr(request, name)
 
 
 # Parquet
@@ -356,7 +385,8 @@ def _write_parquet(file: IO[bytes], trace: Trace) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = dict.fromkeys(_COLUMNS, pa.int64()) | {"prompt_token_ids": pa.list_(pa.int32()), "client": pa.string()}
+    lists = {"prompt_token_ids": pa.list_(pa.int32()), "hash_ids": pa.list_(pa.int64())}
+    types = dict.fromkeys(_COLUMNS, pa.int64()) | lists | {"client": pa.string()}
     schema = pa.schema(types, metadata={"tandem_trace": _header(trace)})
     with pq.ParquetWriter(file, schema) as writer:
         for start in range(0, len(trace.requests), _BATCH_ROWS):
@@ -368,7 +398,9 @@ def _write_parquet(file: IO[bytes], trace: Trace) -> None:
 def _parquet_column(name: str, kind: pa.DataType, requests: Sequence[TraceRequest]) -> pa.Array:
     import pyarrow as pa
 
-    values = [getattr(request, name) for request in requests]
+    values = [_value(request, name) for request in requests]
+    if name == "hash_ids":
+        return pa.array([None if ids is None else list(ids) for ids in values], kind)
     if name != "prompt_token_ids":
         return pa.array(values, kind)
     absent = [ids is None for ids in values]

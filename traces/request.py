@@ -24,7 +24,11 @@ class TraceRequest:
         prompt_len: prompt tokens, at least 1.
         output_len: output tokens at which the request really stops, 1 to `max_tokens`.
         max_tokens: the limit the client asked for: what a scheduler is allowed to know.
-        prompt_token_ids: the prompt, `prompt_len` ids, or None when the trace carries lengths only.
+        prompt_token_ids: the prompt, `prompt_len` ids, or None when the trace carries none.
+        hash_ids: what the prompt's first tokens are, where the trace has no token ids: requests whose first n ids are
+            equal have their first n * `hash_block_size` tokens in common (as far as either prompt goes). Tokens beyond
+            the last id are the request's own. As in Mooncake's traces.
+        hash_block_size: tokens that one of `hash_ids` stands for.
         predicted_length: somebody's estimate of `output_len`, shown to schedulers.
         priority: smaller is more urgent.
         client: who sent it, for fair sharing.
@@ -42,6 +46,8 @@ class TraceRequest:
     output_len: int
     max_tokens: int
     prompt_token_ids: Sequence[int] | None = None
+    hash_ids: Sequence[int] | None = None
+    hash_block_size: int = 512
     predicted_length: int | None = None
     priority: int = 0
     client: str | None = None
@@ -69,6 +75,20 @@ class TraceRequest:
             raise TandemError(f"output_len is {self.output_len}, more than max_tokens, {self.max_tokens}")
         if self.prompt_token_ids is not None and len(self.prompt_token_ids) != self.prompt_len:
             raise TandemError(f"prompt_len is {self.prompt_len}, but there are {len(self.prompt_token_ids)} token ids")
+        self._check_hash_ids()
+
+    def _check_hash_ids(self) -> None:
+        _check_integer("hash_block_size", self.hash_block_size, 1)
+        if self.hash_ids is None:
+            return
+        if self.prompt_token_ids is not None:
+            raise TandemError("there are both prompt_token_ids and hash_ids: give one of the two")
+        most = -(-self.prompt_len // self.hash_block_size)
+        if len(self.hash_ids) > most:
+            raise TandemError(
+                f"there are {len(self.hash_ids)} hash_ids, but a prompt of {self.prompt_len} tokens has {most} blocks "
+                f"of {self.hash_block_size}: is hash_block_size right?"
+            )
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

@@ -265,7 +265,7 @@ class Cuda:
         Raises:
             TandemError: memory does not hold them.
         """
-        limits = replace(config, scheduler="", pipeline_depth=1)
+        limits = replace(config, scheduler="", pipeline_depth=1, prefix_caching=False)
         if self._prepared and self._prepared[0] is model and self._prepared[1] == limits:
             return self._prepared[2:]
         self._prepared = None

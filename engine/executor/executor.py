@@ -20,6 +20,7 @@ from engine.executor.runner import Runner
 from engine.executor.running import RunningBatch
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
+from engine.integrity import CheckedBackend
 from engine.model_config import load_model_config
 from engine.recorder import Recorder
 from engine.scheduler import load_scheduler
@@ -176,17 +177,28 @@ class Executor:
         return RunningBatch(requests, stop_tokens, self.model.vocab_size, config)
 
     def serve(
-        self, requests: Sequence[TraceRequest], config: ServingConfig, recorder: Recorder, stop_rule: str = "trace"
+        self,
+        requests: Sequence[TraceRequest],
+        config: ServingConfig,
+        recorder: Recorder,
+        stop_rule: str = "trace",
+        check: bool = False,
     ) -> RunningBatch:
         """Serve requests on the machine's own time; returns the running batch, which holds the outputs.
 
         Args:
             stop_rule: as in `engine.manifest.workload`.
+            check: whether `engine.integrity` looks at every step before it runs.
+
+        Raises:
+            IntegrityError: `check` is set, and a step breaks an invariant.
+            PolicyError: as `serving_loop`.
         """
         running = self._running(requests, config, stop_rule)
         data_plane = self.machine.data_plane(self.llama, config, running)
         with ExecutorBackend(data_plane, EventQueue.from_trace(requests)) as backend:
-            drive(serving_loop(backend, load_scheduler(config), recorder))
+            checked = CheckedBackend(backend, config) if check else backend
+            drive(serving_loop(checked, load_scheduler(config), recorder))
         return running
 
 

@@ -144,7 +144,7 @@ class RunningBatch:
             self._stand_up(sequence)
 
     def _prompt(self, source: TraceRequest) -> list[int]:
-        """The trace's token ids; where it has only lengths, ids drawn with the request's number as seed."""
+        """The trace's token ids; where it has none, ids drawn with its hash ids as seeds, then with its number."""
         if source.prompt_token_ids is not None:
             if not 0 <= min(source.prompt_token_ids) <= max(source.prompt_token_ids) < self._vocab_size:
                 raise TandemError(
@@ -152,7 +152,12 @@ class RunningBatch:
                     "make the trace with this model's tokenizer"
                 )
             return list(source.prompt_token_ids)
-        drawn: list[int] = np.random.default_rng(source.id).integers(self._vocab_size, size=source.prompt_len).tolist()
+        drawn = [self._draw((each, 1), source.hash_block_size) for each in source.hash_ids or ()]
+        shared = [token for block in drawn for token in block][: source.prompt_len]
+        return shared + self._draw(source.id, source.prompt_len - len(shared))
+
+    def _draw(self, seed: int | tuple[int, ...], count: int) -> list[int]:
+        drawn: list[int] = np.random.default_rng(seed).integers(self._vocab_size, size=count).tolist()
         return drawn
 
     def _prefill(self, sequence: _Sequence, start: int, tokens: int, samples: bool) -> Prefill:

@@ -18,14 +18,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from engine.config import ServingConfig
 from engine.decode_set import DecodeSet
-from engine.kv_blocks import BlockPool
+from engine.kv_blocks import BlockPool, PrefixCachingPool
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
+from engine.scheduler.blame import PolicyError
 from engine.step import GENESIS, Chunk, Copies, Step, chain_digest
+
+PATIENCE = 1000
+"""Preemptions for each of `max_seqs` that may pass without a token. A run without an end has no end of them: without
+preemptions, requests that are admitted get prefilled, and make one."""
 
 
 class Scheduler(ABC):
@@ -44,19 +49,23 @@ class Scheduler(ABC):
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_blocks, config.block_size)
+        sizes = config.num_blocks, config.block_size
+        self._cache = PrefixCachingPool(*sizes) if config.prefix_caching else None
+        self.pool = self._cache or BlockPool(*sizes)
         self.cpu_pool = BlockPool(config.num_cpu_blocks, config.block_size)
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         self.running: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
         self.decoding = DecodeSet()
         self._ready: list[Request] = []  # prefilled or swapped in by the last step; they decode from the next
+        self._found: dict[int, int] = {}  # tokens that a request admitted by this step found in the prefix cache
         self._out_of_block: dict[int, None] = {}  # decoding requests whose next token needs a new block
         self._step = Step(0)
         self._digest = GENESIS
         self._decode_planned = False
         self._closed = False  # blocks ran out while this step was planned: nobody is admitted
         self._preempted_now: set[int] = set()  # nor are these, who have just left
+        self._barren_preemptions = 0  # since a request last made a token
 
     # -- for policies ------------------------------------------------------------------------------------
 
@@ -100,6 +109,10 @@ class Scheduler(ABC):
         decodes = len(self.decoding) if self._decode_planned else 0
         return self.config.max_batched_tokens - decodes - self._step.prefill_tokens
 
+    def cached_tokens(self, request: Request) -> int:
+        """Prompt tokens of a waiting request that are in the prefix cache: its prefill would begin after them."""
+        return len(self._hits(request)) * self.config.block_size
+
     def prefill(self, request: Request) -> bool:
         """Run the request's prefill in this step: all that is left of it or, if `chunked`, what the budget takes.
 
@@ -109,13 +122,20 @@ class Scheduler(ABC):
 
         Returns:
             False if it does not fit, in which case the step is unchanged (but for preemptions).
+
+        Raises:
+            PolicyError: the request has ended.
         """
+        if request.outcome is not None:
+            raise PolicyError(f"schedules request {request.id}, which has ended ({request.outcome})")
         if request.cpu_blocks:
             return self._swap_in(request)
-        tokens = min(request.to_prefill, self.budget) if self.chunked else request.to_prefill
+        hits = self._hits(request)
+        left = request.to_prefill - len(hits) * self.config.block_size
+        tokens = min(left, self.budget) if self.chunked else left
         if not 0 < tokens <= self.budget or request.id in self._step.chunks:
             return False
-        if request.id not in self.prefilling and not self._admit(request, tokens):
+        if request.id not in self.prefilling and not self._admit(request, hits, tokens):
             return False
         if not self._grow(request, tokens):
             return False
@@ -144,7 +164,18 @@ class Scheduler(ABC):
         """Take a running request's blocks and put it at the head of `waiting`.
 
         Its cache is kept in host memory if it was decoding, there is room, and `swaps` says so; else it is lost.
+
+        Raises:
+            PolicyError: the request is not running.
         """
+        if request.id not in self.running:
+            state = f"has ended ({request.outcome})" if request.outcome else "is not running"
+            raise PolicyError(f"preempts request {request.id}, which {state}")
+        self._barren_preemptions += 1
+        if self._barren_preemptions > PATIENCE * self.config.max_seqs:
+            raise PolicyError(
+                f"starves everyone: it has preempted {self._barren_preemptions} times since a request last made a token"
+            )
         if request.id in self._step.swapped_in:
             self._undo_swap_in(request)
         elif request.id in self.decoding and self._fits_cpu(request) and self.swaps(request):
@@ -166,6 +197,8 @@ class Scheduler(ABC):
             request.outcome = REJECTED
         else:
             self.waiting[request.id] = request
+            if self._cache and request.content:
+                request.block_hashes = request.content.hashes(request.prompt_len, self.config.block_size)
 
     def cancel(self, request: Request) -> None:
         """The client gave up. Nothing happens if the request has ended."""
@@ -201,20 +234,36 @@ class Scheduler(ABC):
             return f"a prefill of up to {total - 1} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
         return None
 
-    def _has_room(self, request: Request, tokens: int) -> bool:
-        """Whether a waiting request with `tokens` tokens in the cache may run beside the others."""
-        full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) > self.pool.free
+    def _has_room(self, request: Request, tokens: int, owned: int = 0) -> bool:
+        """Whether a waiting request with `tokens` tokens in the cache may run beside the others, who already own
+        `owned` of its blocks."""
+        full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) - owned > self.pool.free
         return not full and self._is_admissible(request)
 
     def _is_admissible(self, request: Request) -> bool:
         """Whether it may be admitted in this step, given room."""
         return request.id in self.waiting and not self._closed and request.id not in self._preempted_now
 
-    def _admit(self, request: Request, tokens: int) -> bool:
-        if not self._has_room(request, tokens):
+    def _hits(self, request: Request) -> Sequence[int]:
+        """The cached blocks that a waiting request begins with; its last token is always computed, for that samples."""
+        hashes = request.block_hashes
+        if self._cache is None or hashes is None or request.id not in self.waiting:
+            return ()
+        return self._cache.find(hashes.ids[: (request.to_prefill - 1) // self.config.block_size])
+
+    def _admit(self, request: Request, hits: Sequence[int], tokens: int) -> bool:
+        cached = len(hits) * self.config.block_size
+        owned = len(hits) - self._cache.idle(hits) if self._cache else 0
+        if not self._has_room(request, cached + tokens, owned):
             return False
         del self.waiting[request.id]
         self.running[request.id] = self.prefilling[request.id] = request
+        if self._cache and hits:
+            self._cache.share(hits)
+            request.blocks = [*hits]
+            self._step.blocks[request.id] = [*hits]
+            request.prefilled(cached)
+            self._found[request.id] = cached
         self.on_admit(request)
         return True
 
@@ -269,7 +318,7 @@ class Scheduler(ABC):
         self.on_leave(request)
         for place in (self.waiting, self.running, self.prefilling):
             place.pop(request.id, None)
-        for part in (self._step.chunks, self._step.blocks, self._step.joined):
+        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found):
             part.pop(request.id, None)
         request.stop_decoding()
         self.pool.release(request.blocks)
@@ -312,6 +361,7 @@ class Scheduler(ABC):
         for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
             self.cpu_pool.release(copies.source)
         if step.decodes:
+            self._barren_preemptions = 0
             step.kv_tokens, step.kv_squares = self.decoding.kv_tokens, self.decoding.kv_squares
         step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
         self._count_progress(step)
@@ -320,10 +370,13 @@ class Scheduler(ABC):
         return step
 
     def _count_progress(self, step: Step) -> None:
+        if self._cache:
+            self._publish(self._cache, step)
         for request_id, chunk in step.chunks.items():
             if chunk.samples:
                 request = self.running[request_id]
                 request.sampled()
+                self._barren_preemptions = 0
                 self._ready.append(request)
                 self._finish_at_length(request, step)
         for request_id in self.decoding.advance() if step.decodes else ():
@@ -331,6 +384,16 @@ class Scheduler(ABC):
                 request = self.running[request_id]
                 if not self._finish_at_length(request, step) and not self._room(request):
                     self._out_of_block[request_id] = None
+
+    def _publish(self, cache: PrefixCachingPool, step: Step) -> None:
+        """Let later steps share the prompt blocks that this step completes."""
+        for request_id, (start, tokens, _) in step.chunks.items():
+            request = self.running[request_id]
+            request.cached_tokens += self._found.pop(request_id, 0)
+            if hashes := request.block_hashes:
+                first, last = start // hashes.width, min((start + tokens) // hashes.width, len(hashes.ids))
+                for place in range(first, last):
+                    cache.publish(request.blocks[place], hashes.ids[place])
 
     def _finish_at_length(self, request: Request, step: Step) -> bool:
         if request.generated < request.max_tokens:

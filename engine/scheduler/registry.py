@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.config import ServingConfig
 from engine.scheduler.base import Scheduler
+from engine.scheduler.blame import blame
 from engine.scheduler.chunked_prefill import ChunkedPrefill
 from engine.scheduler.edf import EarliestDeadlineFirst
 from engine.scheduler.fastserve import SkipJoinMlfq
@@ -46,6 +47,7 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
     Raises:
         TandemError: no such policy, module, class or parameter, a value that a parameter cannot take, or the class is
             not a Scheduler.
+        PolicyError: the class cannot be made.
     """
     parts = config.scheduler.split(":")
     named = [part for part in parts if "=" not in part]
@@ -60,6 +62,10 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
         return policy(config, **values)
     except TandemError as error:
         raise TandemError(f"scheduler '{config.scheduler}': {error}") from None
+    except Exception as error:
+        if fault := blame(policy, error):
+            raise fault from error
+        raise
 
 
 def parameters(policy: type[Scheduler]) -> dict[str, Any]:

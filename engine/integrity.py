@@ -1,0 +1,330 @@
+"""The integrity mode: a second bookkeeper that sees only what passes the seam, and checks every step before it runs.
+
+It stands between the serving loop and a backend, whichever that is. It keeps its own account of who holds which KV
+blocks with which tokens in them, and finds what a data plane could not run, or would run wrongly. It shares no code
+with the scheduler's accounting; it knows neither policies nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from engine.backend import Backend
+from engine.config import ServingConfig
+from engine.events import Event
+from engine.request import CANCELLED, LENGTH, STOP, Request
+from engine.scheduler.blame import PolicyError
+from engine.step import Chunk, Copies, Step
+
+
+class IntegrityError(PolicyError):
+    """A step breaks an invariant: which step, whose request, what was expected, what was found."""
+
+
+class CheckedBackend:
+    """A backend whose steps are checked: implements `engine.backend.Backend` on top of another.
+
+    `launch` raises IntegrityError at the first step that breaks an invariant, before that step runs; `wait`, when all
+    is over, if something was lost.
+    """
+
+    def __init__(self, backend: Backend, config: ServingConfig) -> None:
+        self._backend = backend
+        self.books = Books(config)
+
+    def now(self) -> int:
+        """The backend's clock."""
+        return self._backend.now()
+
+    def due(self, now: int) -> Sequence[Event]:
+        """Events due by `now`, noted."""
+        events = self._backend.due(now)
+        self.books.enter(event.request for event in events)
+        return events
+
+    def launch(self, step: Step) -> Any:
+        """Checks the step, then launches it."""
+        self.books.check(step)
+        return self._backend.launch(step)
+
+    def complete(self) -> Any:
+        """Waits for the oldest step in flight."""
+        return self._backend.complete()
+
+    def wait(self) -> Any:
+        """Waits for the next external event; if there will be none, checks that nothing was lost."""
+        waiting = self._backend.wait()
+        if waiting is None:
+            self.books.close()
+        return waiting
+
+
+@dataclass(slots=True, eq=False)
+class Mirror:
+    """One request as the data plane knows it. Of the scheduler's own account, only `request.outcome` is looked at."""
+
+    request: Request
+    cached: int = 0
+    made: int = 0
+    blocks: list[int] = field(default_factory=list)
+    cpu_blocks: list[int] = field(default_factory=list)
+    arrived_in: int = -1  # the step that swapped it in
+    end: str | None = None  # how it left, once it has
+
+    @property
+    def known(self) -> int:
+        """Its tokens, prompt and output."""
+        return self.request.prompt_len + self.made
+
+
+class _Written(NamedTuple):
+    """What a full block holds: the `place`-th of a prompt's blocks."""
+
+    by: Request
+    place: int
+
+
+class Books:
+    """Applies deltas and checks each, blocks owned in plan order. All methods but `enter` raise IntegrityError.
+
+    Attributes:
+        mirrors: the requests that have arrived, by id.
+    """
+
+    def __init__(self, config: ServingConfig) -> None:
+        self._config = config
+        self._steps = 0
+        self.mirrors: dict[int, Mirror] = {}
+        self._decoding: dict[int, Mirror] = {}
+        self._resident: dict[int, Mirror] = {}  # who holds GPU blocks
+        self._swapped: dict[int, Mirror] = {}  # who holds CPU blocks
+        self._owners: dict[int, set[int]] = {}  # GPU block -> the requests that hold it
+        self._cpu_owner: dict[int, int] = {}
+        self._contents: dict[int, _Written] = {}  # of full prompt blocks, until they are handed out anew
+
+    # -- what passes the seam -----------------------------------------------------------------------------
+
+    def enter(self, requests: Iterable[Request]) -> None:
+        """Requests arrive, or are cancelled."""
+        for request in requests:
+            self.mirrors.setdefault(request.id, Mirror(request))
+
+    def check(self, step: Step) -> None:
+        """Apply a step."""
+        self._expect(None, "the number of the step", self._steps, step.index)
+        self._leave(step)
+        for request_id, copies in step.swapped_out.items():
+            self._swap_out(self._live(request_id), copies)
+        for request_id, copies in step.swapped_in.items():
+            self._swap_in(self._live(request_id), copies)
+        self._check_copies(step)
+        for request_id, blocks in step.blocks.items():
+            self._append(self._live(request_id), blocks, step.chunks.get(request_id))
+        for request_id, context in step.joined.items():
+            self._join(self._live(request_id), context)
+        self._check_totals(step)
+        for request_id, chunk in step.chunks.items():
+            self._prefill(self._live(request_id), chunk)
+        self._decode(step)
+        for request_id in step.finishing:
+            mirror = self._live(request_id)
+            self._expect(mirror, "output tokens of a request that finishes", mirror.request.max_tokens, mirror.made)
+            self._end(mirror, f"it finished in step {step.index}")
+        self._steps += 1
+
+    def close(self) -> None:
+        """No step will come."""
+        outcomes = {mirror.request.id: mirror.request.outcome for mirror in self.mirrors.values()}
+        lost = [each for each, outcome in outcomes.items() if outcome is None]
+        if lost:
+            raise IntegrityError(f"leaves {len(lost)} requests unserved, and nothing is in flight or to come: {lost}")
+        # Those that stopped or were cancelled after the last step have not been dropped by any.
+        unfinished = [each for each, mirror in self.mirrors.items() if outcomes[each] == LENGTH and not mirror.end]
+        self._expect(None, "requests said to have finished that no step finished", [], unfinished)
+
+    # -- the parts of a step, in their order of effect ----------------------------------------------------
+
+    def _leave(self, step: Step) -> None:
+        for request_id in step.dropped:
+            mirror = self._live(request_id)
+            self._expect(
+                mirror, "whether a dropped request has ended", True, mirror.request.outcome in (STOP, CANCELLED)
+            )
+            self._end(mirror, f"it was dropped in step {step.index} ({mirror.request.outcome})")
+        for request_id in step.preempted:
+            mirror = self._live(request_id)
+            self._free(mirror)
+            mirror.cached = 0
+        holders = (self._resident | self._swapped).items()
+        kept = [request_id for request_id, each in holders if each.request.outcome in (STOP, CANCELLED)]
+        self._expect(None, "requests that have stopped or were cancelled, and still hold blocks", [], kept)
+
+    def _swap_out(self, mirror: Mirror, copies: Copies) -> None:
+        """Exactly the blocks of its cache leave, and all but its newest token are in it: no half prefill is kept."""
+        self._expect(mirror, "tokens in the cache of a request that is swapped out", mirror.known - 1, mirror.cached)
+        leaving = mirror.blocks[: self._blocks_for(mirror.cached)]
+        self._expect(mirror, "blocks that are swapped out", leaving, copies.source)
+        self._expect(mirror, "CPU blocks that they are copied to", len(copies.source), len(copies.target))
+        self._free(mirror)
+        for block in copies.target:
+            self._expect(
+                mirror, f"whether there is a CPU block {block}", True, 0 <= block < self._config.num_cpu_blocks
+            )
+            self._expect(mirror, f"owner of CPU block {block}, which it is given", None, self._cpu_owner.get(block))
+            self._cpu_owner[block] = mirror.request.id
+        mirror.cpu_blocks = [*copies.target]
+        self._swapped[mirror.request.id] = mirror
+
+    def _swap_in(self, mirror: Mirror, copies: Copies) -> None:
+        self._expect(mirror, "CPU blocks that are swapped in", mirror.cpu_blocks, copies.source)
+        self._expect(mirror, "blocks that they are copied to", len(copies.source), len(copies.target))
+        self._free_cpu(mirror)
+        mirror.arrived_in = self._steps
+        self._own(mirror, copies.target)
+
+    def _check_copies(self, step: Step) -> None:
+        """Copies of one step may run in any order between requests, but that all that leave do so first."""
+        out = {block for copies in step.swapped_out.values() for block in copies.target}
+        back = {block for copies in step.swapped_in.values() for block in copies.source}
+        self._expect(None, "CPU blocks that are both read and written", [], sorted(out & back))
+
+    def _append(self, mirror: Mirror, blocks: Sequence[int], chunk: Chunk | None) -> None:
+        """Where the first chunk of a request without blocks starts late, the prefix cache has the blocks before it."""
+        shared = 0
+        if self._config.prefix_caching and chunk and not mirror.blocks:
+            shared, rest = divmod(chunk.start, self._config.block_size)
+            self._expect(mirror, "tokens by which its first chunk misses the start of a block", 0, rest)
+            mirror.cached = chunk.start
+        for place, block in enumerate(blocks[:shared]):
+            self._share(mirror, place, block)
+        self._own(mirror, blocks[shared:])
+
+    def _share(self, mirror: Mirror, place: int, block: int) -> None:
+        written, tokens = self._contents.get(block), (place + 1) * self._config.block_size
+        self._expect(mirror, f"whether block {block}, which it shares, is full", True, written is not None)
+        assert written is not None
+        self._expect(mirror, f"place in the prompt of block {block}, which it shares", place, written.place)
+        same = _begin_alike(mirror.request, written.by, tokens)
+        what = f"whether its first {tokens} tokens are request {written.by.id}'s, who wrote block {block}"
+        self._expect(mirror, what, True, same)
+        self._give(mirror, block)
+
+    def _own(self, mirror: Mirror, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._expect(mirror, f"whether there is a block {block}", True, 0 <= block < self._config.num_blocks)
+            self._expect(mirror, f"owners of block {block}, which it is given", [], sorted(self._owners.get(block, ())))
+            self._contents.pop(block, None)
+            self._give(mirror, block)
+
+    def _give(self, mirror: Mirror, block: int) -> None:
+        self._owners.setdefault(block, set()).add(mirror.request.id)
+        mirror.blocks.append(block)
+        self._resident[mirror.request.id] = mirror
+
+    def _join(self, mirror: Mirror, context: int) -> None:
+        self._expect(mirror, "context of a request that joins", mirror.cached, context)
+        self._expect(mirror, "tokens in the cache of a request that joins", mirror.known - 1, mirror.cached)
+        self._expect(mirror, "whether a request that joins decodes already", False, mirror.request.id in self._decoding)
+        self._at_most(mirror, "step that swapped in a request that joins", self._steps - 1, mirror.arrived_in)
+        self._decoding[mirror.request.id] = mirror
+
+    def _check_totals(self, step: Step) -> None:
+        config = self._config
+        works = bool(step.chunks or step.decodes or step.swapped_in or step.swapped_out)
+        self._expect(None, "whether the step runs anything", True, works)
+        self._at_most(None, "tokens", config.max_batched_tokens, step.prefill_tokens + step.decodes)
+        self._expect(None, "requests that hold blocks", len(self._resident), step.running)
+        self._at_most(None, "requests that hold blocks", config.max_seqs, len(self._resident))
+        self._expect(None, "blocks in use", len(self._owners), step.kv_blocks_used)
+
+    def _prefill(self, mirror: Mirror, chunk: Chunk) -> None:
+        self._expect(mirror, "whether a request with a chunk decodes", False, mirror.request.id in self._decoding)
+        self._expect(mirror, "start of its chunk, which is where its cache ends", mirror.cached, chunk.start)
+        end = chunk.start + chunk.tokens
+        self._at_most(mirror, "end of its chunk", mirror.known, end)
+        self._at_most(mirror, "start of its chunk, lest it be empty", end - 1, chunk.start)
+        self._expect(mirror, "whether its chunk samples", end == mirror.known, chunk.samples)
+        self._cache(mirror, chunk.tokens, makes=chunk.samples)
+        size = self._config.block_size
+        for place in range(chunk.start // size, min(end, mirror.request.prompt_len) // size):
+            self._contents[mirror.blocks[place]] = _Written(mirror.request, place)
+
+    def _decode(self, step: Step) -> None:
+        if not step.decodes:
+            return
+        self._expect(None, "requests that decode", len(self._decoding), step.decodes)
+        contexts = [mirror.cached for mirror in self._decoding.values()]
+        self._expect(None, "sum of the decodes' contexts", sum(contexts), step.kv_tokens)
+        self._expect(None, "sum of their squares", sum(context**2 for context in contexts), step.kv_squares)
+        for mirror in self._decoding.values():
+            self._cache(mirror, 1, makes=True)
+
+    def _cache(self, mirror: Mirror, tokens: int, makes: bool) -> None:
+        first, last = mirror.cached // self._config.block_size, self._blocks_for(mirror.cached + tokens)
+        self._at_most(mirror, "blocks that its tokens take up", len(mirror.blocks), last)
+        for block in mirror.blocks[first:last]:
+            owners = self._owners[block]
+            self._expect(mirror, f"owners of block {block}, which it writes", [mirror.request.id], sorted(owners))
+        mirror.cached += tokens
+        mirror.made += makes
+        self._at_most(mirror, "output tokens", mirror.request.max_tokens, mirror.made)
+
+    # -- accounts -----------------------------------------------------------------------------------------
+
+    def _live(self, request_id: int) -> Mirror:
+        mirror = self.mirrors.get(request_id)
+        if mirror is None:
+            self._fail(f"the step names request {request_id}", "a request that has arrived", "none of that number")
+        if mirror.end:
+            self._fail(f"the step names request {request_id}", "a request that has not ended", mirror.end)
+        return mirror
+
+    def _end(self, mirror: Mirror, how: str) -> None:
+        self._free(mirror)
+        mirror.end = how
+
+    def _free(self, mirror: Mirror) -> None:
+        for block in mirror.blocks:
+            owners = self._owners[block]
+            owners.discard(mirror.request.id)
+            if not owners:
+                del self._owners[block]
+        mirror.blocks = []
+        self._resident.pop(mirror.request.id, None)
+        self._free_cpu(mirror)
+        self._decoding.pop(mirror.request.id, None)
+
+    def _free_cpu(self, mirror: Mirror) -> None:
+        for block in mirror.cpu_blocks:
+            del self._cpu_owner[block]
+        mirror.cpu_blocks = []
+        self._swapped.pop(mirror.request.id, None)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._config.block_size)
+
+    # -- complaints ---------------------------------------------------------------------------------------
+
+    def _expect(self, mirror: Mirror | None, what: str, expected: object, found: object) -> None:
+        if expected != found:
+            self._fail(what if mirror is None else f"request {mirror.request.id}: {what}", expected, found)
+
+    def _at_most(self, mirror: Mirror | None, what: str, limit: int, found: int) -> None:
+        if found > limit:
+            self._fail(what if mirror is None else f"request {mirror.request.id}: {what}", f"at most {limit}", found)
+
+    def _fail(self, what: str, expected: object, found: object) -> NoReturn:
+        raise IntegrityError(
+            f"breaks an invariant in step {self._steps}: {what}\n  expected  {expected}\n  found     {found}"
+        )
+
+
+def _begin_alike(one: Request, other: Request, tokens: int) -> bool:
+    """Whether the first tokens of two prompts are the same: by what the workload says they are, not by hash."""
+    first, second = one.content, other.content
+    if first is None or second is None or first.width != second.width:
+        return False
+    ids = -(-tokens // first.width)
+    return len(first.ids) >= ids and list(first.ids[:ids]) == list(second.ids[:ids])

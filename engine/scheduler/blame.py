@@ -1,0 +1,50 @@
+"""Whose fault it is: the class, file and line of a policy that broke the rules or broke down."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from typing import TYPE_CHECKING
+
+from traces.errors import TandemError
+
+if TYPE_CHECKING:
+    from engine.scheduler.base import Scheduler
+
+
+class PolicyError(TandemError):
+    """A policy did what it may not. Raised with a predicate, such as `preempts request 3, which is not running`; the
+    serving loop puts the policy's name, file and line before it."""
+
+
+def blame(policy: type[Scheduler], error: Exception) -> PolicyError | None:
+    """Say of an exception that ended a serving loop, or kept one from starting, that a policy is at fault.
+
+    Returns:
+        What to raise: the policy's name, its file, the innermost line of its own that was running (if none was, that of
+        its class), and what it did. None if the policy has no part in the exception.
+    """
+    line, involved = _policy_line(policy, error)
+    name = f"{policy.__name__} ({line or _class_line(policy)})"
+    if isinstance(error, PolicyError):
+        return type(error)(f"{name} {error}")
+    return PolicyError(f"{name} raised {type(error).__name__}: {error}") if involved else None
+
+
+def _class_line(policy: type[Scheduler]) -> str:
+    try:
+        return f"{inspect.getsourcefile(policy)}:{inspect.getsourcelines(policy)[1]}"
+    except (OSError, TypeError):  # defined where there is no file, such as an interactive session
+        return policy.__module__
+
+
+def _policy_line(policy: type[Scheduler], error: Exception) -> tuple[str | None, bool]:
+    """The innermost line of the policy's own module in the traceback, and whether any code of the policy is in it."""
+    inherited = {each.__module__ for each in policy.__mro__} - {"abc", "builtins"}
+    line, involved = None, False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__")
+        involved |= module in inherited
+        if module == policy.__module__:
+            line = f"{frame.f_code.co_filename}:{number}"
+    return line, involved
