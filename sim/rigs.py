@@ -272,10 +272,8 @@ class CapturedSteps:
         return fmean(self._meter.padding_us(kind, rows, cycles, rests)[_warm(rests) :])
 
     def _burst(self, one: Pass) -> Batch:
-        cycles, rests = (CYCLES, RESTS) if one.chunks else (BURST, 0)
-        steps = one.steps(self._config.block_size, cycles, rests)
+        steps, counted = burst_steps(one, self._config.block_size)
         requests = one.requests(self._executor.model.vocab_size, len(steps))
-        counted = slice(_warm(rests) * (1 + rests), None, 1 + rests)
         return steps[counted], fmean(self._meter.steps_us(requests, steps)[counted])
 
     def tables(self, measured: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -287,8 +285,7 @@ class CapturedSteps:
 
     def held_out(self) -> Iterator[Batch]:
         """Batches as serving makes them."""
-        slack = CYCLES * (1 + RESTS) + self._config.block_size
-        for one in served_passes(self._config, GPU_HELD_OUT, slack):
+        for one in held_out_passes(self._config):
             yield self._burst(one)
 
     def facts(self) -> dict[str, Any]:
@@ -300,6 +297,17 @@ class CapturedSteps:
             "memory": self._meter.memory(),
             "repeats": f"{ROUNDS} bursts of {BURST - WARM} steps, of {CYCLES - 1} where steps prefill",
         }
+
+
+def held_out_passes(config: ServingConfig) -> list[Pass]:
+    """The batches that a GPU's profile is tested on: the same ones within the same limits."""
+    return served_passes(config, GPU_HELD_OUT, CYCLES * (1 + RESTS) + config.block_size)
+
+
+def burst_steps(one: Pass, block_size: int) -> tuple[list[Step], slice]:
+    """The steps that time a pass, and which of them count."""
+    cycles, rests = (CYCLES, RESTS) if one.chunks else (BURST, 0)
+    return one.steps(block_size, cycles, rests), slice(_warm(rests) * (1 + rests), None, 1 + rests)
 
 
 def _decode_point(one: Pass, unevenness: float) -> Point:
