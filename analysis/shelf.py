@@ -49,8 +49,8 @@ def shelf_tables(rows: list[dict[str, Any]]) -> list[TextTable]:
         ),
         TextTable(
             "Held-out error",
-            "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if no\n"
-            "context was measured. Of whole steps: MAPE on batches that were measured beside the tables.",
+            "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if\n"
+            "no context was measured. Of whole steps: MAPE on batches that are in no table.",
             ("profile", *(table.replace("_", " ") for table in MEASURED), "whole steps"),
             errors,
         ),
