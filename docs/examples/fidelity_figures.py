@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from residuals import COMPUTE_BOUND, MEMORIES_MS, Steps, by_captured_size, memory_correlation, recent_rate, study_steps
 
 from analysis.compare import STATISTICS
@@ -101,6 +101,7 @@ def cdf_figure(folder: Path) -> Figure:
             points = np.sort(values[latency])
             axes.plot(points, np.arange(1, len(points) + 1) / len(points), dashes, lw=width, color=COLOURS[rider])
             axes.set(xscale="log", xlabel=f"{LATENCY_NAMES[latency]}, ms", ylim=(0, 1))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if points[-1] > 30 * points[0] else (1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("share of requests")
