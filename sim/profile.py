@@ -101,7 +101,8 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
 def _check_units(folder: Path, profile: Profile) -> None:
     """Refuse times that are too short for any machine, as milliseconds and seconds are when taken for microseconds."""
     head = min(profile.tables["head"], key=lambda row: row["samples"])
-    weights = 2 * profile.model.vocab_size * profile.model.hidden_size  # bytes, at least
+    model = profile.meta["model"]
+    weights = 2 * model.get("vocab_size", 0) * model.get("hidden_size", 0)  # bytes, at least
     if head["time_us"] * FASTEST_BYTES_PER_US < weights:
         raise TandemError(
             f"{folder}/head.parquet: in {head['time_us']:.3g} µs, for {head['samples']} samples, no machine reads the "
