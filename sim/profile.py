@@ -22,6 +22,7 @@ from engine.model_config import ModelConfig
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 2
+FASTEST_BYTES_PER_US = 50e6  # 50 TB/s: memory that is several times faster than any there is
 SHIPPED = Path(__file__).parent / "profiles"  # hardware/model
 
 # table -> key columns; every table also has `time_us` and `spread` (interquartile range / median of the repeats)
@@ -89,10 +90,24 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
         absent = [column for column in (*keys, "time_us", "spread") if column not in row]
         if absent:
-            raise TandemError(f"profile table {table}: no column {absent[0]}")
+            raise TandemError(
+                f"profile table {table}: no column {absent[0]}, only {', '.join(row)}; times are microseconds"
+            )
         time_us = row["time_us"]
         if not isinstance(time_us, int | float) or not math.isfinite(time_us) or time_us < 0:
             raise TandemError(f"profile table {table}, row {number}: time_us is {time_us}; times are microseconds >= 0")
+
+
+def _check_units(folder: Path, profile: Profile) -> None:
+    """Refuse times that are too short for any machine, as milliseconds and seconds are when taken for microseconds."""
+    head = min(profile.tables["head"], key=lambda row: row["samples"])
+    model = profile.meta["model"]
+    weights = 2 * model.get("vocab_size", 0) * model.get("hidden_size", 0)  # bytes, at least
+    if head["time_us"] * FASTEST_BYTES_PER_US < weights:
+        raise TandemError(
+            f"{folder}/head.parquet: in {head['time_us']:.3g} µs, for {head['samples']} samples, no machine reads the "
+            f"{weights / 1e6:,.0f} MB of the head: are these times in another unit than microseconds?"
+        )
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -120,7 +135,7 @@ def read_profile(folder: Path) -> Profile:
     """Read a profile's folder; `find_profile` says which one is meant by a name.
 
     Raises:
-        TandemError: a file is missing, damaged, or of another schema version.
+        TandemError: a file is missing, damaged, or of another schema version, or times are no microseconds.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -132,10 +147,13 @@ def read_profile(folder: Path) -> Profile:
         if table in OPTIONAL_TABLES and not path.exists():
             continue
         try:
-            tables[table] = pq.read_table(path).to_pylist()
+            with pq.ParquetFile(path) as file:  # `read_table` would import what reads many files, in 50 ms or more
+                tables[table] = file.read().to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-    return Profile(meta, tables)
+    profile = Profile(meta, tables)
+    _check_units(folder, profile)
+    return profile
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -308,15 +308,12 @@ class CapturedSteps:
 
     def held_out(self) -> Iterator[Batch]:
         """Batches as serving makes them, over and over; those that prefill between steps of their decodes alone."""
-        slack = CYCLES * (1 + RESTS) + self._config.block_size
-        for one in served_passes(self._config, GPU_HELD_OUT, slack):
+        for one in held_out_passes(self._config):
             yield self._burst(one)
 
     def _burst(self, one: Pass) -> Batch:
-        cycles, rests, warm = (CYCLES, RESTS, 1) if one.chunks else (BURST, 0, WARM)
-        steps = one.steps(self._config.block_size, cycles, rests)
+        steps, counted = burst_steps(one, self._config.block_size)
         requests = one.requests(self._executor.model.vocab_size, len(steps))
-        counted = slice(warm * (1 + rests), None, 1 + rests)
         return steps[counted], fmean(self._meter.steps_us(requests, steps)[counted])
 
     def facts(self) -> dict[str, Any]:
@@ -328,3 +325,14 @@ class CapturedSteps:
             "memory": self._meter.memory(),
             "repeats": f"{STREAMS} streams of captured steps, {ROUNDS} rounds of operations and attention",
         }
+
+
+def held_out_passes(config: ServingConfig) -> list[Pass]:
+    """The batches that a GPU's profile is tested on: the same ones within the same limits."""
+    return served_passes(config, GPU_HELD_OUT, CYCLES * (1 + RESTS) + config.block_size)
+
+
+def burst_steps(one: Pass, block_size: int) -> tuple[list[Step], slice]:
+    """The steps that time a pass, and which of them count."""
+    cycles, rests, warm = (CYCLES, RESTS, 1) if one.chunks else (BURST, 0, WARM)
+    return one.steps(block_size, cycles, rests), slice(warm * (1 + rests), None, 1 + rests)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from traces.errors import TandemError
 from traces.format import write_trace
 from traces.synthetic import synthetic
 
+ROOT = Path(__file__).parents[1]
 LIMITS = ["--max-seqs", "4", "--max-batched-tokens", "64", "--max-model-len", "64", "--kv-blocks", "40"]
 
 
@@ -73,6 +78,21 @@ def test_a_judged_study_has_a_comparison_for_each_case_and_ranks_the_policies(st
     assert judged == json.loads((study / "study/fidelity.json").read_text())
     tandem("fidelity", "judge", study / "study")
     assert "identical" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_judge_a_study_print_its_residuals_and_draw_it(study, tmp_path):
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/fidelity.md").read_text(), re.DOTALL)
+    folders = {"STUDY": study / "study", "FIGURES": tmp_path / "figures"}
+    for command in block.splitlines():
+        program, *args = (str(folders.get(word, word)) for word in shlex.split(command))
+        binary = Path(sys.executable).with_name(program)
+        done = subprocess.run([binary, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if "residuals.py" in command:
+            assert "chunked_prefill-20" in done.stdout and "The device between steps" in done.stdout
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    shown = re.findall(r"\]\(figures/(.*?)\)", (ROOT / "docs/fidelity.md").read_text())
+    assert drawn == set(shown) == {path.name for path in (ROOT / "docs/figures").iterdir()}
 
 
 def test_a_folder_without_a_study_is_named(tmp_path, monkeypatch, capsys):

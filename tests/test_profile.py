@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -43,6 +45,16 @@ def break_meta(folder, **changes):
     (folder / "meta.yaml").write_text(yaml.safe_dump(meta))
 
 
+def rescale(file, factor):
+    rows = [row | {"time_us": factor * row["time_us"]} for row in pq.read_table(file).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def rename(file):
+    table = pq.read_table(file)
+    pq.write_table(table.rename_columns([name.replace("time_us", "time_ms") for name in table.column_names]), file)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -51,6 +63,8 @@ def break_meta(folder, **changes):
         (lambda folder: break_meta(folder, schema=99), "not profile schema"),
         (lambda folder: (folder / "dense.parquet").unlink(), "dense.parquet"),
         (lambda folder: (folder / "head.parquet").write_bytes(b"PAR1 torn"), "head.parquet"),
+        (lambda folder: rescale(folder / "head.parquet", 1e-3), "head.parquet: .* another unit than microseconds"),
+        (lambda folder: rename(folder / "head.parquet"), "head: no column time_us, only samples, time_ms, .* microsec"),
     ],
 )
 def test_a_damaged_profile_is_refused_by_name(a100, tmp_path, damage, words):

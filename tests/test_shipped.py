@@ -1,0 +1,104 @@
+"""The profiles that ship: small, quick to load, in the order that physics demands, as exact as they say."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import pytest
+
+from engine.config import ServingConfig
+from engine.step import Chunk, Step
+from sim.latency import LatencyModel
+from sim.profile import Profile, read_profile, shipped_profiles
+from sim.profiler import _held_out_error
+from sim.rigs import burst_steps, held_out_passes
+
+CHUNKS = (256, 512, 1024, 2048)
+CONTEXTS = (0, 128, 512, 1024, 2048, 4000)
+SEQUENCES = (1, 8, 32, 64, 128, 256)
+MEASURED = [name for name, folder in shipped_profiles().items() if "measured_us" in (folder / "meta.yaml").read_text()]
+
+
+@pytest.fixture(params=shipped_profiles())
+def shipped(request) -> Profile:
+    return read_profile(shipped_profiles()[request.param])
+
+
+@pytest.fixture
+def h100() -> Profile:
+    return read_profile(shipped_profiles()["h100-80gb/llama-3-8b"])
+
+
+def decodes(sequences: int, context: int) -> Step:
+    return Step(0, decodes=sequences, kv_tokens=sequences * context, kv_squares=sequences * context**2)
+
+
+def attention_us(model: LatencyModel, step: Step) -> float:
+    parts = model.parts_us(step)
+    return parts["prefill_attention"] + parts["decode_attention"]
+
+
+def rises(times: list[float], slack: float = 0.0) -> bool:
+    return all(after >= (1 - slack) * before for before, after in pairwise(times))
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_it_is_small_and_loads_and_gives_its_first_step_in_less_than_100_ms(name):
+    folder = shipped_profiles()[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 64 * 1024
+    read_profile(folder)  # the first Parquet file of a process waits for its library
+    start = time.perf_counter()
+    assert LatencyModel(read_profile(folder)).device_ns(decodes(100, 600)) > 0
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_error_that_it_states_is_its_error_on_the_batches_that_were_held_out(name):
+    profile = read_profile(shipped_profiles()[name])
+    config, stated = ServingConfig(**profile.meta["limits"]), profile.meta["held_out"]
+    bursts = [burst_steps(one, config.block_size) for one in held_out_passes(config)]
+    batches = [(steps[counted], us) for (steps, counted), us in zip(bursts, stated["measured_us"], strict=True)]
+    found = _held_out_error(LatencyModel(profile), batches)
+    assert found["by_kind"] == {kind: pytest.approx(errors) for kind, errors in stated["by_kind"].items()}
+    assert found["mape"] == pytest.approx(stated["mape"]) and stated["mape"] < 0.01
+
+
+def test_large_chunks_attend_for_longer_the_larger_they_are(shipped):
+    model = LatencyModel(shipped)
+    for context in CONTEXTS:
+        steps = [Step(0, chunks={0: Chunk(context, chunk, True)}) for chunk in CHUNKS]
+        assert rises([attention_us(model, step) for step in steps])
+
+
+def test_large_chunks_attend_for_longer_the_more_came_before(shipped):
+    model = LatencyModel(shipped)
+    for chunk in CHUNKS:
+        steps = [Step(0, chunks={0: Chunk(context, chunk, True)}) for context in CONTEXTS]
+        assert rises([attention_us(model, step) for step in steps])
+
+
+def test_decodes_attend_for_longer_the_more_tokens_they_attend_to(shipped):
+    model = LatencyModel(shipped)
+    for sequences in SEQUENCES:
+        contexts = (32, 128, 256, 512, 1024, 2048)
+        assert rises([attention_us(model, decodes(sequences, context)) for context in contexts], slack=0.02)
+
+
+def test_twice_as_many_rows_take_no_less_time(h100):
+    """Coarsely: from one captured size to the next a step may get shorter, as cuBLAS chooses another kernel."""
+    for kind in ("decode", "mixed"):
+        of_kind = {row["rows"]: row["time_us"] for row in h100.tables["graph"] if row["kind"] == kind}
+        assert all(rises([of_kind[rows], of_kind[2 * rows]], slack=0.01) for rows in of_kind if 2 * rows in of_kind)
+        if kind == "mixed":
+            assert of_kind[448] > 1.3 * of_kind[480]  # 448 rows are a hole
+
+
+def test_steps_within_the_limits_are_covered_and_others_counted(h100):
+    model = LatencyModel(h100)
+    model.device_ns(decodes(256, 1000))
+    model.device_ns(Step(0, chunks={0: Chunk(512, 1024, True)}, decodes=100, kv_tokens=60_000, kv_squares=4 * 10**7))
+    assert model.lookups.total() >= 7 and not model.outside
+    model.device_ns(decodes(300, 1000))
+    model.device_ns(Step(0, chunks={0: Chunk(0, 8, True)}))
+    assert set(model.outside) == {"head", "decode_attention", "prefill_attention"}
