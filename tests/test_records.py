@@ -1,0 +1,109 @@
+"""What a simulation writes down, to the last value: a faster loop, recorder or latency model may not change a record.
+
+Where a change of behaviour is meant, `python tests/test_records.py` prints what to put into `EXPECTED`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from engine.config import ServingConfig
+from engine.graph_sizes import GraphSizes
+from engine.recorder import Recorder
+from sim.profile import Profile, find_profile, read_profile
+from sim.simulate import predict
+from traces.arrivals import assign_arrivals
+from traces.format import read_trace
+from traces.request import TraceRequest
+
+LENGTHS = Path(__file__).parents[1] / "docs/data/sharegpt-lengths.parquet"
+REQUESTS, RATE = 200, 12.0
+POLICIES = ("chunked_prefill", "fcfs", "prefill_first")
+CASES = [*product(POLICIES, (1, 2), (0, 200))]  # policy, depth, KV blocks in host memory
+
+EXPECTED: dict[tuple[str, int, int], str] = {
+    ("chunked_prefill", 1, 0): "0540284d6becb1fa",
+    ("chunked_prefill", 1, 200): "b16757e10a504e7f",
+    ("chunked_prefill", 2, 0): "fd5605e86b7f22da",
+    ("chunked_prefill", 2, 200): "39a262b4148c377f",
+    ("fcfs", 1, 0): "e5ec070355a9d8bc",
+    ("fcfs", 1, 200): "de4ef766c78c7b9b",
+    ("fcfs", 2, 0): "214b264c91e07887",
+    ("fcfs", 2, 200): "0d6cab8beb2e9fa6",
+    ("prefill_first", 1, 0): "daff0bdc1b206330",
+    ("prefill_first", 1, 200): "c6564848708f1fe0",
+    ("prefill_first", 2, 0): "88b56b715d7a21a9",
+    ("prefill_first", 2, 200): "a698f4dc5ac9bdc8",
+}
+
+
+@cache
+def workload() -> list[TraceRequest]:
+    """ShareGPT lengths: of five requests, three stop before their max_tokens; one of eleven is cancelled."""
+    trace = read_trace(LENGTHS)
+    timed = assign_arrivals(replace(trace, requests=trace.requests[:REQUESTS]), "poisson", rate=RATE, seed=0)
+    return [
+        replace(
+            each,
+            max_tokens=each.output_len + each.id % 5 // 2 * 40,
+            cancel_ns=each.arrival_ns + 2_000_000_000 if each.id % 11 == 5 else None,
+            client=f"client {each.id % 3}",
+        )
+        for each in timed.requests
+    ]
+
+
+def captured(profile: Profile) -> Profile:
+    """The profile of an executor that captures graphs: of steps that attend to nothing, up to half its token budget."""
+    sizes = GraphSizes.within(max_seqs=64, max_batched_tokens=512)
+    rows = [
+        {"kind": kind, "rows": rows, "time_us": 5000.0 + 17.3 * rows, "spread": 0.0}
+        for kind in ("decode", "mixed")
+        for rows in getattr(sizes, kind)
+    ]
+    graphs = {name: getattr(sizes, name) for name in sizes.__slots__}
+    return Profile(profile.meta | {"graphs": graphs}, profile.tables | {"graph": rows})
+
+
+@cache
+def profiles() -> list[Profile]:
+    """Two that ship, one of which minds uneven contexts, and a captured one."""
+    even, uneven = (read_profile(find_profile(Path(name) / "llama-3-8b")) for name in ("a100-80gb", "rtx4090"))
+    return [even, uneven, captured(uneven)]
+
+
+def record_digest(policy: str, depth: int, cpu_blocks: int) -> str:
+    """Of all tables of a run on each profile, KV blocks scarce."""
+    config = ServingConfig(
+        num_blocks=400,
+        max_seqs=64,
+        max_batched_tokens=1024,
+        scheduler=policy,
+        pipeline_depth=depth,
+        num_cpu_blocks=cpu_blocks,
+    )
+    sha = hashlib.sha256()
+    for profile in profiles():
+        recorder = Recorder()
+        coverage = predict(workload(), config, profile, recorder)
+        tables = recorder.tables()
+        assert sum(tables["requests"]["preemptions"].to_pylist()) > 20
+        assert bool(cpu_blocks) == (sum(tables["requests"]["swaps"].to_pylist()) > 0)
+        sha.update(repr((sorted(coverage.items()), [table.to_pydict() for table in tables.values()])).encode())
+    return sha.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_simulation_records_what_it_always_did(case):
+    assert record_digest(*case) == EXPECTED[case]
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        print(f'    {case}: "{record_digest(*case)}",')
