@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.records import tables_from_rows
+from engine.records import NULL, Rows
 from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Copies, Step
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Life:
-    """One request's history, in times (ns) and step numbers; None is 'not yet'."""
+    """One request's history; None is 'not yet'."""
 
     request: Request
     delivered_ns: int
     cancel_ns: int | None = None
     first_scheduled_ns: int | None = None
-    first_token_step: int | None = None
-    last_token_step: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
     output_len: int | None = None
     decodes_from: int = 0
     context: int = 0
@@ -42,10 +43,9 @@ class Recorder:
         self.ended = 0
         self._lives: dict[int, _Life] = {}
         self._decoding: dict[int, _Life] = {}
-        self._steps: list[tuple[Any, ...]] = []
-        self._completions: list[Completion] = []
-        self._spans: list[tuple[Any, ...]] = []
-        self._iterations: list[tuple[Any, ...]] = []
+        self._in_flight: deque[tuple[Step, tuple[int, int, int]]] = deque()
+        self._last_step = -1
+        self._steps, self._spans, self._iterations = Rows("steps"), Rows("spans"), Rows("iterations")
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
@@ -57,13 +57,8 @@ class Recorder:
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
-        times = (now, launch.planned_ns, launch.launched_ns)
-        load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting)
-        out, back = step.swapped_out, step.swapped_in
-        lost = (len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0)
-        self._steps.append(
-            (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load, *lost)
-        )
+        self._in_flight.append((step, (now, *launch)))
+        self._last_step = step.index
         if not step.is_steady:
             self._track(step, now)
 
@@ -75,66 +70,76 @@ class Recorder:
             life.decodes_from, life.context = step.index, context
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
-            self._spans.append((request_id, step.index, step.index, "prefill", *chunk))
+            self._spans.append_any((request_id, step.index, step.index, "prefill", *chunk))
             if life.first_scheduled_ns is None:
                 life.first_scheduled_ns = now
-            if chunk.samples and life.first_token_step is None:
-                life.first_token_step = step.index
         for request_id in step.finishing:
             self._close_span(request_id, step.index)
-            self._lives[request_id].last_token_step = step.index
         self.ended += len(step.finishing)
 
     def _close_span(self, request_id: int, last_step: int) -> None:
         life = self._decoding.pop(request_id, None)
         if life is not None and last_step >= life.decodes_from:
-            self._spans.append((request_id, life.decodes_from, last_step, "decode", life.context, 1, True))
+            self._spans.append_any((request_id, life.decodes_from, last_step, "decode", life.context, 1, True))
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
-        self._completions.append(completion)
-        self.ended += len(completion.stops)
+        step, times = self._in_flight.popleft()
+        self._append_step(step, times, completion)
+        for request_id, chunk in step.chunks.items():
+            life = self._lives[request_id]
+            if chunk.samples and life.first_token_ns is None:
+                life.first_token_ns = completion.completed_ns
+        for request_id in step.finishing:
+            life = self._lives[request_id]
+            if life.output_len is None:  # else an earlier step has shown that it had stopped
+                life.last_token_ns = completion.completed_ns
         for stop in completion.stops:
             life = self._lives[stop.request_id]
-            life.last_token_step, life.output_len = completion.step, stop.output_len
+            life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
+        self.ended += len(completion.stops)
+
+    def _append_step(self, step: Step, times: tuple[int, int, int], completion: Completion) -> None:
+        out, back = step.swapped_out, step.swapped_in
+        self._steps.append(
+            *(step.index, step.digest, *times),
+            *(step.prefill_tokens, len(step.chunks), step.decodes),
+            *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
+            *(len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0),
+            *(completion.completed_ns, completion.device_start_ns, completion.device_ns),
+        )
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
         """One turn of the loop is over."""
-        launched = (step.index, launch.planned_ns, launch.launched_ns) if step and launch else (None, None, None)
-        completed = (completion.step, completion.completed_ns) if completion else (None, None)
-        self._iterations.append((now, events, *launched, *completed))
+        launched = (step.index, *launch) if step and launch else (NULL, NULL, NULL)
+        completed = completion[:2] if completion else (NULL, NULL)
+        self._iterations.append(now, events, *launched, *completed)
 
     def tables(self) -> dict[str, pa.Table]:
         """The run so far. A run that was interrupted is whole up to its last completed step."""
         for request_id in tuple(self._decoding):
-            self._close_span(request_id, len(self._steps) - 1)
-        steps = [
-            (*step, completion.completed_ns, completion.device_start_ns, completion.device_ns)
-            for step, completion in zip(self._steps, self._completions, strict=False)
-        ]
-        requests = [self._request_row(life) for life in self._lives.values()]
-        return tables_from_rows(
-            {"requests": requests, "steps": steps, "spans": self._spans, "iterations": self._iterations}
-        )
+            self._close_span(request_id, self._last_step)
+        requests = Rows("requests")
+        for life in self._lives.values():
+            requests.append_any(self._request_row(life))
+        rows = {"requests": requests, "steps": self._steps, "spans": self._spans, "iterations": self._iterations}
+        return {name: table.table() for name, table in rows.items()}
 
-    def _request_row(self, life: _Life) -> tuple[Any, ...]:
+    @staticmethod
+    def _request_row(life: _Life) -> tuple[Any, ...]:
         request = life.request
         generated = request.generated
         output_len = generated if life.output_len is None else life.output_len
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
-            *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
+            *(life.first_token_ns, life.last_token_ns),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
             *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
             *(request.priority, request.client),
         )
-
-    def _time_of(self, step: int | None) -> int | None:
-        known = step is not None and step < len(self._completions)
-        return self._completions[step].completed_ns if known and step is not None else None
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:

@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.step import DIGEST_BYTES
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 2
+
+NULL = -(2**63)  # None, in a packed row
+_CODES = {"int64": "q", "string": "q", "bool": "q", "binary": f"{DIGEST_BYTES}s"}  # struct's
+_NUMPY = {"int64": "<i8", "string": "<i8", "bool": "<i8", "binary": f"V{DIGEST_BYTES}"}
 
 _INT = "int64"
 COLUMNS: dict[str, dict[str, str]] = {
@@ -85,16 +94,59 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-def tables_from_rows(rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> dict[str, pa.Table]:
-    """Turn rows, their fields in the order of `COLUMNS`, into Arrow tables."""
-    import pyarrow as pa
+class Rows:
+    """One table's rows on their way to Arrow, packed: eight bytes for each value of a row, however long the run."""
 
-    tables = {}
-    for name, columns in COLUMNS.items():
-        values = list(zip(*rows[name], strict=True)) or [()] * len(columns)
-        arrays = [pa.array(column, kind) for column, kind in zip(values, columns.values(), strict=True)]
-        tables[name] = pa.table(arrays, names=list(columns))
-    return tables
+    def __init__(self, table: str) -> None:
+        self._columns = COLUMNS[table]
+        self._pack = struct.Struct("<" + "".join(_CODES[kind] for kind in self._columns.values())).pack
+        self._packed = bytearray()
+        self._words: dict[str, int] = {}  # strings are packed as numbers
+
+    def append(self, *row: int | bytes) -> None:
+        """Add a row of numbers and bytes, in the order of `COLUMNS`; `NULL` stands for None."""
+        self._packed += self._pack(*row)
+
+    def append_any(self, row: Sequence[Any]) -> None:
+        """Add a row that may hold strings and None."""
+        self.append(*map(self._number, row))
+
+    def _number(self, value: Any) -> int | bytes:
+        if isinstance(value, str):
+            return self._words.setdefault(value, len(self._words))
+        return NULL if value is None else value
+
+    def table(self) -> pa.Table:
+        """All rows so far."""
+        import pyarrow as pa
+
+        layout = np.dtype([(name, _NUMPY[kind]) for name, kind in self._columns.items()])
+        rows = np.frombuffer(bytes(self._packed), layout)
+        arrays = [self._array(np.ascontiguousarray(rows[name]), kind) for name, kind in self._columns.items()]
+        return pa.table(arrays, names=list(self._columns))
+
+    def _array(self, values: NDArray[Any], kind: str) -> pa.Array:
+        import pyarrow as pa
+
+        if kind == "binary":
+            of_digests = pa.binary(DIGEST_BYTES)
+            return pa.Array.from_buffers(of_digests, len(values), [None, pa.py_buffer(values)]).cast(kind)
+        if kind == "bool":
+            return pa.array(values.astype(bool))
+        null = values == NULL
+        numbers = pa.array(values, mask=null if null.any() else None)
+        if kind == "string":
+            return pa.DictionaryArray.from_arrays(numbers, pa.array(self._words, "string")).cast(kind)
+        return numbers
+
+
+def tables_from_rows(rows: Mapping[str, Iterable[Sequence[Any]]]) -> dict[str, pa.Table]:
+    """Turn rows, their fields in the order of `COLUMNS`, into Arrow tables."""
+    packed = {name: Rows(name) for name in COLUMNS}
+    for name, table in packed.items():
+        for row in rows[name]:
+            table.append_any(row)
+    return {name: table.table() for name, table in packed.items()}
 
 
 @dataclass(slots=True)

@@ -38,23 +38,22 @@ class SimBackend:
 
     def launch(self, step: Step) -> simpy.Event:
         """Takes the host's time; the device works on in the background."""
-        launch, resume_ns = self._timing.launch(step, self.now())
+        now = self.now()
+        launch, resume_ns = self._timing.launch(step, now)
         self._in_flight.append((step.index, self._endings.shown_by(step)))
-        return self._until(resume_ns, launch)
+        return self._env.timeout(resume_ns - now, launch)
 
     def complete(self) -> simpy.Event:
         """Waits for the oldest step in flight."""
         index, stops = self._in_flight.popleft()
-        work, resume_ns = self._timing.complete(self.now())
-        return self._until(resume_ns, Completion(index, *work, stops))
+        now = self.now()
+        work, resume_ns = self._timing.complete(now)
+        return self._env.timeout(resume_ns - now, Completion(index, *work, stops))
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""
         due_ns = self._events.next_ns
-        return None if due_ns is None else self._until(self._timing.wake(due_ns))
-
-    def _until(self, time_ns: int, value: object = None) -> simpy.Event:
-        return self._env.timeout(time_ns - self.now(), value)
+        return None if due_ns is None else self._env.timeout(self._timing.wake(due_ns) - self.now())
 
 
 class Endings:
