@@ -43,7 +43,7 @@ class Recorder:
         self.ended = 0
         self._lives: dict[int, _Life] = {}
         self._decoding: dict[int, _Life] = {}
-        self._in_flight: deque[tuple[Step, tuple[int, int, int]]] = deque()
+        self._in_flight: deque[tuple[Step, int, Launch]] = deque()
         self._last_step = -1
         self._steps, self._spans, self._iterations = Rows("steps"), Rows("spans"), Rows("iterations")
 
@@ -57,7 +57,7 @@ class Recorder:
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
-        self._in_flight.append((step, (now, *launch)))
+        self._in_flight.append((step, now, launch))
         self._last_step = step.index
         if not step.is_steady:
             self._track(step, now)
@@ -84,8 +84,8 @@ class Recorder:
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
-        step, times = self._in_flight.popleft()
-        self._append_step(step, times, completion)
+        step, now, launch = self._in_flight.popleft()
+        self._append_step(step, now, launch, completion)
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
             if chunk.samples and life.first_token_ns is None:
@@ -99,10 +99,10 @@ class Recorder:
             life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
         self.ended += len(completion.stops)
 
-    def _append_step(self, step: Step, times: tuple[int, int, int], completion: Completion) -> None:
+    def _append_step(self, step: Step, now: int, launch: Launch, completion: Completion) -> None:
         out, back = step.swapped_out, step.swapped_in
         self._steps.append(
-            *(step.index, step.digest, *times),
+            *(step.index, step.digest, now, *launch),
             *(step.prefill_tokens, len(step.chunks), step.decodes),
             *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
             *(len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0),

@@ -30,7 +30,8 @@ class SimBackend:
 
     def now(self) -> int:
         """Simulated nanoseconds."""
-        return int(self._env.now)
+        now: int = self._env.now
+        return now
 
     def due(self, now: int) -> list[Event]:
         """Events due by `now`."""

@@ -116,10 +116,11 @@ class Scheduler(ABC):
         if not self._decode_planned and len(self.decoding) > self.budget:
             return False
         self._decode_planned = True
-        due, self._out_of_block = self._out_of_block, {}
-        for request_id in due:
-            if request_id in self.decoding and self._grow(request := self.running[request_id], 1):
-                self._watch_blocks(request)
+        if self._out_of_block:
+            due, self._out_of_block = self._out_of_block, {}
+            for request_id in due:
+                if request_id in self.decoding and self._grow(request := self.running[request_id], 1):
+                    self._watch_blocks(request)
         return True
 
     def preempt(self, request: Request) -> None:
@@ -160,7 +161,8 @@ class Scheduler(ABC):
     def schedule(self, now: int) -> Step | None:
         """Plan the next step, or None if there is nothing to run."""
         self._decode_planned = self._preempted_now = False
-        self._start_decoding()
+        if self._ready:
+            self._start_decoding()
         self.plan(now)
         return self._seal()
 
@@ -227,15 +229,17 @@ class Scheduler(ABC):
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
         missing = self.pool.blocks_for(request.computed + tokens) - len(request.blocks)
+        if missing <= 0:
+            return True
         while missing > self.pool.free:
             victim = self.victim()
             self.preempt(victim)
             if victim is request:
                 return False
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
-            request.blocks += blocks
-            self._step.blocks.setdefault(request.id, []).extend(blocks)
+        blocks = self.pool.allocate(missing)
+        request.blocks += blocks
+        if (given := self._step.blocks.setdefault(request.id, blocks)) is not blocks:
+            given += blocks
         return True
 
     def _leave(self, request: Request) -> None:
@@ -277,14 +281,14 @@ class Scheduler(ABC):
 
     def _seal(self) -> Step | None:
         """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
-        step = self._step
-        step.decodes = len(self.decoding) if self._decode_planned else 0
-        if not (step.chunks or step.decodes or step.swapped_in or step.swapped_out):
+        step, decoding = self._step, self.decoding
+        step.decodes = len(decoding) if self._decode_planned else 0
+        if not (step.decodes or step.chunks or step.swapped_in or step.swapped_out):
             return None
         for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
             self.cpu_pool.release(copies.source)
         if step.decodes:
-            step.kv_tokens, step.kv_squares = self.decoding.kv_tokens, self.decoding.kv_squares
+            step.kv_tokens, step.kv_squares = decoding.kv_tokens, decoding.kv_squares
         step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
         self._count_progress(step)
         step.digest = self._digest = chain_digest(self._digest, step)
