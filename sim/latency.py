@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
@@ -20,7 +20,8 @@ of prefill chunks, of decodes were their contexts all alike, and what their unev
 _Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
 
 
-class _Decodes(NamedTuple):
+@dataclass(slots=True)
+class _Decodes:
     """What is known of steps that decode so many sequences, before their contexts are.
 
     Attributes:
@@ -28,42 +29,64 @@ class _Decodes(NamedTuple):
         asked: the tables that these come from.
         curves: attention by mean context, for each level of unevenness.
         measured: the ranges of the mean context that the table covers.
+        alone: how many steps did nothing else.
+        attended: how many steps asked for the attention,
+        outside: and how many of them outside those ranges.
     """
 
     without_us: tuple[float, float, float]
     asked: list[_Asked]
     curves: list[Curve]
     measured: list[tuple[float, float]]
+    alone: int = 0
+    attended: int = 0
+    outside: int = 0
 
 
 class LatencyModel:
-    """Sums a step's parts.
-
-    Attributes:
-        lookups: how often each table was asked.
-        outside: how often each table was asked outside what was measured, and extrapolated.
-    """
+    """Sums a step's parts. What follows from the number of decoding sequences alone is looked up once for each."""
 
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
-        self.lookups: Counter[str] = Counter()
-        self.outside: Counter[str] = Counter()
+        self._asked: Counter[_Asked] = Counter()  # but for what `_Decodes` count
         tables = profile.tables
         self._ignored = [PARTS.index(part) for part in PARTS if part in ignore]
         self._dense = _sum_of(list(_curves(tables["dense"], "op", "tokens").values()))
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
         self._levels, self._decode = _decode_surfaces(tables["decode_attention"])
-        self._decodes: dict[int, _Decodes] = {}  # in a run many steps have the same number of sequences
+        self._decodes: dict[int, _Decodes] = {}
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
         self._graph = _curves(tables.get("graph", ()), "kind", "rows")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
         # In a captured step all chunks attend at once: what even the smallest costs is spent once.
         self._prefill_floor = min(row["time_us"] for row in tables["prefill_attention"]) if self._graph else 0.0
 
+    @property
+    def lookups(self) -> Counter[str]:
+        """How often each table was asked."""
+        return self._counts({True, False})
+
+    @property
+    def outside(self) -> Counter[str]:
+        """How often each table was asked outside what was measured, and extrapolated."""
+        return self._counts({False})
+
+    def _counts(self, covered: Collection[bool]) -> Counter[str]:
+        asked = self._asked.copy()
+        for batch in self._decodes.values():
+            asked.update(dict.fromkeys(batch.asked, batch.alone))
+            asked["decode_attention", True] += batch.attended - batch.outside
+            asked["decode_attention", False] += batch.outside
+        counts: Counter[str] = Counter()
+        for (table, is_covered), count in asked.items():
+            if count and is_covered in covered:
+                counts[table] += count
+        return counts
+
     def device_ns(self, step: Step) -> int:
         """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
-        if step.kind == "swap":
+        if not step.decodes and step.kind == "swap":
             return self.copies_ns(step)
         parts = self._parts_us(step)
         dense, head, padding, prefill, decode, skew = parts
@@ -79,11 +102,11 @@ class LatencyModel:
     def _parts_us(self, step: Step) -> tuple[float, ...]:
         if not step.chunks:
             batch = self._decodes_of(step.decodes)
-            self._count(batch.asked)
+            batch.alone += 1
             return *batch.without_us, 0.0, *self._attention_us(step, batch)
         samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
         without_us, asked = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
-        self._count(asked)
+        self._asked.update(asked)
         decode_us = self._attention_us(step, self._decodes_of(step.decodes)) if step.decodes else (0.0, 0.0)
         return *without_us, self._prefill_us(step), *decode_us
 
@@ -122,13 +145,13 @@ class LatencyModel:
                 "measure the profile with --cpu-blocks, or simulate with --cpu-blocks 0"
             )
         blocks, curve = sum(len(copies.source) for copies in swaps.values()), self._swap[direction]
-        self._count([("swap", curve.covers(blocks))])
+        self._asked["swap", curve.covers(blocks)] += 1
         return curve(blocks)
 
     def _prefill_us(self, step: Step) -> float:
         time_us = 0.0
         for start, tokens, _ in step.chunks.values():
-            self._count([("prefill_attention", self._prefill.covers(tokens, start))])
+            self._asked["prefill_attention", self._prefill.covers(tokens, start)] += 1
             time_us += max(0.0, self._prefill(tokens, start) - self._prefill_floor)
         return time_us + self._prefill_floor
 
@@ -137,21 +160,20 @@ class LatencyModel:
         sequences, levels = step.decodes, self._levels
         context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
         even = batch.curves[0](context)
-        self._count([("decode_attention", any(low <= context <= high for low, high in batch.measured))])
+        batch.attended += 1
+        for low, high in batch.measured:
+            if low <= context <= high:
+                break
+        else:
+            batch.outside += 1
         if len(levels) == 1:
             return even, 0.0
         squares = step.kv_squares + 2 * step.kv_tokens + sequences
         unevenness = min(squares / sequences / context**2, levels[-1])
         right = bisect_right(levels, unevenness, 1, len(levels) - 1)
         low, high = levels[right - 1], levels[right]
-        below, above = (curve(context) for curve in batch.curves[right - 1 : right + 1])
+        below, above = batch.curves[right - 1](context), batch.curves[right](context)
         return even, max(0.0, below + (unevenness - low) * (above - below) / (high - low)) - even
-
-    def _count(self, asked: Iterable[_Asked]) -> None:
-        for table, covered in asked:
-            self.lookups[table] += 1
-            if not covered:
-                self.outside[table] += 1
 
 
 def _curves(rows: Collection[Mapping[str, float]], name: str, axis: str) -> dict[str, Curve]:

@@ -66,7 +66,7 @@ class ProfiledTiming:
             # Later compute is held up too, should this step have none: `CopyOrder` names what to wait for once.
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
-        if step.kind == "swap":
+        if not step.decodes and step.kind == "swap":
             start = self._copies_free_ns - device_ns
         else:
             start = max(launched, self._device_free_ns)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from engine.config import ServingConfig
@@ -66,9 +66,12 @@ class Scheduler(ABC):
         """Whether a victim goes to host memory, there being room, rather than be recomputed."""
         return True
 
-    def queue(self) -> Iterator[Request]:
+    def queue(self) -> Iterable[Request]:
         """First-come-first-served candidates for prefill: incomplete prefills, then the head of `waiting` for as
         long as the head is admitted."""
+        return self._candidates() if self.waiting or self.prefilling else ()
+
+    def _candidates(self) -> Iterator[Request]:
         yield from tuple(self.prefilling.values())
         while self.waiting:
             head = next(iter(self.waiting.values()))
