@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.records import NULL, Rows
+from engine.records import NULL, Row, tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Copies, Step
 
@@ -45,7 +45,9 @@ class Recorder:
         self._decoding: dict[int, _Life] = {}
         self._in_flight: deque[tuple[Step, int, Launch]] = deque()
         self._last_step = -1
-        self._steps, self._spans, self._iterations = Rows("steps"), Rows("spans"), Rows("iterations")
+        self._steps: list[Row] = []
+        self._spans: list[Row] = []
+        self._iterations: list[Row] = []
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
@@ -70,7 +72,7 @@ class Recorder:
             life.decodes_from, life.context = step.index, context
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
-            self._spans.append_any((request_id, step.index, step.index, "prefill", *chunk))
+            self._spans.append((request_id, step.index, step.index, "prefill", *chunk))
             if life.first_scheduled_ns is None:
                 life.first_scheduled_ns = now
         for request_id in step.finishing:
@@ -80,12 +82,21 @@ class Recorder:
     def _close_span(self, request_id: int, last_step: int) -> None:
         life = self._decoding.pop(request_id, None)
         if life is not None and last_step >= life.decodes_from:
-            self._spans.append_any((request_id, life.decodes_from, last_step, "decode", life.context, 1, True))
+            self._spans.append((request_id, life.decodes_from, last_step, "decode", life.context, 1, True))
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
         step, now, launch = self._in_flight.popleft()
-        self._append_step(step, now, launch, completion)
+        out, back = step.swapped_out, step.swapped_in
+        self._steps.append(
+            (
+                *(step.index, step.digest, now, *launch),
+                *(step.prefill_tokens, len(step.chunks), step.decodes),
+                *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
+                *(len(step.preempted) + len(out), _blocks(out), _blocks(back)),
+                *completion[1:4],
+            )
+        )
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
             if chunk.samples and life.first_token_ns is None:
@@ -99,33 +110,22 @@ class Recorder:
             life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
         self.ended += len(completion.stops)
 
-    def _append_step(self, step: Step, now: int, launch: Launch, completion: Completion) -> None:
-        out, back = step.swapped_out, step.swapped_in
-        self._steps.append(
-            *(step.index, step.digest, now, *launch),
-            *(step.prefill_tokens, len(step.chunks), step.decodes),
-            *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
-            *(len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0),
-            *(completion.completed_ns, completion.device_start_ns, completion.device_ns),
-        )
-
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
         """One turn of the loop is over."""
         launched = (step.index, *launch) if step and launch else (NULL, NULL, NULL)
         completed = completion[:2] if completion else (NULL, NULL)
-        self._iterations.append(now, events, *launched, *completed)
+        self._iterations.append((now, events, *launched, *completed))
 
     def tables(self) -> dict[str, pa.Table]:
         """The run so far. A run that was interrupted is whole up to its last completed step."""
         for request_id in tuple(self._decoding):
             self._close_span(request_id, self._last_step)
-        requests = Rows("requests")
-        for life in self._lives.values():
-            requests.append_any(self._request_row(life))
-        rows = {"requests": requests, "steps": self._steps, "spans": self._spans, "iterations": self._iterations}
-        return {name: table.table() for name, table in rows.items()}
+        requests = [self._request_row(life) for life in self._lives.values()]
+        return tables_from_rows(
+            {"requests": requests, "steps": self._steps, "spans": self._spans, "iterations": self._iterations}
+        )
 
     @staticmethod
     def _request_row(life: _Life) -> tuple[Any, ...]:
@@ -143,4 +143,4 @@ class Recorder:
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:
-    return sum(len(copies.source) for copies in swaps.values())
+    return sum(len(copies.source) for copies in swaps.values()) if swaps else 0
