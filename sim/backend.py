@@ -81,8 +81,7 @@ class Endings:
             (request_id, chunk.start + chunk.tokens) for request_id, chunk in step.chunks.items() if chunk.samples
         ]
         if step.decodes:
-            ringing = self._decoding.advance()
-            cached += [(each, self._decoding.context(each)) for each in ringing if each in self._decoding]
+            cached += self._decoding.advance().items()
         for request_id in step.finishing:
             self._decoding.discard(request_id)
         return [Stop(each, self._last_context[each][1]) for each, context in cached if self._ends_at(each, context)]

@@ -122,8 +122,8 @@ class Scheduler(ABC):
         if self._out_of_block:
             due, self._out_of_block = self._out_of_block, {}
             for request_id in due:
-                if request_id in self.decoding and self._grow(request := self.running[request_id], 1):
-                    self._watch_blocks(request)
+                if request_id in self.decoding and self._grow(self.running[request_id], 1):
+                    self.decoding.wake(request_id, self.config.block_size)
         return True
 
     def preempt(self, request: Request) -> None:
@@ -269,18 +269,11 @@ class Scheduler(ABC):
                 request.start_decoding(self.decoding)
                 self._step.joined[request.id] = request.computed
                 self.decoding.wake(request.id, request.max_tokens - request.generated)
-                self._watch_blocks(request)
+                if room := len(request.blocks) * self.config.block_size - request.computed:
+                    self.decoding.wake(request.id, room)
+                else:
+                    self._out_of_block[request.id] = None
         self._ready = []
-
-    def _room(self, request: Request) -> int:
-        return len(request.blocks) * self.config.block_size - request.computed
-
-    def _watch_blocks(self, request: Request) -> None:
-        """Have a decoding request looked at again when its blocks are full."""
-        if room := self._room(request):
-            self.decoding.wake(request.id, room)
-        else:
-            self._out_of_block[request.id] = None
 
     def _seal(self) -> Step | None:
         """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
@@ -305,11 +298,11 @@ class Scheduler(ABC):
                 request.sampled()
                 self._ready.append(request)
                 self._finish_at_length(request, step)
-        for request_id in self.decoding.advance() if step.decodes else ():
-            if request_id in self.decoding:
-                request = self.running[request_id]
-                if not self._finish_at_length(request, step) and not self._room(request):
-                    self._out_of_block[request_id] = None
+        ringing = self.decoding.advance() if step.decodes else {}
+        for request_id, context in ringing.items():
+            request = self.running[request_id]
+            if not self._finish_at_length(request, step) and context == len(request.blocks) * self.config.block_size:
+                self._out_of_block[request_id] = None
 
     def _finish_at_length(self, request: Request, step: Step) -> bool:
         if request.generated < request.max_tokens:
