@@ -6,7 +6,7 @@ may not know which rider wrote the records. Everything is an array operation: no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ LATENCIES = REQUEST_LATENCIES | {"itl": "inter-token latency: every gap between 
 
 STATISTICS = ("mean", "std", "median", "p50", "p90", "p99")
 """Percentiles interpolate linearly; p99 is None below `P99_REQUESTS` requests."""
+PERCENTILES = (50, 90, 99)
 
 TOTALS = {
     "completed": "requests that ended by length or stop token",
@@ -93,19 +94,38 @@ def token_times(run: RunRecords) -> TokenTimes:
     decodes. Tokens past a request's `output_len` (made after its stop token) are left out, and so are tokens of
     steps that had not completed when the records end.
     """
+    made = _stretches(run)
+    return TokenTimes(np.repeat(made.request, made.end - made.begin), made.time_ns[_ranges(made.begin, made.end)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretches:
+    """Tokens of one request in a row, sorted by request, then time: `time_ns[begin:end]` of `request`."""
+
+    time_ns: Ints  # of the steps that decode, then of each token that a prefill made
+    request: Ints
+    begin: Ints
+    end: Ints
+
+
+def _stretches(run: RunRecords) -> _Stretches:
     steps = run.tables["steps"]
     completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
     spans = run.tables["spans"].filter(run.tables["spans"]["samples"])
-    prefill = (spans["kind"].to_numpy() == "prefill") & (column(spans, "first_step") < len(completed_ns))
-    prefills, decodes = spans.filter(prefill), spans.filter(spans["kind"].to_numpy() == "decode")
-    begin = np.searchsorted(decode_steps, column(decodes, "first_step"), "left")
-    end = np.searchsorted(decode_steps, column(decodes, "last_step"), "right")
-    request = np.concatenate([column(prefills, "request"), np.repeat(column(decodes, "request"), end - begin)])
-    step = np.concatenate([column(prefills, "first_step"), decode_steps[_ranges(begin, end)]])
-    order = np.lexsort((step, request))
-    request, step = request[order], step[order]
-    counts = _rank(request) < _output_len(run.tables["requests"], request)
-    return TokenTimes(request[counts], completed_ns[step[counts]])
+    is_prefill = _is_in(spans["kind"], ["prefill"])
+    request, first, last = (column(spans, name) for name in ("request", "first_step", "last_step"))
+    prefilled = first[is_prefill & (first < len(completed_ns))]
+    number = len(decode_steps) + np.cumsum(is_prefill) - 1  # of a prefill's token in `time_ns`
+    begin = np.where(is_prefill, number, np.searchsorted(decode_steps, first, "left"))
+    end = np.where(is_prefill, number + (first < len(completed_ns)), np.searchsorted(decode_steps, last, "right"))
+    order = np.lexsort((first, request))
+    request, begin, end = request[order], begin[order], end[order]
+    earlier = np.cumsum(end - begin) - (end - begin)  # tokens of all stretches before
+    earlier -= earlier[np.searchsorted(request, request)]  # of the same request
+    end = np.minimum(end, begin + np.maximum(0, _output_len(run.tables["requests"], request) - earlier))
+    some = end > begin
+    time_ns = completed_ns[np.concatenate([decode_steps, prefilled])]
+    return _Stretches(time_ns, request[some], begin[some], end[some])
 
 
 def column(table: pa.Table, name: str) -> Ints:
@@ -120,21 +140,23 @@ def _ranges(begin: Ints, end: Ints) -> Ints:
     return np.asarray(np.arange(lengths.sum()) + np.repeat(begin - starts, lengths))
 
 
-def _rank(grouped: Ints) -> Ints:
-    """Each element's position among its equals, in an array whose equals are adjacent."""
-    _, first, lengths = np.unique(grouped, return_index=True, return_counts=True)
-    return np.asarray(np.arange(len(grouped)) - np.repeat(first, lengths))
-
-
 def _output_len(requests: pa.Table, ids: Ints) -> Ints:
     known = requests.sort_by("request")
     return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
 
 
+def _is_in(column: pa.ChunkedArray, words: Sequence[str]) -> NDArray[np.bool_]:
+    """Where a column of strings has one of these, (rows,)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.is_in(column, pa.array(words)).to_numpy())
+
+
 def completed_requests(run: RunRecords, ids: Ints | None = None) -> pa.Table:
     """The requests that were served to their end, or those among `ids`, by id: what latencies are taken over."""
     table = run.tables["requests"]
-    served = np.isin(table["outcome"].to_numpy(), (LENGTH, STOP))
+    served = _is_in(table["outcome"], [LENGTH, STOP])
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
     done = table.filter(served & table["last_token_ns"].is_valid().to_numpy()).sort_by("request")
     return done if ids is None else done.filter(np.isin(column(done, "request"), ids))
@@ -164,20 +186,45 @@ def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
 
 def itl(run: RunRecords) -> Floats:
     """All inter-token latencies of the completed requests, pooled, in milliseconds, (gaps,)."""
-    return _gaps_ms(run, column(completed_requests(run), "request"))
+    return _pooled_gaps_ms(run, column(completed_requests(run), "request"))
 
 
-def _gaps_ms(run: RunRecords, ids: Ints) -> Floats:
+def _pooled_gaps_ms(run: RunRecords, ids: Ints) -> Floats:
     tokens = token_times(run)
     same_request = (tokens.request[1:] == tokens.request[:-1]) & np.isin(tokens.request[1:], ids)
     return np.asarray(np.diff(tokens.time_ns)[same_request] / NS_PER_MS)
 
 
+def shared_itl(run: RunRecords) -> tuple[Floats, Ints]:
+    """`itl`, each gap that requests share once: milliseconds, (gaps,), and how many requests saw it, (gaps,).
+
+    All that decode beside each other wait alike, so that these are as many as the steps, however many the tokens.
+    """
+    ids = column(completed_requests(run), "request")
+    made = _stretches(run)
+    counts = np.isin(made.request, ids)
+    request, begin, end = made.request[counts], made.begin[counts], made.end[counts]
+    seen = np.cumsum(
+        np.bincount(begin, minlength=len(made.time_ns)) - np.bincount(end - 1, minlength=len(made.time_ns))
+    )
+    within = np.flatnonzero(seen)
+    across = np.flatnonzero(request[1:] == request[:-1])
+    gaps_ns = (
+        made.time_ns[within + 1] - made.time_ns[within],
+        made.time_ns[begin[across + 1]] - made.time_ns[end[across] - 1],
+    )
+    return np.concatenate(gaps_ns) / NS_PER_MS, np.concatenate([seen[within], np.ones(len(across), np.int64)])
+
+
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     """The values of each of `LATENCIES`, in milliseconds, over the completed requests, or those among `ids`."""
+    kept = column(completed_requests(run, ids), "request")
+    return _per_request(run, ids) | {"itl": _pooled_gaps_ms(run, kept)}
+
+
+def _per_request(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     values = request_metrics(run, ids)
-    kept = values.pop("request")
-    return {name: of[~np.isnan(of)] for name, of in values.items()} | {"itl": _gaps_ms(run, kept)}
+    return {name: values[name][~np.isnan(values[name])] for name in REQUEST_LATENCIES}
 
 
 def latency_statistics(values: Mapping[str, Floats]) -> dict[str, dict[str, float | None]]:
@@ -190,10 +237,26 @@ def latency_statistics(values: Mapping[str, Floats]) -> dict[str, dict[str, floa
 def _statistics(values: Floats, requests: int) -> dict[str, float | None]:
     if not values.size:
         return dict.fromkeys(STATISTICS)
-    p50, p90, p99 = (float(value) for value in np.percentile(values, [50, 90, 99]))
-    mean, std = float(values.mean()), float(values.std())
+    return _named(values.mean(), values.std(), np.percentile(values, PERCENTILES), requests)
+
+
+def _shared_statistics(values: Floats, seen: Ints, requests: int) -> dict[str, float | None]:
+    """As `_statistics` of `np.repeat(values, seen)`, without making it."""
+    if not values.size:
+        return dict.fromkeys(STATISTICS)
+    mean = np.average(values, weights=seen)
+    std = np.sqrt(np.average((values - mean) ** 2, weights=seen))
+    order = np.argsort(values)
+    values, up_to = values[order], np.cumsum(seen[order])
+    place = np.asarray(PERCENTILES) / 100 * (up_to[-1] - 1)
+    below, above = (values[np.searchsorted(up_to, edge(place), "right")] for edge in (np.floor, np.ceil))
+    return _named(mean, std, below + (above - below) * (place % 1), requests)
+
+
+def _named(mean: float, std: float, percentiles: Floats, requests: int) -> dict[str, float | None]:
+    p50, p90, p99 = map(float, percentiles)
     shown_p99 = p99 if requests >= P99_REQUESTS else None
-    return {"mean": mean, "std": std, "median": p50, "p50": p50, "p90": p90, "p99": shown_p99}
+    return {"mean": float(mean), "std": float(std), "median": p50, "p50": p50, "p90": p90, "p99": shown_p99}
 
 
 def step_kinds(steps: pa.Table) -> NDArray[np.str_]:
@@ -221,7 +284,8 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     """
     totals = _request_totals(run) | _step_totals(run)
     goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
-    table = latency_statistics(latencies(run))
+    values = _per_request(run)
+    table = latency_statistics(values) | {"itl": _shared_statistics(*shared_itl(run), len(values["tpot"]))}
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
 
 
