@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench import TABLE_WIDTH, Row, number, table
-from analysis.metrics import metrics
+from analysis.metrics import COLUMNS_READ, metrics
 from analysis.options import Limits
 from analysis.workflow import simulate_run, simulated_config
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
-from engine.records import RunRecords, read_run
+from engine.records import RunRecords, RunWriter, StoredTables
 from engine.scheduler import load_scheduler
 from sim.profile import Profile, read_profile
 from sim.simulate import predict
@@ -47,7 +47,7 @@ TIMEOUTS = 200_000  # that time the unit
 LOOK_EVERY_S, LOOK_FOR_S = 0.001, 2.0  # CPU time between two looks at what runs, and of all of them
 STEADY, STEADY_OUTPUT = 256, 1400  # sequences of the steady load, and tokens that each makes
 FIRST_RESULT = 20  # requests of the run that tells how soon a first result is there
-PHASES = ("simulate", "tables", "metrics", "write")
+PHASES = ("simulate", "last rows", "metrics", "finish")
 OTHER = "other"
 HOW = (
     "seconds: best of the repeats, from the first event to a written run, the trace read and the manifest's versions "
@@ -184,7 +184,7 @@ def _measure(bench: SimulateBench, load: Load) -> Row:
         run_s = min((_run(trace, profile, config, out) for _ in range(load.repeats)), key=sum)
         timeout_s = min(_timeout_s() for _ in range(3))
         parts = _parts(lambda: _run(trace, profile, config, out)) if load.repeats > 1 else {}
-        steps = len(read_run(out).tables["steps"])
+        steps = len(StoredTables(out, {"steps": ("step",)})["steps"])
     seconds = sum(run_s)
     return {
         "row": load.name,
@@ -203,14 +203,17 @@ def _measure(bench: SimulateBench, load: Load) -> Row:
 
 def _run(trace: Trace, profile: Profile, config: ServingConfig, out: Path) -> list[float]:
     """Seconds of each of `PHASES`."""
-    reads, recorder = [time.perf_counter()], Recorder()
-    predict(trace.requests, config, profile, recorder)
-    reads.append(time.perf_counter())
-    run = RunRecords({}, recorder.tables())
-    reads.append(time.perf_counter())
-    run.summary = metrics(run)
-    reads.append(time.perf_counter())
-    run.write(out)
+    reads = [time.perf_counter()]
+    with RunWriter(out) as writer:
+        recorder = Recorder(writer.add)
+        predict(trace.requests, config, profile, recorder)
+        reads.append(time.perf_counter())
+        recorder.close()
+        written = writer.written(COLUMNS_READ)
+        reads.append(time.perf_counter())
+        summary = metrics(RunRecords({}, written))
+        reads.append(time.perf_counter())
+        writer.finish(RunRecords({}, {}, summary))
     reads.append(time.perf_counter())
     return [end - start for start, end in pairwise(reads)]
 

@@ -74,6 +74,19 @@ GOODPUT = {
 """The keys that `metrics` adds when it is given SLOs."""
 
 
+COLUMNS_READ = {
+    "requests": (
+        *("request", "arrival_ns", "first_scheduled_ns", "first_token_ns", "last_token_ns", "prompt_len", "output_len"),
+        *("wasted_tokens", "preemptions", "outcome"),
+    ),
+    "steps": (
+        *("scheduled_ns", "planned_ns", "launched_ns", "completed_ns", "prefill_tokens", "chunks", "decode_tokens"),
+    ),
+    "spans": ("request", "first_step", "last_step", "kind", "samples"),
+}
+"""The columns of a run's records that `metrics` reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
     """Every output token that counts, sorted by request, then time.

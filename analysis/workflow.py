@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from analysis.ablation import ablate
 from analysis.compare import compare
-from analysis.metrics import metrics
+from analysis.metrics import COLUMNS_READ, metrics
 from analysis.options import Limits, Loading
 from analysis.report import write_report
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
-from engine.records import RunRecords, check_out
+from engine.records import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
 from sim.profile import Profile, write_profile
@@ -162,17 +162,19 @@ def simulate_run(
     check_before(config, out)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = recorded_requests(like) if like else trace.requests
-    recorder = Recorder()
-    with watched(console, "simulate", recorder, len(requests)):
-        coverage = predict(requests, config, profile, recorder)
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
         "provenance": manifest.provenance(backend="simulator", profile=profile.name, source=profile.meta["source"]),
     }
-    run = RunRecords(parts, recorder.tables())
-    run.summary = metrics(run) | {"profile_lookups": coverage}
-    run.write(out)
+    with RunWriter(out) as writer:
+        recorder = Recorder(writer.add)
+        with watched(console, "simulate", recorder, len(requests)):
+            coverage = predict(requests, config, profile, recorder)
+        recorder.close()
+        summary = metrics(RunRecords(parts, writer.written(COLUMNS_READ)))
+        run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
+        writer.finish(run)
     return run
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.records import NULL, Row, tables_from_rows
+from engine.records import COLUMNS, NULL, Row, tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+FLUSH = 16384  # turns of the loop whose rows are held before they are written
 
 
 @dataclass(slots=True)
@@ -23,6 +26,7 @@ class _Life:
 
     request: Request
     delivered_ns: int
+    more_events: bool
     cancel_ns: int | None = None
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
@@ -31,20 +35,30 @@ class _Life:
     decodes_from: int = 0
     context: int = 0
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing but the steps in flight can add to it."""
+        return self.request.outcome is not None and not self.more_events
+
 
 class Recorder:
-    """Collects one run's rows. The serving loop calls it; `tables` gives them.
+    """Collects one run's rows. The serving loop calls it; `tables` gives them, or `write` gets them as they come.
 
     Attributes:
         ended: requests that were served, stopped, cancelled or rejected so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[str, list[Row]], object] | None = None) -> None:
+        """`write` takes a table's name and its next rows, every `FLUSH` turns of the loop and at `close`; what is held then
+        grows with the requests that have not ended. Without it all is held for `tables`."""
         self.ended = 0
-        self._lives: dict[int, _Life] = {}
+        self._write = write
+        self._lives: dict[int, _Life] = {}  # in order of delivery
+        self._over = 0  # how many of the first of them had ended at the last flush
         self._decoding: dict[int, _Life] = {}
         self._in_flight: deque[tuple[Step, int, Launch]] = deque()
         self._last_step = -1
+        self._requests: list[Row] = []
         self._steps: list[Row] = []
         self._spans: list[Row] = []
         self._iterations: list[Row] = []
@@ -53,9 +67,10 @@ class Recorder:
         """An event was handed to the scheduler."""
         self.ended += event.request.outcome in (REJECTED, CANCELLED)
         if event.is_cancel:
-            self._lives[event.request.id].cancel_ns = event.time_ns
+            life = self._lives[event.request.id]
+            life.cancel_ns, life.more_events = event.time_ns, not event.is_last
         else:
-            self._lives[event.request.id] = _Life(event.request, now)
+            self._lives[event.request.id] = _Life(event.request, now, not event.is_last)
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
@@ -117,15 +132,34 @@ class Recorder:
         launched = (step.index, *launch) if step and launch else (NULL, NULL, NULL)
         completed = completion[:2] if completion else (NULL, NULL)
         self._iterations.append((now, events, *launched, *completed))
+        if self._write and len(self._iterations) == FLUSH:
+            self._flush(self._over)
+            self._over = sum(1 for _ in takewhile(lambda life: life.over, self._lives.values()))
 
-    def tables(self) -> dict[str, pa.Table]:
-        """The run so far. A run that was interrupted is whole up to its last completed step."""
+    def _flush(self, requests: int) -> None:
+        """Write down what there is, and so many of the requests: no step in flight may be theirs."""
+        first = list(islice(self._lives.values(), requests))
+        self._requests += map(self._request_row, first)
+        for life in first:
+            del self._lives[life.request.id]
+        for name, rows in self._rows().items():
+            if self._write:
+                self._write(name, rows)
+                rows.clear()
+
+    def _rows(self) -> dict[str, list[Row]]:
+        return dict(zip(COLUMNS, (self._requests, self._steps, self._spans, self._iterations), strict=True))
+
+    def close(self) -> None:
+        """Write down the rest. A run that was interrupted is whole up to its last completed step."""
         for request_id in tuple(self._decoding):
             self._close_span(request_id, self._last_step)
-        requests = [self._request_row(life) for life in self._lives.values()]
-        return tables_from_rows(
-            {"requests": requests, "steps": self._steps, "spans": self._spans, "iterations": self._iterations}
-        )
+        self._flush(len(self._lives))
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The run, if `write` was not to get it."""
+        self.close()
+        return tables_from_rows(self._rows())
 
     @staticmethod
     def _request_row(life: _Life) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -24,6 +25,7 @@ from traces.errors import TandemError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 2
 
@@ -98,12 +100,11 @@ Row = tuple[Any, ...]  # of a table, its fields in the order of `COLUMNS`
 
 def tables_from_rows(rows: Mapping[str, Sequence[Row]]) -> dict[str, pa.Table]:
     """Turn rows by table into Arrow tables."""
-    import pyarrow as pa
-
-    return {name: pa.Table.from_batches([_batch(name, rows[name])]) for name in COLUMNS}
+    return {name: table_from_rows(name, rows[name]) for name in COLUMNS}
 
 
-def _batch(table: str, rows: Sequence[Row]) -> pa.RecordBatch:
+def table_from_rows(table: str, rows: Sequence[Row]) -> pa.Table:
+    """Turn rows into an Arrow table."""
     import pyarrow as pa
 
     columns = COLUMNS[table]
@@ -112,7 +113,7 @@ def _batch(table: str, rows: Sequence[Row]) -> pa.RecordBatch:
     else:
         values = list(zip(*rows, strict=True)) or [()] * len(columns)
         arrays = [pa.array(column, kind) for column, kind in zip(values, columns.values(), strict=True)]
-    return pa.record_batch(arrays, names=list(columns))
+    return pa.table(arrays, names=list(columns))
 
 
 def _numeric_arrays(columns: Mapping[str, str], rows: Sequence[Row]) -> list[pa.Array]:
@@ -146,7 +147,7 @@ class RunRecords:
     """
 
     manifest: dict[str, Any]
-    tables: dict[str, pa.Table]
+    tables: Mapping[str, pa.Table]
     summary: dict[str, Any] = field(default_factory=dict)
     partial: bool = False
 
@@ -156,27 +157,102 @@ class RunRecords:
         Raises:
             TandemError: the folder holds something else, or cannot be written.
         """
-        check_out(folder)
-        draft = folder.with_name(folder.name + ".tmp")
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            self._write_files(draft)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise TandemError(f"cannot write {folder}: {error.strerror or error}; nothing was kept") from error
+        with RunWriter(folder) as writer:
+            for name, table in self.tables.items():
+                writer.add_table(name, table)
+            writer.finish(self)
 
-    def _write_files(self, folder: Path) -> None:
+
+class StoredTables(Mapping[str, "pa.Table"]):
+    """The tables of a run's folder, each read when it is first asked for, whole or in some of its columns."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Sequence[str]] | None = None) -> None:
+        """`columns`: which to read, by table; None: all."""
+        self._folder = folder
+        self._columns = columns or COLUMNS
+        self._read: dict[str, pa.Table] = {}
+
+    def __getitem__(self, name: str) -> pa.Table:
+        """Raises OSError or pyarrow.ArrowInvalid if the file is missing or damaged."""
         import pyarrow.parquet as pq
 
-        for name, table in self.tables.items():
-            versioned = table.replace_schema_metadata({"tandem_schema": str(SCHEMA_VERSION)})
-            pq.write_table(versioned, folder / f"{name}.parquet", compression="zstd")
-        header = {"schema": SCHEMA_VERSION, "partial": self.partial}
-        for name, content in (("summary", self.summary), ("manifest", self.manifest)):
-            (folder / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
+        if name not in self._read:
+            with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
+                self._read[name] = file.read([*self._columns[name]])
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+class RunWriter:
+    """Writes a run's folder while the run goes on; an older one is replaced once the new one is whole.
+
+    A context, which leaves nothing behind unless `finish` was called in it. All of it raises a TandemError if the
+    folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        check_out(folder)
+        self._folder, self._draft = folder, folder.with_name(folder.name + ".tmp")
+        self._files: dict[str, pq.ParquetWriter] = {}
+
+    def __enter__(self) -> RunWriter:
+        with self._complaining():
+            shutil.rmtree(self._draft, ignore_errors=True)
+            self._draft.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._close()
+        shutil.rmtree(self._draft, ignore_errors=True)
+
+    def add(self, table: str, rows: Sequence[Row]) -> None:
+        """Append rows to a table."""
+        self.add_table(table, table_from_rows(table, rows))
+
+    def add_table(self, name: str, rows: pa.Table) -> None:
+        """Append rows to a table."""
+        import pyarrow.parquet as pq
+
+        with self._complaining():
+            versioned = rows.replace_schema_metadata({"tandem_schema": str(SCHEMA_VERSION)})
+            if name not in self._files:
+                path = self._draft / f"{name}.parquet"
+                self._files[name] = pq.ParquetWriter(path, versioned.schema, compression="zstd")
+            if len(rows):
+                self._files[name].write_table(versioned)
+
+    def written(self, columns: Mapping[str, Sequence[str]]) -> StoredTables:
+        """End all tables; returns some of their columns, by table."""
+        with self._complaining():
+            self._close()
+        return StoredTables(self._draft, columns)
+
+    def finish(self, run: RunRecords) -> None:
+        """Write a run's manifest and summary beside the tables that were added, and put the folder in its place."""
+        header = {"schema": SCHEMA_VERSION, "partial": run.partial}
+        with self._complaining():
+            self._close()
+            for name, content in (("summary", run.summary), ("manifest", run.manifest)):
+                (self._draft / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._draft.rename(self._folder)
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TandemError(f"cannot write {self._folder}: {error.strerror or error}; nothing was kept") from error
 
 
 def check_out(folder: Path) -> None:
@@ -193,15 +269,15 @@ def read_run(folder: Path) -> RunRecords:
         TandemError: it is not a run, a file is missing or damaged, or another schema version wrote it.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     manifest = _read_json(folder / "manifest.json")
     summary = _read_json(folder / "summary.json")
+    stored = StoredTables(folder)
     tables = {}
     for name, columns in COLUMNS.items():
         path = folder / f"{name}.parquet"
         try:
-            tables[name] = pq.read_table(path)
+            tables[name] = stored[name]
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
         if tables[name].column_names != list(columns):

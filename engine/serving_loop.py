@@ -32,13 +32,16 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         StarvationError: the policy plans nothing, although requests wait and nothing else can happen.
     """
     depth, in_flight = scheduler.config.pipeline_depth, 0
-    requests: dict[int, Request] = {}
+    requests: dict[int, Request] = {}  # that have not ended
     while True:
         now = backend.now()
         events = backend.due(now)
         for event in events:
-            requests[event.request.id] = event.request
-            (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
+            if event.is_cancel:
+                scheduler.cancel(event.request)
+            else:
+                requests[event.request.id] = event.request
+                scheduler.arrive(event.request)
             recorder.delivered(event, now)
         launch: Launch | None = None
         completion: Completion | None = None
@@ -47,12 +50,15 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
             launch = yield backend.launch(step)
             in_flight += 1
             recorder.launched(step, now, launch)
+            for request_id in (*step.dropped, *step.finishing):
+                requests.pop(request_id, None)
         if in_flight and (step is None or in_flight == depth):
             completion = yield backend.complete()
             in_flight -= 1
             recorder.completed(completion)
             for stop in completion.stops:
-                scheduler.stopped(requests[stop.request_id])
+                if stop.request_id in requests:
+                    scheduler.stopped(requests[stop.request_id])
         recorder.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
             arrival = backend.wait()

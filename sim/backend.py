@@ -61,17 +61,12 @@ class Endings:
     """Which step shows that a request has ended before its `max_tokens`. Only a backend may know this."""
 
     def __init__(self, requests: Iterable[TraceRequest]) -> None:
-        # The context at which a request has made its last token: everything but that token is cached.
-        self._last_context = {
-            source.id: (source.prompt_len + source.output_len - 1, source.output_len)
-            for source in requests
-            if source.output_len < source.max_tokens
-        }
+        self._early = {source.id: source for source in requests if source.output_len < source.max_tokens}
         self._decoding = DecodeSet()
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""
-        if not self._last_context:
+        if not self._early:
             return []
         for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
             self._decoding.discard(request_id)
@@ -84,13 +79,19 @@ class Endings:
             cached += self._decoding.advance().items()
         for request_id in step.finishing:
             self._decoding.discard(request_id)
-        return [Stop(each, self._last_context[each][1]) for each, context in cached if self._ends_at(each, context)]
+        return [
+            Stop(request_id, self._early[request_id].output_len)
+            for request_id, context in cached
+            if request_id in self._early and self._last_context(request_id) == context
+        ]
 
     def _join(self, request_id: int, context: int) -> None:
-        if request_id in self._last_context:
+        if request_id in self._early:
             self._decoding.add(request_id, context)
-            if (left := self._last_context[request_id][0] - context) > 0:
+            if (left := self._last_context(request_id) - context) > 0:
                 self._decoding.wake(request_id, left)
 
-    def _ends_at(self, request_id: int, context: int) -> bool:
-        return request_id in self._last_context and self._last_context[request_id][0] == context
+    def _last_context(self, request_id: int) -> int:
+        """The context at which a request has made its last token: everything but that token is cached."""
+        source = self._early[request_id]
+        return source.prompt_len + source.output_len - 1

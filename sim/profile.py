@@ -127,7 +127,8 @@ def read_profile(folder: Path) -> Profile:
         if table in OPTIONAL_TABLES and not path.exists():
             continue
         try:
-            tables[table] = pq.read_table(path).to_pylist()
+            with pq.ParquetFile(path) as file:  # `read_table` would import much more
+                tables[table] = file.read().to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     return Profile(meta, tables)
