@@ -124,7 +124,8 @@ class _Stretches:
 def _stretches(run: RunRecords) -> _Stretches:
     steps = run.tables["steps"]
     completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
-    spans = run.tables["spans"].filter(run.tables["spans"]["samples"])
+    spans = run.tables["spans"]
+    spans = _where(spans, spans["samples"].to_numpy())
     is_prefill = _is_in(spans["kind"], ["prefill"])
     request, first, last = (column(spans, name) for name in ("request", "first_step", "last_step"))
     prefilled = first[is_prefill & (first < len(completed_ns))]
@@ -154,8 +155,19 @@ def _ranges(begin: Ints, end: Ints) -> Ints:
 
 
 def _output_len(requests: pa.Table, ids: Ints) -> Ints:
-    known = requests.sort_by("request")
+    known = _by_request(requests)
     return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
+
+
+def _by_request(table: pa.Table) -> pa.Table:
+    """Sorted, and not copied if it is already."""
+    ids = column(table, "request")
+    return table if (ids[1:] >= ids[:-1]).all() else table.sort_by("request")
+
+
+def _where(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
+    """The chosen rows, and no copy of the table if these are all."""
+    return table if chosen.all() else table.filter(chosen)
 
 
 def _is_in(column: pa.ChunkedArray, words: Sequence[str]) -> NDArray[np.bool_]:
@@ -171,7 +183,7 @@ def completed_requests(run: RunRecords, ids: Ints | None = None) -> pa.Table:
     table = run.tables["requests"]
     served = _is_in(table["outcome"], [LENGTH, STOP])
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
-    done = table.filter(served & table["last_token_ns"].is_valid().to_numpy()).sort_by("request")
+    done = _by_request(_where(table, served & table["last_token_ns"].is_valid().to_numpy()))
     return done if ids is None else done.filter(np.isin(column(done, "request"), ids))
 
 
@@ -304,8 +316,7 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
 
 def _request_totals(run: RunRecords) -> dict[str, Any]:
     table, done = run.tables["requests"], completed_requests(run)
-    outcomes = table["outcome"].to_pylist()
-    rejected, cancelled = outcomes.count(REJECTED), outcomes.count(CANCELLED)
+    rejected, cancelled = (int(np.count_nonzero(_is_in(table["outcome"], [each]))) for each in (REJECTED, CANCELLED))
     inputs, outputs = int(column(done, "prompt_len").sum()), int(column(done, "output_len").sum())
     duration_s = _duration_s(table, done)
     return {
@@ -354,5 +365,5 @@ def _goodput(run: RunRecords, slos_ms: Mapping[str, float], duration_s: float | 
     for name, limit_ms in slos_ms.items():
         missed |= per_request[name] > limit_ms  # false for a NaN: an output of one token meets any TPOT
     met = int(np.count_nonzero(~missed))
-    judged = sum(outcome != CANCELLED for outcome in run.tables["requests"]["outcome"].to_pylist())
+    judged = int(np.count_nonzero(~_is_in(run.tables["requests"]["outcome"], [CANCELLED])))
     return {"request_goodput": _per_second(met, duration_s), "slo_attainment": met / judged if judged else None}

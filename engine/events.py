@@ -36,8 +36,12 @@ class EventQueue:
 
     @classmethod
     def from_trace(cls, requests: Iterable[TraceRequest]) -> EventQueue:
-        """Arrivals in trace order, and cancellations; of events at one time, an earlier request's come first."""
-        return cls(_in_order(sorted(requests, key=lambda source: (source.arrival_ns, source.id))))
+        """Arrivals, and cancellations; of events at one time, an earlier request's come first.
+
+        Args:
+            requests: in order of arrival; taken one by one.
+        """
+        return cls(_in_order(requests))
 
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
@@ -55,8 +59,12 @@ class EventQueue:
 
 def _in_order(requests: Iterable[TraceRequest]) -> Iterator[Event]:
     """The events of requests that are in order of arrival; one is cancelled no sooner than it arrives."""
+    latest_ns = 0
     cancels: list[Event] = []  # a heap: sequences differ, so that no two events compare by more than these
     for source in requests:
+        if source.arrival_ns < latest_ns:
+            raise ValueError(f"request {source.id} is not in order of arrival")
+        latest_ns = source.arrival_ns
         arrival = (source.arrival_ns, 2 * source.id)
         while cancels and cancels[0] < arrival:
             yield heappop(cancels)

@@ -49,8 +49,10 @@ class Recorder:
     """
 
     def __init__(self, write: Callable[[str, list[Row]], object] | None = None) -> None:
-        """`write` takes a table's name and its next rows, every `FLUSH` turns of the loop and at `close`, so that no more
-        is held than requests that have not ended. Without it all is held for `tables`."""
+        """`write` takes a table's name and its next rows, every `FLUSH` turns of the loop and at `close`.
+
+        Then no more is held than requests that have not ended. Without it all is held for `tables`.
+        """
         self.ended = 0
         self._write = write
         self._lives: dict[int, _Life] = {}  # in order of delivery

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import starmap
@@ -164,22 +164,19 @@ class RunRecords:
 
 
 class StoredTables(Mapping[str, "pa.Table"]):
-    """The tables of a run's folder, each read when it is first asked for, whole or in some of its columns."""
+    """The tables of a run's folder, each read whenever it is asked for, whole or in some of its columns."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, Sequence[str]] | None = None) -> None:
-        """`columns`: which to read, by table; None: all."""
+    def __init__(self, folder: Path, columns: Mapping[str, Iterable[str]] = COLUMNS) -> None:
+        """`columns`: which to read, by table."""
         self._folder = folder
-        self._columns = columns or COLUMNS
-        self._read: dict[str, pa.Table] = {}
+        self._columns = columns
 
     def __getitem__(self, name: str) -> pa.Table:
         """Raises OSError or pyarrow.ArrowInvalid if the file is missing or damaged."""
         import pyarrow.parquet as pq
 
-        if name not in self._read:
-            with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
-                self._read[name] = file.read([*self._columns[name]])
-        return self._read[name]
+        with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
+            return file.read([*self._columns[name]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
@@ -227,7 +224,7 @@ class RunWriter:
             if len(rows):
                 self._files[name].write_table(versioned)
 
-    def written(self, columns: Mapping[str, Sequence[str]]) -> StoredTables:
+    def written(self, columns: Mapping[str, Iterable[str]]) -> StoredTables:
         """End all tables; returns some of their columns, by table."""
         with self._complaining():
             self._close()

@@ -6,7 +6,7 @@ Host time never enters: the clock is SimPy's, in integer nanoseconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import simpy
 
@@ -21,10 +21,10 @@ from traces.request import TraceRequest
 class SimBackend:
     """Implements `engine.backend.Backend` on a SimPy environment."""
 
-    def __init__(self, env: simpy.Environment, requests: Sequence[TraceRequest], timing: Timing) -> None:
+    def __init__(self, env: simpy.Environment, requests: Iterable[TraceRequest], timing: Timing) -> None:
         self._env = env
-        self._events = EventQueue.from_trace(requests)
-        self._endings = Endings(requests)
+        self._endings = Endings()
+        self._events = EventQueue.from_trace(map(self._endings.seen, requests))
         self._timing = timing
         self._in_flight: deque[tuple[int, list[Stop]]] = deque()
 
@@ -60,9 +60,15 @@ class SimBackend:
 class Endings:
     """Which step shows that a request has ended before its `max_tokens`. Only a backend may know this."""
 
-    def __init__(self, requests: Iterable[TraceRequest]) -> None:
-        self._early = {source.id: source for source in requests if source.output_len < source.max_tokens}
+    def __init__(self) -> None:
+        self._early: dict[int, TraceRequest] = {}
         self._decoding = DecodeSet()
+
+    def seen(self, source: TraceRequest) -> TraceRequest:
+        """Take note of a request before it arrives, and hand it on."""
+        if source.output_len < source.max_tokens:
+            self._early[source.id] = source
+        return source
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""

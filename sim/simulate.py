@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 import simpy
@@ -21,16 +21,16 @@ from traces.request import TraceRequest
 
 
 def simulate(
-    requests: Sequence[TraceRequest], config: ServingConfig, timing: Timing, recorder: Recorder, start_ns: int = 0
+    requests: Iterable[TraceRequest], config: ServingConfig, timing: Timing, recorder: Recorder, start_ns: int = 0
 ) -> None:
-    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`."""
+    """Serve `requests`, in order of arrival, in simulated time, from `start_ns` on, noting everything in `recorder`."""
     env = simpy.Environment(initial_time=start_ns)
     backend = SimBackend(env, requests, timing)
     env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
 
 
 def predict(
-    requests: Sequence[TraceRequest],
+    requests: Iterable[TraceRequest],
     config: ServingConfig,
     profile: Profile,
     recorder: Recorder,
@@ -50,8 +50,8 @@ def predict(
 
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
-    """The workload of a recorded run, each request stopping where it did stop."""
-    return [
+    """The workload of a recorded run in order of arrival, each request stopping where it did stop."""
+    requests = [
         TraceRequest(
             id=row["request"],
             arrival_ns=row["arrival_ns"],
@@ -65,6 +65,7 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
         )
         for row in run.tables["requests"].to_pylist()
     ]
+    return sorted(requests, key=lambda request: (request.arrival_ns, request.id))
 
 
 def replay(
