@@ -1,4 +1,4 @@
-"""What a simulation writes down, to the last value: a faster loop, recorder or latency model may not change a record.
+"""What a run writes down, to the last value: a faster loop, recorder or latency model may not change a record.
 
 Where a change of behaviour is meant, `python tests/test_records.py` prints what to put into `EXPECTED`.
 """
@@ -6,18 +6,25 @@ Where a change of behaviour is meant, `python tests/test_records.py` prints what
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shadow import serve, small_profile
+from test_scheduling_properties import configs, workloads
 
 from engine.config import ServingConfig
 from engine.graph_sizes import GraphSizes
 from engine.recorder import Recorder
+from engine.records import COLUMNS, RunRecords, RunWriter, read_run, tables_from_rows
 from sim.profile import Profile, find_profile, read_profile
-from sim.simulate import predict
+from sim.simulate import predict, simulate
+from sim.timing import ProfiledTiming
 from traces.arrivals import assign_arrivals
 from traces.format import read_trace
 from traces.request import TraceRequest
@@ -102,6 +109,40 @@ def record_digest(policy: str, depth: int, cpu_blocks: int) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_simulation_records_what_it_always_did(case):
     assert record_digest(*case) == EXPECTED[case]
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), configs(), st.integers(1, 9))
+def test_rows_that_are_written_as_they_come_are_those_of_a_run_held_whole(requests, config, flush):
+    whole = serve(requests, config)[0].tables()
+    rows = defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.recorder.FLUSH", flush)
+        recorder = Recorder(lambda table, new: rows[table].extend(new))
+        simulate(requests, config, ProfiledTiming(small_profile()), recorder)
+        recorder.close()
+    streamed = tables_from_rows(rows)
+    assert all(streamed[name].equals(whole[name]) for name in COLUMNS)
+
+
+def test_what_is_held_grows_with_the_requests_in_flight_not_with_the_trace(monkeypatch):
+    monkeypatch.setattr("engine.recorder.FLUSH", 20)
+    held = []
+    recorder = Recorder(lambda table, rows: held.append(len(recorder._lives)))
+    requests = (TraceRequest(i, i * 40_000_000, 20, 10, 10) for i in range(1000))  # taken one by one
+    simulate(requests, ServingConfig(num_blocks=50), ProfiledTiming(small_profile()), recorder)
+    assert recorder.ended == 1000 and max(held) < 20
+
+
+def test_a_run_is_written_whole_or_not_at_all(tmp_path):
+    run = RunRecords({"workload": {}}, serve(workload()[:20], ServingConfig(num_blocks=200))[0].tables(), {"a": 1})
+    run.write(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "run") as writer:
+        writer.add_table("steps", run.tables["steps"].slice(0, 5))
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    kept = read_run(tmp_path / "run")
+    assert all(kept.tables[name].equals(run.tables[name]) for name in COLUMNS) and kept.summary["a"] == 1
 
 
 if __name__ == "__main__":

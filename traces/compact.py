@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import overload
 
 from traces.request import TraceRequest
+
+_UNSAID = {field.name: field.default for field in fields(TraceRequest) if field.default is not MISSING}
 
 
 class CompactRequests(Sequence[TraceRequest]):
@@ -22,8 +25,13 @@ class CompactRequests(Sequence[TraceRequest]):
         if request.id != len(self):
             raise ValueError(f"request {request.id} does not follow {len(self) - 1}")
         self._numbers.extend((request.arrival_ns, request.prompt_len, request.output_len, request.max_tokens))
-        if request != self._made(request.id):
+        if any(getattr(request, name) != value for name, value in _UNSAID.items()):
             self._whole[request.id] = request
+
+    @property
+    def arrivals_ns(self) -> array[int]:
+        """The arrivals of all."""
+        return self._numbers[::4]
 
     def _made(self, position: int) -> TraceRequest:
         arrival_ns, prompt_len, output_len, max_tokens = self._numbers[4 * position : 4 * position + 4]

@@ -201,8 +201,8 @@ def _count_late(arrivals_ns: Sequence[int]) -> int:
     return sum(arrival < latest for arrival, latest in zip(arrivals_ns, accumulate(arrivals_ns, max), strict=True))
 
 
-def _in_arrival_order(requests: Sequence[TraceRequest], notes: list[str]) -> Sequence[TraceRequest]:
-    late = _count_late([request.arrival_ns for request in requests])
+def _in_arrival_order(requests: CompactRequests, notes: list[str]) -> Sequence[TraceRequest]:
+    late = _count_late(requests.arrivals_ns)
     if not late:
         return requests
     notes.append(f"{late} of {len(requests)} arrivals were out of order: sorted")
