@@ -44,7 +44,7 @@ from traces.synthetic import synthetic
 
 SCHEMA_VERSION = 1
 TIMEOUTS = 200_000  # that time the unit
-LOOK_EVERY_S, LOOK_FOR_S = 0.001, 2.0  # CPU time between two looks at what runs, and of all of them
+LOOK_EVERY_S, LOOK_FOR_S = 0.001, 1.0  # CPU time between two looks at what runs, and of all of them
 STEADY, STEADY_OUTPUT = 256, 1400  # sequences of the steady load, and tokens that each makes
 FIRST_RESULT = 20  # requests of the run that tells how soon a first result is there
 PHASES = ("simulate", "last rows", "metrics", "finish")
