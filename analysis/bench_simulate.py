@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench import TABLE_WIDTH, Row, number, table
-from analysis.metrics import COLUMNS_READ, metrics
+from analysis.metrics import metrics
 from analysis.options import Limits
 from analysis.workflow import simulate_run, simulated_config
 from engine import manifest
@@ -184,7 +184,7 @@ def _measure(bench: SimulateBench, load: Load) -> Row:
         run_s = min((_run(trace, profile, config, out) for _ in range(load.repeats)), key=sum)
         timeout_s = min(_timeout_s() for _ in range(3))
         parts = _parts(lambda: _run(trace, profile, config, out)) if load.repeats > 1 else {}
-        steps = len(StoredTables(out, {"steps": ("step",)})["steps"])
+        steps = len(StoredTables(out).select("steps", ["step"]))
     seconds = sum(run_s)
     return {
         "row": load.name,
@@ -209,7 +209,7 @@ def _run(trace: Trace, profile: Profile, config: ServingConfig, out: Path) -> li
         predict(trace.requests, config, profile, recorder)
         reads.append(time.perf_counter())
         recorder.close()
-        written = writer.written(COLUMNS_READ)
+        written = writer.written()
         reads.append(time.perf_counter())
         summary = metrics(RunRecords({}, written))
         reads.append(time.perf_counter())

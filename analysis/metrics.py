@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.records import RunRecords
+from engine.records import COLUMNS, RunRecords
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.errors import TandemError
 
@@ -25,6 +25,8 @@ Floats = NDArray[np.float64]
 
 NS_PER_MS = 1e6
 NS_PER_S = 1e9
+_SPAN_COLUMNS = ("request", "first_step", "last_step")
+PART = 100_000  # requests whose tokens are looked at together, for the sake of memory
 P99_REQUESTS = 200  # below this many requests, P99 is the luck of one or two of them
 
 REQUEST_LATENCIES = {
@@ -74,19 +76,6 @@ GOODPUT = {
 """The keys that `metrics` adds when it is given SLOs."""
 
 
-COLUMNS_READ = {
-    "requests": (
-        *("request", "arrival_ns", "first_scheduled_ns", "first_token_ns", "last_token_ns", "prompt_len", "output_len"),
-        *("wasted_tokens", "preemptions", "outcome"),
-    ),
-    "steps": (
-        *("scheduled_ns", "planned_ns", "launched_ns", "completed_ns", "prefill_tokens", "chunks", "decode_tokens"),
-    ),
-    "spans": ("request", "first_step", "last_step", "kind", "samples"),
-}
-"""The columns of a run's records that `metrics` reads."""
-
-
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
     """Every output token that counts, sorted by request, then time.
@@ -115,19 +104,18 @@ def token_times(run: RunRecords) -> TokenTimes:
 class _Stretches:
     """Tokens of one request in a row, sorted by request, then time: `time_ns[begin:end]` of `request`."""
 
-    time_ns: Ints  # of the steps that decode, then of each token that a prefill made
+    time_ns: Ints  # of the `decodes` steps that decode, then of each token that a prefill made
+    decodes: int
     request: Ints
     begin: Ints
     end: Ints
 
 
-def _stretches(run: RunRecords) -> _Stretches:
-    steps = run.tables["steps"]
+def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
+    """Of all requests, or those among `ids`."""
+    steps = run.select("steps", "completed_ns", "decode_tokens")
     completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
-    spans = run.tables["spans"]
-    spans = _where(spans, spans["samples"].to_numpy())
-    is_prefill = _is_in(spans["kind"], ["prefill"])
-    request, first, last = (column(spans, name) for name in ("request", "first_step", "last_step"))
+    is_prefill, request, first, last = _sampling_spans(run, ids)
     prefilled = first[is_prefill & (first < len(completed_ns))]
     number = len(decode_steps) + np.cumsum(is_prefill) - 1  # of a prefill's token in `time_ns`
     begin = np.where(is_prefill, number, np.searchsorted(decode_steps, first, "left"))
@@ -136,10 +124,23 @@ def _stretches(run: RunRecords) -> _Stretches:
     request, begin, end = request[order], begin[order], end[order]
     earlier = np.cumsum(end - begin) - (end - begin)  # tokens of all stretches before
     earlier -= earlier[np.searchsorted(request, request)]  # of the same request
-    end = np.minimum(end, begin + np.maximum(0, _output_len(run.tables["requests"], request) - earlier))
+    end = np.minimum(end, begin + np.maximum(0, _output_len(run, request) - earlier))
     some = end > begin
     time_ns = completed_ns[np.concatenate([decode_steps, prefilled])]
-    return _Stretches(time_ns, request[some], begin[some], end[some])
+    return _Stretches(time_ns, len(decode_steps), request[some], begin[some], end[some])
+
+
+def _sampling_spans(run: RunRecords, ids: Ints | None) -> tuple[NDArray[Any], ...]:
+    """Of the spans whose steps make a token: whether they are prefills, request, first and last step, (spans,) each."""
+    pieces = [_chosen_spans(batch, ids) for batch in run.batches("spans", *_SPAN_COLUMNS, "kind", "samples")]
+    is_prefill, *numbers = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    return is_prefill, *numbers
+
+
+def _chosen_spans(spans: pa.Table, ids: Ints | None) -> tuple[NDArray[Any], ...]:
+    chosen = spans["samples"].to_numpy()
+    spans = spans.filter(chosen if ids is None else chosen & np.isin(column(spans, "request"), ids))
+    return _is_in(spans["kind"], ["prefill"]), *(column(spans, name) for name in _SPAN_COLUMNS)
 
 
 def column(table: pa.Table, name: str) -> Ints:
@@ -154,8 +155,8 @@ def _ranges(begin: Ints, end: Ints) -> Ints:
     return np.asarray(np.arange(lengths.sum()) + np.repeat(begin - starts, lengths))
 
 
-def _output_len(requests: pa.Table, ids: Ints) -> Ints:
-    known = _by_request(requests)
+def _output_len(run: RunRecords, ids: Ints) -> Ints:
+    known = _by_request(run.select("requests", "request", "output_len"))
     return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
 
 
@@ -178,9 +179,11 @@ def _is_in(column: pa.ChunkedArray, words: Sequence[str]) -> NDArray[np.bool_]:
     return np.asarray(pc.is_in(column, pa.array(words)).to_numpy())
 
 
-def completed_requests(run: RunRecords, ids: Ints | None = None) -> pa.Table:
+def completed_requests(
+    run: RunRecords, ids: Ints | None = None, columns: Sequence[str] = tuple(COLUMNS["requests"])
+) -> pa.Table:
     """The requests that were served to their end, or those among `ids`, by id: what latencies are taken over."""
-    table = run.tables["requests"]
+    table = run.select("requests", *dict.fromkeys((*columns, "request", "outcome", "last_token_ns")))
     served = _is_in(table["outcome"], [LENGTH, STOP])
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
     done = _by_request(_where(table, served & table["last_token_ns"].is_valid().to_numpy()))
@@ -194,7 +197,8 @@ def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
         `request`: ids, ascending, (completed,) integers; and for each of `REQUEST_LATENCIES` its values in
         milliseconds, (completed,) floats. `tpot` is NaN for a request with a single output token.
     """
-    table = completed_requests(run, ids)
+    times = ("arrival_ns", "first_scheduled_ns", "first_token_ns", "last_token_ns")
+    table = completed_requests(run, ids, (*times, "prompt_len", "output_len"))
     arrival, output = column(table, "arrival_ns"), column(table, "output_len")
     ttft, e2el = (column(table, name) - arrival for name in ("first_token_ns", "last_token_ns"))
     gaps = np.where(output > 1, output - 1, np.nan)
@@ -211,7 +215,11 @@ def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
 
 def itl(run: RunRecords) -> Floats:
     """All inter-token latencies of the completed requests, pooled, in milliseconds, (gaps,)."""
-    return _pooled_gaps_ms(run, column(completed_requests(run), "request"))
+    return _pooled_gaps_ms(run, _completed_ids(run))
+
+
+def _completed_ids(run: RunRecords, ids: Ints | None = None) -> Ints:
+    return column(completed_requests(run, ids, ("request",)), "request")
 
 
 def _pooled_gaps_ms(run: RunRecords, ids: Ints) -> Floats:
@@ -225,25 +233,26 @@ def shared_itl(run: RunRecords) -> tuple[Floats, Ints]:
 
     All that decode beside each other wait alike, so that these are as many as the steps, however many the tokens.
     """
-    ids = column(completed_requests(run), "request")
-    made = _stretches(run)
-    counts = np.isin(made.request, ids)
-    request, begin, end = made.request[counts], made.begin[counts], made.end[counts]
-    seen = np.cumsum(
-        np.bincount(begin, minlength=len(made.time_ns)) - np.bincount(end - 1, minlength=len(made.time_ns))
-    )
-    within = np.flatnonzero(seen)
-    across = np.flatnonzero(request[1:] == request[:-1])
-    gaps_ns = (
-        made.time_ns[within + 1] - made.time_ns[within],
-        made.time_ns[begin[across + 1]] - made.time_ns[end[across] - 1],
-    )
-    return np.concatenate(gaps_ns) / NS_PER_MS, np.concatenate([seen[within], np.ones(len(across), np.int64)])
+    ids = _completed_ids(run)
+    gaps_ns: list[Ints] = []
+    seen: list[Ints] = []
+    for part in np.array_split(ids, max(1, len(ids) // PART)):
+        made = _stretches(run, part)
+        starts, ends = (
+            np.bincount(each, minlength=made.decodes)[: made.decodes] for each in (made.begin, made.end - 1)
+        )
+        beside = np.cumsum(starts - ends)  # how many make a token in a decode step, and in the next
+        shared = np.flatnonzero(beside)
+        across = np.flatnonzero(made.request[1:] == made.request[:-1])
+        gaps_ns.append(made.time_ns[shared + 1] - made.time_ns[shared])
+        gaps_ns.append(made.time_ns[made.begin[across + 1]] - made.time_ns[made.end[across] - 1])
+        seen += (beside[shared], np.ones_like(across))
+    return np.concatenate(gaps_ns) / NS_PER_MS, np.concatenate(seen)
 
 
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     """The values of each of `LATENCIES`, in milliseconds, over the completed requests, or those among `ids`."""
-    kept = column(completed_requests(run, ids), "request")
+    kept = _completed_ids(run, ids)
     return _per_request(run, ids) | {"itl": _pooled_gaps_ms(run, kept)}
 
 
@@ -286,8 +295,14 @@ def _named(mean: float, std: float, percentiles: Floats, requests: int) -> dict[
 
 def step_kinds(steps: pa.Table) -> NDArray[np.str_]:
     """`prefill`, `decode`, `mixed` or `swap` for each step, (steps,)."""
+    kinds = _of_kind(steps)
+    return np.select([*kinds.values()], [*kinds], "swap")
+
+
+def _of_kind(steps: pa.Table) -> dict[str, NDArray[np.bool_]]:
+    """Which steps are of each kind, (steps,) each; none of these is a swap."""
     prefill, decode = column(steps, "prefill_tokens") > 0, column(steps, "decode_tokens") > 0
-    return np.select([prefill & decode, prefill, decode], ["mixed", "prefill", "decode"], "swap")
+    return {"prefill": prefill & ~decode, "decode": decode & ~prefill, "mixed": prefill & decode}
 
 
 def waits_ns(run: RunRecords) -> Ints:
@@ -315,7 +330,8 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
 
 
 def _request_totals(run: RunRecords) -> dict[str, Any]:
-    table, done = run.tables["requests"], completed_requests(run)
+    table = run.select("requests", "arrival_ns", "outcome", "wasted_tokens", "preemptions")
+    done = completed_requests(run, columns=("prompt_len", "output_len"))
     rejected, cancelled = (int(np.count_nonzero(_is_in(table["outcome"], [each]))) for each in (REJECTED, CANCELLED))
     inputs, outputs = int(column(done, "prompt_len").sum()), int(column(done, "output_len").sum())
     duration_s = _duration_s(table, done)
@@ -346,11 +362,11 @@ def _per_second(count: int, duration_s: float | None) -> float | None:
 
 
 def _step_totals(run: RunRecords) -> dict[str, Any]:
-    steps = run.tables["steps"]
-    kinds = step_kinds(steps)
-    scheduled, planned, launched = (column(steps, f"{name}_ns") for name in ("scheduled", "planned", "launched"))
+    times = ("scheduled_ns", "planned_ns", "launched_ns")
+    steps = run.select("steps", *times, "prefill_tokens", "chunks", "decode_tokens")
+    scheduled, planned, launched = (column(steps, name) for name in times)
     some = len(steps) > 0
-    return {f"steps_{kind}": int(np.count_nonzero(kinds == kind)) for kind in ("prefill", "decode", "mixed")} | {
+    return {f"steps_{kind}": int(np.count_nonzero(those)) for kind, those in _of_kind(steps).items()} | {
         "mean_batch": float((column(steps, "chunks") + column(steps, "decode_tokens")).mean()) if some else None,
         "median_schedule_us": float(np.median(planned - scheduled)) / 1e3 if some else None,
         "median_launch_us": float(np.median(launched - planned)) / 1e3 if some else None,

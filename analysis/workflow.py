@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from analysis.ablation import ablate
 from analysis.compare import compare
-from analysis.metrics import COLUMNS_READ, metrics
+from analysis.metrics import metrics
 from analysis.options import Limits, Loading
 from analysis.report import write_report
 from engine import manifest
@@ -172,7 +172,7 @@ def simulate_run(
         with watched(console, "simulate", recorder, len(requests)):
             coverage = predict(requests, config, profile, recorder)
         recorder.close()
-        summary = metrics(RunRecords(parts, writer.written(COLUMNS_READ)))
+        summary = metrics(RunRecords(parts, writer.written()))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
     return run

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import starmap
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 2
+BATCH = 65536  # rows
 
 NULL = -(2**63)  # stands for None in rows of `steps` and `iterations`
 _PACKED = {"int64": ("q", "<i8"), "binary": (f"{DIGEST_BYTES}s", f"V{DIGEST_BYTES}")}  # as struct and as NumPy have it
@@ -151,6 +152,18 @@ class RunRecords:
     summary: dict[str, Any] = field(default_factory=dict)
     partial: bool = False
 
+    def select(self, table: str, *columns: str) -> pa.Table:
+        """Some columns of a table; of one that lies on disk no more is read."""
+        if isinstance(self.tables, StoredTables):
+            return self.tables.select(table, columns)
+        return self.tables[table].select(columns)
+
+    def batches(self, table: str, *columns: str) -> Iterator[pa.Table]:
+        """As `select`; of a table that lies on disk, no more is in memory than some thousand rows at a time."""
+        if isinstance(self.tables, StoredTables):
+            return self.tables.batches(table, columns)
+        return iter([self.tables[table].select(columns)])
+
     def write(self, folder: Path) -> None:
         """Write the run, or nothing: an older run in `folder` is replaced once the new one is whole.
 
@@ -164,25 +177,42 @@ class RunRecords:
 
 
 class StoredTables(Mapping[str, "pa.Table"]):
-    """The tables of a run's folder, each read whenever it is asked for, whole or in some of its columns."""
+    """The tables of a run's folder, read whenever they are asked for.
 
-    def __init__(self, folder: Path, columns: Mapping[str, Iterable[str]] = COLUMNS) -> None:
-        """`columns`: which to read, by table."""
+    Reading raises OSError or pyarrow.ArrowInvalid if a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._columns = columns
 
     def __getitem__(self, name: str) -> pa.Table:
-        """Raises OSError or pyarrow.ArrowInvalid if the file is missing or damaged."""
+        return self.select(name, None)
+
+    def select(self, name: str, columns: Sequence[str] | None) -> pa.Table:
+        """Some columns of a table, or all."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pa.default_memory_pool().release_unused()  # by earlier reads
+        with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
+            return file.read(columns, use_threads=False)
+
+    def batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of a table, some thousand rows at a time."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
-            return file.read([*self._columns[name]])
+            if not file.metadata.num_rows:
+                yield file.read(columns)
+            for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
+        return iter(COLUMNS)
 
     def __len__(self) -> int:
-        return len(self._columns)
+        return len(COLUMNS)
 
 
 class RunWriter:
@@ -224,11 +254,11 @@ class RunWriter:
             if len(rows):
                 self._files[name].write_table(versioned)
 
-    def written(self, columns: Mapping[str, Iterable[str]]) -> StoredTables:
-        """End all tables; returns some of their columns, by table."""
+    def written(self) -> StoredTables:
+        """End all tables; returns them."""
         with self._complaining():
             self._close()
-        return StoredTables(self._draft, columns)
+        return StoredTables(self._draft)
 
     def finish(self, run: RunRecords) -> None:
         """Write a run's manifest and summary beside the tables that were added, and put the folder in its place."""

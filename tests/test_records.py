@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from shadow import serve, small_profile
 from test_scheduling_properties import configs, workloads
 
+from analysis.metrics import metrics
 from engine.config import ServingConfig
 from engine.graph_sizes import GraphSizes
 from engine.recorder import Recorder
-from engine.records import COLUMNS, RunRecords, RunWriter, read_run, tables_from_rows
+from engine.records import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, tables_from_rows
 from sim.profile import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate
 from sim.timing import ProfiledTiming
@@ -143,6 +144,14 @@ def test_a_run_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     kept = read_run(tmp_path / "run")
     assert all(kept.tables[name].equals(run.tables[name]) for name in COLUMNS) and kept.summary["a"] == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2048])
+def test_the_metrics_of_a_stored_run_are_those_of_the_run_in_memory(tmp_path, limit):
+    run = RunRecords({}, serve(workload(), ServingConfig(num_blocks=200, max_model_len=limit))[0].tables())
+    run.write(tmp_path / "run")
+    assert metrics(RunRecords({}, StoredTables(tmp_path / "run"))) == metrics(run)
+    assert metrics(run)["completed"] == (0 if limit == 1 else 200)
 
 
 if __name__ == "__main__":
