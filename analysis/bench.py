@@ -132,6 +132,11 @@ def check_benchmark(benchmark: Benchmark, out: Path | None) -> None:
     """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, limit or folder."""
     benchmark.check()
     load_scheduler(benchmark.limits.config(num_blocks=1))
+    check_out_file(out)
+
+
+def check_out_file(out: Path | None) -> None:
+    """Raises TandemError if what is measured could not be written there."""
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise TandemError(f"cannot write {out}: give --out a file in a folder that exists")
 
@@ -222,6 +227,14 @@ def read_rate(text: str) -> float:
     if not 0 < rate < math.inf:
         raise ValueError(text)
     return rate
+
+
+def read_count(text: str) -> int:
+    """Read how many. Raises ValueError if it is not a number of 1 or more."""
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
 
 
 def read_seed(text: str) -> int:
@@ -334,15 +347,15 @@ class Forward:
     def tables(self, rows: Sequence[Row]) -> Iterator[Table | str]:
         """One table, and a line for each row that could not be measured."""
         columns = ("batch x input", "prefill ms", "tok/s", "decode ms", "tok/s", "host µs", "device µs")
-        yield _table(
+        yield table(
             "One forward",
             columns,
             [
                 (
                     row["row"],
-                    *(_number(row[key]) for key in ("prefill_ms", "prefill_tokens_per_s")),
-                    *(_number(row[key]) for key in ("decode_ms", "decode_tokens_per_s")),
-                    *(_number(row["decode_steps"][key]) for key in ("p50_host_us", "p50_device_us")),
+                    *(number(row[key]) for key in ("prefill_ms", "prefill_tokens_per_s")),
+                    *(number(row[key]) for key in ("decode_ms", "decode_tokens_per_s")),
+                    *(number(row["decode_steps"][key]) for key in ("p50_host_us", "p50_device_us")),
                 )
                 for row in rows
             ],
@@ -544,7 +557,7 @@ def _over_runs(summaries: Sequence[Mapping[str, float | None]]) -> dict[str, dic
 
 def _metrics_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> Table:
     cells = [(row["row"], *(_spread(row["metrics"][key]) for key in columns)) for row in rows]
-    return _table(title, ("", *columns.values()), cells)
+    return table(title, ("", *columns.values()), cells)
 
 
 def _decode_table(rows: Sequence[Row]) -> Table:
@@ -553,30 +566,31 @@ def _decode_table(rows: Sequence[Row]) -> Table:
         f"~{batch}: {name}" if key == "steps" else name for batch in DECODE_BATCHES for key, name in keys.items()
     ]
     cells = [
-        (row["row"], *(_number(row["decode_steps"][str(batch)][key]) for batch in DECODE_BATCHES for key in keys))
+        (row["row"], *(number(row["decode_steps"][str(batch)][key]) for batch in DECODE_BATCHES for key in keys))
         for row in rows
     ]
-    return _table("Steps that decode about 64 and about 256 sequences, µs", ("", *columns), cells)
+    return table("Steps that decode about 64 and about 256 sequences, µs", ("", *columns), cells)
 
 
 # -- tables ------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Cells under `columns`: the first to the left, numbers to the right."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, name in enumerate(columns):
-        table.add_column(name, justify="right" if position else "left", no_wrap=True)
+        made.add_column(name, justify="right" if position else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
 def _spread(of: Mapping[str, float | None]) -> str:
-    mean, low, high = (_number(of[name]) for name in ("mean", "min", "max"))
+    mean, low, high = (number(of[name]) for name in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """With three digits or more; whole numbers whole."""
     if value is None:
         return "–"

@@ -656,6 +656,39 @@ def bench_online(
     _bench(benchmark, loading, out, as_json)
 
 
+@bench_app.command("simulate")
+@options.takes_limits(max_seqs=256)
+def bench_simulate(
+    limits: Limits,
+    trace: options.TracePath,
+    profile: options.ProfilePath = Path("a100-80gb/llama-3-8b"),
+    rates: Annotated[str, typer.Option(help="Requests a second, with commas between.")] = "6,2",
+    requests: options.Requests = 2000,
+    scale: Annotated[str, typer.Option(help="Numbers of requests, a row each at the highest rate.")] = "",
+    repeats: Annotated[int, typer.Option(help="Of each measurement; the best counts.", min=2)] = 3,
+    out: BenchOut = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time the simulator: steps a second, their cost in bare SimPy timeouts, where it goes, memory, start."""
+    from analysis.bench import check_out_file, listed, read_count, read_rate
+    from analysis.bench_simulate import SimulateBench, print_simulate
+    from analysis.workflow import write_json
+    from sim.profile import find_profile
+
+    each_rate = listed("--rates", rates, read_rate, "6,2")
+    counts = listed("--scale", scale, read_count, "10000,100000")
+    bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
+    bench.check()
+    check_out_file(out)
+    document = bench.run(console)
+    if out:
+        write_json(out, document)
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        print_simulate(document)
+
+
 def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, as_json: bool) -> None:
     from analysis.bench import check_benchmark, run_benchmark
     from analysis.workflow import load_executor

@@ -6,14 +6,14 @@ may not know which rider wrote the records. Everything is an array operation: no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.records import RunRecords
+from engine.records import COLUMNS, RunRecords
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.errors import TandemError
 
@@ -25,6 +25,8 @@ Floats = NDArray[np.float64]
 
 NS_PER_MS = 1e6
 NS_PER_S = 1e9
+_SPAN_COLUMNS = ("request", "first_step", "last_step")
+PART = 100_000  # requests whose tokens are looked at together, for the sake of memory
 P99_REQUESTS = 200  # below this many requests, P99 is the luck of one or two of them
 
 REQUEST_LATENCIES = {
@@ -42,6 +44,7 @@ LATENCIES = REQUEST_LATENCIES | {"itl": "inter-token latency: every gap between 
 
 STATISTICS = ("mean", "std", "median", "p50", "p90", "p99")
 """Percentiles interpolate linearly; p99 is None below `P99_REQUESTS` requests."""
+PERCENTILES = (50, 90, 99)
 
 TOTALS = {
     "completed": "requests that ended by length or stop token",
@@ -97,19 +100,51 @@ def token_times(run: RunRecords) -> TokenTimes:
     decodes. Tokens past a request's `output_len` (made after its stop token) are left out, and so are tokens of
     steps that had not completed when the records end.
     """
-    steps = run.tables["steps"]
+    made = _stretches(run)
+    return TokenTimes(np.repeat(made.request, made.end - made.begin), made.time_ns[_ranges(made.begin, made.end)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretches:
+    """Tokens of one request in a row, sorted by request, then time: `time_ns[begin:end]` of `request`."""
+
+    time_ns: Ints  # of the `decodes` steps that decode, then of each token that a prefill made
+    decodes: int
+    request: Ints
+    begin: Ints
+    end: Ints
+
+
+def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
+    """Of all requests, or those among `ids`."""
+    steps = run.select("steps", "completed_ns", "decode_tokens")
     completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
-    spans = run.tables["spans"].filter(run.tables["spans"]["samples"])
-    prefill = (spans["kind"].to_numpy() == "prefill") & (column(spans, "first_step") < len(completed_ns))
-    prefills, decodes = spans.filter(prefill), spans.filter(spans["kind"].to_numpy() == "decode")
-    begin = np.searchsorted(decode_steps, column(decodes, "first_step"), "left")
-    end = np.searchsorted(decode_steps, column(decodes, "last_step"), "right")
-    request = np.concatenate([column(prefills, "request"), np.repeat(column(decodes, "request"), end - begin)])
-    step = np.concatenate([column(prefills, "first_step"), decode_steps[_ranges(begin, end)]])
-    order = np.lexsort((step, request))
-    request, step = request[order], step[order]
-    counts = _rank(request) < _output_len(run.tables["requests"], request)
-    return TokenTimes(request[counts], completed_ns[step[counts]])
+    is_prefill, request, first, last = _sampling_spans(run, ids)
+    prefilled = first[is_prefill & (first < len(completed_ns))]
+    number = len(decode_steps) + np.cumsum(is_prefill) - 1  # of a prefill's token in `time_ns`
+    begin = np.where(is_prefill, number, np.searchsorted(decode_steps, first, "left"))
+    end = np.where(is_prefill, number + (first < len(completed_ns)), np.searchsorted(decode_steps, last, "right"))
+    order = np.lexsort((first, request))
+    request, begin, end = request[order], begin[order], end[order]
+    earlier = np.cumsum(end - begin) - (end - begin)  # tokens of all stretches before
+    earlier -= earlier[np.searchsorted(request, request)]  # of the same request
+    end = np.minimum(end, begin + np.maximum(0, _output_len(run, request) - earlier))
+    some = end > begin
+    time_ns = completed_ns[np.concatenate([decode_steps, prefilled])]
+    return _Stretches(time_ns, len(decode_steps), request[some], begin[some], end[some])
+
+
+def _sampling_spans(run: RunRecords, ids: Ints | None) -> tuple[NDArray[Any], ...]:
+    """Of the spans whose steps make a token: whether they are prefills, request, first and last step, (spans,) each."""
+    pieces = [_chosen_spans(batch, ids) for batch in run.batches("spans", *_SPAN_COLUMNS, "kind", "samples")]
+    is_prefill, *numbers = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    return is_prefill, *numbers
+
+
+def _chosen_spans(spans: pa.Table, ids: Ints | None) -> tuple[NDArray[Any], ...]:
+    chosen = spans["samples"].to_numpy()
+    spans = spans.filter(chosen if ids is None else chosen & np.isin(column(spans, "request"), ids))
+    return _is_in(spans["kind"], ["prefill"]), *(column(spans, name) for name in _SPAN_COLUMNS)
 
 
 def column(table: pa.Table, name: str) -> Ints:
@@ -124,23 +159,38 @@ def _ranges(begin: Ints, end: Ints) -> Ints:
     return np.asarray(np.arange(lengths.sum()) + np.repeat(begin - starts, lengths))
 
 
-def _rank(grouped: Ints) -> Ints:
-    """Each element's position among its equals, in an array whose equals are adjacent."""
-    _, first, lengths = np.unique(grouped, return_index=True, return_counts=True)
-    return np.asarray(np.arange(len(grouped)) - np.repeat(first, lengths))
-
-
-def _output_len(requests: pa.Table, ids: Ints) -> Ints:
-    known = requests.sort_by("request")
+def _output_len(run: RunRecords, ids: Ints) -> Ints:
+    known = _by_request(run.select("requests", "request", "output_len"))
     return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
 
 
-def completed_requests(run: RunRecords, ids: Ints | None = None) -> pa.Table:
+def _by_request(table: pa.Table) -> pa.Table:
+    """Sorted, and not copied if it is already."""
+    ids = column(table, "request")
+    return table if (ids[1:] >= ids[:-1]).all() else table.sort_by("request")
+
+
+def _where(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
+    """The chosen rows, and no copy of the table if these are all."""
+    return table if chosen.all() else table.filter(chosen)
+
+
+def _is_in(column: pa.ChunkedArray, words: Sequence[str]) -> NDArray[np.bool_]:
+    """Where a column of strings has one of these, (rows,)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.is_in(column, pa.array(words)).to_numpy())
+
+
+def completed_requests(
+    run: RunRecords, ids: Ints | None = None, columns: Sequence[str] = tuple(COLUMNS["requests"])
+) -> pa.Table:
     """The requests that were served to their end, or those among `ids`, by id: what latencies are taken over."""
-    table = run.tables["requests"]
-    served = np.isin(table["outcome"].to_numpy(), (LENGTH, STOP))
+    table = run.select("requests", *dict.fromkeys((*columns, "request", "outcome", "last_token_ns")))
+    served = _is_in(table["outcome"], [LENGTH, STOP])
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
-    done = table.filter(served & table["last_token_ns"].is_valid().to_numpy()).sort_by("request")
+    done = _by_request(_where(table, served & table["last_token_ns"].is_valid().to_numpy()))
     return done if ids is None else done.filter(np.isin(column(done, "request"), ids))
 
 
@@ -151,7 +201,8 @@ def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
         `request`: ids, ascending, (completed,) integers; and for each of `REQUEST_LATENCIES` its values in
         milliseconds, (completed,) floats. `tpot` is NaN for a request with a single output token.
     """
-    table = completed_requests(run, ids)
+    times = ("arrival_ns", "first_scheduled_ns", "first_token_ns", "last_token_ns")
+    table = completed_requests(run, ids, (*times, "prompt_len", "output_len"))
     arrival, output = column(table, "arrival_ns"), column(table, "output_len")
     ttft, e2el = (column(table, name) - arrival for name in ("first_token_ns", "last_token_ns"))
     gaps = np.where(output > 1, output - 1, np.nan)
@@ -168,20 +219,50 @@ def request_metrics(run: RunRecords, ids: Ints | None = None) -> dict[str, Any]:
 
 def itl(run: RunRecords) -> Floats:
     """All inter-token latencies of the completed requests, pooled, in milliseconds, (gaps,)."""
-    return _gaps_ms(run, column(completed_requests(run), "request"))
+    return _pooled_gaps_ms(run, _completed_ids(run))
 
 
-def _gaps_ms(run: RunRecords, ids: Ints) -> Floats:
+def _completed_ids(run: RunRecords, ids: Ints | None = None) -> Ints:
+    return column(completed_requests(run, ids, ("request",)), "request")
+
+
+def _pooled_gaps_ms(run: RunRecords, ids: Ints) -> Floats:
     tokens = token_times(run)
     same_request = (tokens.request[1:] == tokens.request[:-1]) & np.isin(tokens.request[1:], ids)
     return np.asarray(np.diff(tokens.time_ns)[same_request] / NS_PER_MS)
 
 
+def shared_itl(run: RunRecords) -> tuple[Floats, Ints]:
+    """`itl`, each gap that requests share once: milliseconds, (gaps,), and how many requests saw it, (gaps,).
+
+    All that decode beside each other wait alike, so that these are as many as the steps, however many the tokens.
+    """
+    ids = _completed_ids(run)
+    gaps_ns: list[Ints] = []
+    seen: list[Ints] = []
+    for part in np.array_split(ids, max(1, len(ids) // PART)):
+        made = _stretches(run, part)
+        starts, ends = (
+            np.bincount(each, minlength=made.decodes)[: made.decodes] for each in (made.begin, made.end - 1)
+        )
+        beside = np.cumsum(starts - ends)  # how many make a token in a decode step, and in the next
+        shared = np.flatnonzero(beside)
+        across = np.flatnonzero(made.request[1:] == made.request[:-1])
+        gaps_ns.append(made.time_ns[shared + 1] - made.time_ns[shared])
+        gaps_ns.append(made.time_ns[made.begin[across + 1]] - made.time_ns[made.end[across] - 1])
+        seen += (beside[shared], np.ones_like(across))
+    return np.concatenate(gaps_ns) / NS_PER_MS, np.concatenate(seen)
+
+
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     """The values of each of `LATENCIES`, in milliseconds, over the completed requests, or those among `ids`."""
+    kept = _completed_ids(run, ids)
+    return _per_request(run, ids) | {"itl": _pooled_gaps_ms(run, kept)}
+
+
+def _per_request(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     values = request_metrics(run, ids)
-    kept = values.pop("request")
-    return {name: of[~np.isnan(of)] for name, of in values.items()} | {"itl": _gaps_ms(run, kept)}
+    return {name: values[name][~np.isnan(values[name])] for name in REQUEST_LATENCIES}
 
 
 def latency_statistics(values: Mapping[str, Floats]) -> dict[str, dict[str, float | None]]:
@@ -194,16 +275,38 @@ def latency_statistics(values: Mapping[str, Floats]) -> dict[str, dict[str, floa
 def _statistics(values: Floats, requests: int) -> dict[str, float | None]:
     if not values.size:
         return dict.fromkeys(STATISTICS)
-    p50, p90, p99 = (float(value) for value in np.percentile(values, [50, 90, 99]))
-    mean, std = float(values.mean()), float(values.std())
+    return _named(values.mean(), values.std(), np.percentile(values, PERCENTILES), requests)
+
+
+def _shared_statistics(values: Floats, seen: Ints, requests: int) -> dict[str, float | None]:
+    """As `_statistics` of `np.repeat(values, seen)`, without making it."""
+    if not values.size:
+        return dict.fromkeys(STATISTICS)
+    mean = np.average(values, weights=seen)
+    std = np.sqrt(np.average((values - mean) ** 2, weights=seen))
+    order = np.argsort(values)
+    values, up_to = values[order], np.cumsum(seen[order])
+    place = np.asarray(PERCENTILES) / 100 * (up_to[-1] - 1)
+    below, above = (values[np.searchsorted(up_to, edge(place), "right")] for edge in (np.floor, np.ceil))
+    return _named(mean, std, below + (above - below) * (place % 1), requests)
+
+
+def _named(mean: float, std: float, percentiles: Floats, requests: int) -> dict[str, float | None]:
+    p50, p90, p99 = map(float, percentiles)
     shown_p99 = p99 if requests >= P99_REQUESTS else None
-    return {"mean": mean, "std": std, "median": p50, "p50": p50, "p90": p90, "p99": shown_p99}
+    return {"mean": float(mean), "std": float(std), "median": p50, "p50": p50, "p90": p90, "p99": shown_p99}
 
 
 def step_kinds(steps: pa.Table) -> NDArray[np.str_]:
     """`prefill`, `decode`, `mixed` or `swap` for each step, (steps,)."""
+    kinds = _of_kind(steps)
+    return np.select([*kinds.values()], [*kinds], "swap")
+
+
+def _of_kind(steps: pa.Table) -> dict[str, NDArray[np.bool_]]:
+    """Which steps are of each kind, (steps,) each; none of these is a swap."""
     prefill, decode = column(steps, "prefill_tokens") > 0, column(steps, "decode_tokens") > 0
-    return np.select([prefill & decode, prefill, decode], ["mixed", "prefill", "decode"], "swap")
+    return {"prefill": prefill & ~decode, "decode": decode & ~prefill, "mixed": prefill & decode}
 
 
 def waits_ns(run: RunRecords) -> Ints:
@@ -225,14 +328,15 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     """
     totals = _request_totals(run) | _step_totals(run)
     goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
-    table = latency_statistics(latencies(run))
+    values = _per_request(run)
+    table = latency_statistics(values) | {"itl": _shared_statistics(*shared_itl(run), len(values["tpot"]))}
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
 
 
 def _request_totals(run: RunRecords) -> dict[str, Any]:
-    table, done = run.tables["requests"], completed_requests(run)
-    outcomes = table["outcome"].to_pylist()
-    rejected, cancelled = outcomes.count(REJECTED), outcomes.count(CANCELLED)
+    table = run.select("requests", "arrival_ns", "outcome", "wasted_tokens", "preemptions")
+    done = completed_requests(run, columns=("prompt_len", "output_len"))
+    rejected, cancelled = (int(np.count_nonzero(_is_in(table["outcome"], [each]))) for each in (REJECTED, CANCELLED))
     inputs, outputs = int(column(done, "prompt_len").sum()), int(column(done, "output_len").sum())
     duration_s = _duration_s(table, done)
     return {
@@ -244,7 +348,7 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "total_output_tokens": outputs,
         "wasted_tokens": int(column(table, "wasted_tokens").sum()),
         "preemptions": int(column(table, "preemptions").sum()),
-        "own_slo_attainment": _own_slo_attainment(table),
+        "own_slo_attainment": _own_slo_attainment(run),
         **_prefix_cache(run),
         "duration_s": duration_s,
         "request_throughput": _per_second(len(done), duration_s),
@@ -253,12 +357,11 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
     }
 
 
-def _own_slo_attainment(requests: pa.Table) -> float | None:
-    kept = requests.filter(np.array(requests["outcome"].to_pylist()) != CANCELLED)
-    arrival, *times = (
-        kept[name].to_numpy().astype(np.float64)  # NaN where there is none
-        for name in ("arrival_ns", "first_token_ns", "ttft_slo_ns", "last_token_ns", "e2e_slo_ns")
-    )
+def _own_slo_attainment(run: RunRecords) -> float | None:
+    names = ("arrival_ns", "first_token_ns", "ttft_slo_ns", "last_token_ns", "e2e_slo_ns")
+    table = run.select("requests", "outcome", *names)
+    kept = _where(table, ~_is_in(table["outcome"], [CANCELLED]))
+    arrival, *times = (kept[name].to_numpy().astype(np.float64) for name in names)  # NaN where there is none
     promised, broken = np.zeros(len(kept), bool), np.zeros(len(kept), bool)
     for token, slo in zip(times[::2], times[1::2], strict=True):
         promised |= ~np.isnan(slo)
@@ -267,8 +370,8 @@ def _own_slo_attainment(requests: pa.Table) -> float | None:
 
 
 def _prefix_cache(run: RunRecords) -> dict[str, Any]:
-    cached = int(column(run.tables["requests"], "cached_tokens").sum())
-    prefilled = cached + int(column(run.tables["steps"], "prefill_tokens").sum())
+    cached = int(column(run.select("requests", "cached_tokens"), "cached_tokens").sum())
+    prefilled = cached + int(column(run.select("steps", "prefill_tokens"), "prefill_tokens").sum())
     return {"cached_tokens": cached, "prefix_cache_hit_rate": cached / prefilled if prefilled else None}
 
 
@@ -283,11 +386,11 @@ def _per_second(count: int, duration_s: float | None) -> float | None:
 
 
 def _step_totals(run: RunRecords) -> dict[str, Any]:
-    steps = run.tables["steps"]
-    kinds = step_kinds(steps)
-    scheduled, planned, launched = (column(steps, f"{name}_ns") for name in ("scheduled", "planned", "launched"))
+    times = ("scheduled_ns", "planned_ns", "launched_ns")
+    steps = run.select("steps", *times, "prefill_tokens", "chunks", "decode_tokens")
+    scheduled, planned, launched = (column(steps, name) for name in times)
     some = len(steps) > 0
-    return {f"steps_{kind}": int(np.count_nonzero(kinds == kind)) for kind in ("prefill", "decode", "mixed")} | {
+    return {f"steps_{kind}": int(np.count_nonzero(those)) for kind, those in _of_kind(steps).items()} | {
         "mean_batch": float((column(steps, "chunks") + column(steps, "decode_tokens")).mean()) if some else None,
         "median_schedule_us": float(np.median(planned - scheduled)) / 1e3 if some else None,
         "median_launch_us": float(np.median(launched - planned)) / 1e3 if some else None,
@@ -302,5 +405,5 @@ def _goodput(run: RunRecords, slos_ms: Mapping[str, float], duration_s: float | 
     for name, limit_ms in slos_ms.items():
         missed |= per_request[name] > limit_ms  # false for a NaN: an output of one token meets any TPOT
     met = int(np.count_nonzero(~missed))
-    judged = sum(outcome != CANCELLED for outcome in run.tables["requests"]["outcome"].to_pylist())
+    judged = int(np.count_nonzero(~_is_in(run.tables["requests"]["outcome"], [CANCELLED])))
     return {"request_goodput": _per_second(met, duration_s), "slo_attainment": met / judged if judged else None}

@@ -26,7 +26,7 @@ from engine import manifest
 from engine.config import ServingConfig
 from engine.prefix import Content
 from engine.recorder import Recorder
-from engine.records import RunRecords, check_out
+from engine.records import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler import load_scheduler
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
@@ -193,17 +193,19 @@ def simulate_run(
     _note_useless_cache(trace, config, console)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = _stopping_like(trace, like) if like else trace.requests
-    recorder = Recorder()
-    with watched(console, what, recorder, len(requests)):
-        coverage = predict(requests, config, profile, recorder, check=check)
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
         "provenance": manifest.provenance(backend="simulator", profile=profile.name, source=profile.meta["source"]),
     }
-    run = RunRecords(parts, recorder.tables())
-    run.summary = metrics(run) | {"profile_lookups": coverage}
-    run.write(out)
+    with RunWriter(out) as writer:
+        recorder = Recorder(writer.add)
+        with watched(console, what, recorder, len(requests)):
+            coverage = predict(requests, config, profile, recorder, check=check)
+        recorder.close()
+        summary = metrics(RunRecords(parts, writer.written()))
+        run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
+        writer.finish(run)
     return run
 
 

@@ -8,7 +8,6 @@ simulator, a `Waitable` on hardware. The loop yields it, and is sent the value d
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from engine.events import Event
@@ -29,8 +28,7 @@ class Stop(NamedTuple):
     output_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """The tokens of a step are known to the host.
 
     Attributes:

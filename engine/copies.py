@@ -24,6 +24,8 @@ class CopyOrder:
         gone; and it reads those of a request that joins. The blocks that a request is handed while it is swapped in are
         not written before it joins.
         """
+        if not (step.swapped_out or step.swapped_in or self._busy or self._arriving):
+            return None
         for copies in step.swapped_out.values():
             self._busy.update(dict.fromkeys(copies.source, step.index))
         for request_id, copies in step.swapped_in.items():

@@ -53,7 +53,7 @@ class DecodeSet:
         self._squares += base * base
 
     def discard(self, request_id: int) -> None:
-        """Let a request leave, if it is a member. Alarms of members that left may still ring."""
+        """Let a request leave, if it is a member. Should it join again, its old alarms may still ring."""
         base = self._base.pop(request_id, None)
         if base is not None:
             self._sum -= base
@@ -63,7 +63,8 @@ class DecodeSet:
         """Ask for `request_id` to be among those that ring in `ticks` ticks (at least 1)."""
         self._alarms[self._tick + ticks].append(request_id)
 
-    def advance(self) -> list[int]:
-        """Every member makes one token. Returns the ids whose alarm rings, former members included."""
-        self._tick += 1
-        return self._alarms.pop(self._tick, [])
+    def advance(self) -> dict[int, int]:
+        """Every member makes one token. Returns the contexts of those whose alarm rings."""
+        tick = self._tick = self._tick + 1
+        base = self._base
+        return {each: base[each] + tick for each in self._alarms.pop(tick, ()) if each in base}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from engine.request import Request
@@ -11,39 +11,66 @@ from traces.request import TraceRequest
 
 
 class Event(NamedTuple):
-    """A request arrives, or is cancelled, at `time_ns`. Ties are broken by `sequence`."""
+    """A request arrives, or is cancelled, at `time_ns`. Ties are broken by `sequence`.
+
+    `is_last` says that no other event of the request will follow.
+    """
 
     time_ns: int
     sequence: int
     request: Request
     is_cancel: bool = False
+    is_last: bool = True
 
 
 class EventQueue:
-    """The external events of a run in the order in which the loop must deliver them."""
+    """The external events of a run in the order in which the loop must deliver them.
 
-    def __init__(self, events: Iterable[Event]) -> None:
-        self._events = deque(sorted(events, key=lambda event: event[:2]))
+    Made as they come near: what is held grows with the requests that may yet be cancelled, not with the trace.
+    """
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        """`events`: in order of time, then sequence."""
+        self._events = events
+        self._next = next(events, None)
 
     @classmethod
     def from_trace(cls, requests: Iterable[TraceRequest]) -> EventQueue:
-        """Arrivals in trace order, and cancellations; of events at one time, an earlier request's come first."""
-        events = []
-        for source in requests:
-            request = Request.from_trace(source)
-            events.append(Event(source.arrival_ns, 2 * source.id, request))
-            if source.cancel_ns is not None:
-                events.append(Event(source.cancel_ns, 2 * source.id + 1, request, True))
-        return cls(events)
+        """Arrivals, and cancellations; of events at one time, an earlier request's come first.
+
+        Args:
+            requests: in order of arrival; taken one by one.
+        """
+        return cls(_in_order(requests))
 
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
-        due = []
-        while self._events and self._events[0].time_ns <= now:
-            due.append(self._events.popleft())
+        due: list[Event] = []
+        while self._next is not None and self._next.time_ns <= now:
+            due.append(self._next)
+            self._next = next(self._events, None)
         return due
 
     @property
     def next_ns(self) -> int | None:
         """When the next event is due, or None if there is none left."""
-        return self._events[0].time_ns if self._events else None
+        return self._next.time_ns if self._next else None
+
+
+def _in_order(requests: Iterable[TraceRequest]) -> Iterator[Event]:
+    """The events of requests that are in order of arrival; one is cancelled no sooner than it arrives."""
+    latest_ns = 0
+    cancels: list[Event] = []  # a heap: sequences differ, so that no two events compare by more than these
+    for source in requests:
+        if source.arrival_ns < latest_ns:
+            raise ValueError(f"request {source.id} is not in order of arrival")
+        latest_ns = source.arrival_ns
+        arrival = (source.arrival_ns, 2 * source.id)
+        while cancels and cancels[0] < arrival:
+            yield heappop(cancels)
+        request = Request.from_trace(source)
+        yield Event(*arrival, request, is_last=source.cancel_ns is None)
+        if source.cancel_ns is not None:
+            heappush(cancels, Event(source.cancel_ns, 2 * source.id + 1, request, is_cancel=True))
+    while cancels:
+        yield heappop(cancels)

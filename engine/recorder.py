@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.records import tables_from_rows
+from engine.records import COLUMNS, NULL, Row, tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FLUSH = 16384  # turns of the loop whose rows are held before they are written
+
 
 @dataclass(slots=True)
 class _Life:
-    """One request's history, in times (ns) and step numbers; None is 'not yet'."""
+    """One request's history; None is 'not yet'."""
 
     request: Request
     delivered_ns: int
+    more_events: bool
     cancel_ns: int | None = None
     first_scheduled_ns: int | None = None
-    first_token_step: int | None = None
-    last_token_step: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
     output_len: int | None = None
     decodes_from: int = 0
     context: int = 0
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing but the steps in flight can add to it."""
+        return self.request.outcome is not None and not self.more_events
+
 
 class Recorder:
-    """Collects one run's rows. The serving loop calls it; `tables` gives them.
+    """Collects one run's rows. The serving loop calls it; `tables` gives them, or `write` gets them as they come.
 
     Attributes:
         ended: requests that were served, stopped, cancelled or rejected so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[str, list[Row]], object] | None = None) -> None:
+        """`write` takes a table's name and its next rows, every `FLUSH` turns of the loop and at `close`.
+
+        Then no more is held than requests that have not ended. Without it all is held for `tables`.
+        """
         self.ended = 0
-        self._lives: dict[int, _Life] = {}
+        self._write = write
+        self._lives: dict[int, _Life] = {}  # in order of delivery
+        self._over = 0  # how many of the first of them had ended at the last flush
         self._decoding: dict[int, _Life] = {}
-        self._steps: list[tuple[Any, ...]] = []
-        self._completions: list[Completion] = []
-        self._spans: list[tuple[Any, ...]] = []
-        self._iterations: list[tuple[Any, ...]] = []
+        self._in_flight: deque[tuple[Step, int, Launch]] = deque()
+        self._last_step = -1
+        self._requests: list[Row] = []
+        self._steps: list[Row] = []
+        self._spans: list[Row] = []
+        self._iterations: list[Row] = []
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
         self.ended += event.request.outcome in (REJECTED, CANCELLED)
         if event.is_cancel:
-            self._lives[event.request.id].cancel_ns = event.time_ns
+            life = self._lives[event.request.id]
+            life.cancel_ns, life.more_events = event.time_ns, not event.is_last
         else:
-            self._lives[event.request.id] = _Life(event.request, now)
+            self._lives[event.request.id] = _Life(event.request, now, not event.is_last)
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
-        times = (now, launch.planned_ns, launch.launched_ns)
-        load = (step.kv_tokens, step.kv_blocks_used, step.running, step.waiting)
-        out, back = step.swapped_out, step.swapped_in
-        lost = (len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0)
-        self._steps.append(
-            (step.index, step.digest, *times, step.prefill_tokens, len(step.chunks), step.decodes, *load, *lost)
-        )
+        self._in_flight.append((step, now, launch))
+        self._last_step = step.index
         if not step.is_steady:
             self._track(step, now)
 
@@ -78,11 +92,8 @@ class Recorder:
             self._spans.append((request_id, step.index, step.index, "prefill", *chunk))
             if life.first_scheduled_ns is None:
                 life.first_scheduled_ns = now
-            if chunk.samples and life.first_token_step is None:
-                life.first_token_step = step.index
         for request_id in step.finishing:
             self._close_span(request_id, step.index)
-            self._lives[request_id].last_token_step = step.index
         self.ended += len(step.finishing)
 
     def _close_span(self, request_id: int, last_step: int) -> None:
@@ -92,50 +103,80 @@ class Recorder:
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
-        self._completions.append(completion)
-        self.ended += len(completion.stops)
+        step, now, launch = self._in_flight.popleft()
+        out, back = step.swapped_out, step.swapped_in
+        self._steps.append(
+            (
+                *(step.index, step.digest, now, *launch),
+                *(step.prefill_tokens, len(step.chunks), step.decodes),
+                *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
+                *(len(step.preempted) + len(out), _blocks(out), _blocks(back)),
+                *completion[1:4],
+            )
+        )
+        for request_id, chunk in step.chunks.items():
+            life = self._lives[request_id]
+            if chunk.samples and life.first_token_ns is None:
+                life.first_token_ns = completion.completed_ns
+        for request_id in step.finishing:
+            life = self._lives[request_id]
+            if life.output_len is None:  # else an earlier step has shown that it had stopped
+                life.last_token_ns = completion.completed_ns
         for stop in completion.stops:
             life = self._lives[stop.request_id]
-            life.last_token_step, life.output_len = completion.step, stop.output_len
+            life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
+        self.ended += len(completion.stops)
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
         """One turn of the loop is over."""
-        launched = (step.index, launch.planned_ns, launch.launched_ns) if step and launch else (None, None, None)
-        completed = (completion.step, completion.completed_ns) if completion else (None, None)
+        launched = (step.index, *launch) if step and launch else (NULL, NULL, NULL)
+        completed = completion[:2] if completion else (NULL, NULL)
         self._iterations.append((now, events, *launched, *completed))
+        if self._write and len(self._iterations) == FLUSH:
+            self._flush(self._over)
+            self._over = sum(1 for _ in takewhile(lambda life: life.over, self._lives.values()))
+
+    def _flush(self, requests: int) -> None:
+        """Write down what there is, and so many of the requests: no step in flight may be theirs."""
+        first = list(islice(self._lives.values(), requests))
+        self._requests += map(self._request_row, first)
+        for life in first:
+            del self._lives[life.request.id]
+        for name, rows in self._rows().items():
+            if self._write:
+                self._write(name, rows)
+                rows.clear()
+
+    def _rows(self) -> dict[str, list[Row]]:
+        return dict(zip(COLUMNS, (self._requests, self._steps, self._spans, self._iterations), strict=True))
+
+    def close(self) -> None:
+        """Write down the rest. A run that was interrupted is whole up to its last completed step."""
+        for request_id in tuple(self._decoding):
+            self._close_span(request_id, self._last_step)
+        self._flush(len(self._lives))
 
     def tables(self) -> dict[str, pa.Table]:
-        """The run so far. A run that was interrupted is whole up to its last completed step."""
-        for request_id in tuple(self._decoding):
-            self._close_span(request_id, len(self._steps) - 1)
-        steps = [
-            (*step, completion.completed_ns, completion.device_start_ns, completion.device_ns)
-            for step, completion in zip(self._steps, self._completions, strict=False)
-        ]
-        requests = [self._request_row(life) for life in self._lives.values()]
-        return tables_from_rows(
-            {"requests": requests, "steps": steps, "spans": self._spans, "iterations": self._iterations}
-        )
+        """The run, if `write` was not to get it."""
+        self.close()
+        return tables_from_rows(self._rows())
 
-    def _request_row(self, life: _Life) -> tuple[Any, ...]:
+    @staticmethod
+    def _request_row(life: _Life) -> tuple[Any, ...]:
         request = life.request
         generated = request.generated
         output_len = generated if life.output_len is None else life.output_len
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
-            *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
+            *(life.first_token_ns, life.last_token_ns),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
             *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
             *(request.cached_tokens, *_recorded(request)),
         )
-
-    def _time_of(self, step: int | None) -> int | None:
-        known = step is not None and step < len(self._completions)
-        return self._completions[step].completed_ns if known and step is not None else None
 
 
 def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None]:
@@ -146,4 +187,4 @@ def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None]:
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:
-    return sum(len(copies.source) for copies in swaps.values())
+    return sum(len(copies.source) for copies in swaps.values()) if swaps else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.backend import Backend, Completion, Launch
 from engine.recorder import Recorder
@@ -39,7 +40,7 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
 
 def _turns(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
     depth, in_flight = scheduler.config.pipeline_depth, 0
-    requests: dict[int, Request] = {}
+    requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # those that somebody still holds
     while True:
         now = backend.now()
         events = backend.due(now)
@@ -61,7 +62,8 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Genera
             in_flight -= 1
             recorder.completed(completion)
             for stop in completion.stops:
-                scheduler.stopped(requests[stop.request_id])
+                if request := requests.get(stop.request_id):  # else it has ended otherwise, and is forgotten
+                    scheduler.stopped(request)
         recorder.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
             arrival = backend.wait()

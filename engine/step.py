@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 ENCODING_VERSION = 2
+DIGEST_BYTES = 16
 GENESIS = b"tandem decisions"
 
 
@@ -73,7 +74,7 @@ class Step:
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
-        return sum(chunk.tokens for chunk in self.chunks.values())
+        return sum(chunk.tokens for chunk in self.chunks.values()) if self.chunks else 0
 
     @property
     def is_steady(self) -> bool:
@@ -105,23 +106,28 @@ def chain_digest(previous: bytes, step: Step) -> bytes:
     # A steady step's are what `_encode` would make of it, at a fraction of the cost; most steps are steady.
     steady = step.is_steady
     delta = _STEADY.pack(ENCODING_VERSION, step.index, step.decodes, *_NOTHING) if steady else _encode(step)
-    return blake2b(previous + delta, digest_size=16).digest()
+    return blake2b(previous + delta, digest_size=DIGEST_BYTES).digest()
 
 
 def _encode(step: Step) -> bytes:
-    numbers = [ENCODING_VERSION, step.index, step.decodes]
-    for field_numbers in (
-        step.dropped,
-        step.preempted,
-        *(
-            [n for each, copies in swaps.items() for n in (each, len(copies.source), *copies.source, *copies.target)]
-            for swaps in (step.swapped_out, step.swapped_in)
-        ),
-        [n for item in step.joined.items() for n in item],
-        [n for request_id, chunk in step.chunks.items() for n in (request_id, *chunk)],
-        [n for request_id, blocks in step.blocks.items() for n in (request_id, len(blocks), *blocks)],
-        step.finishing,
-    ):
-        numbers.append(len(field_numbers))
-        numbers += field_numbers
+    out = _encode_copies(step.swapped_out) if step.swapped_out else ()
+    back = _encode_copies(step.swapped_in) if step.swapped_in else ()
+    joined = [n for item in step.joined.items() for n in item] if step.joined else ()
+    chunks = [n for each, chunk in step.chunks.items() for n in (each, *chunk)] if step.chunks else ()
+    blocks = [n for each, new in step.blocks.items() for n in (each, len(new), *new)] if step.blocks else ()
+    numbers = [
+        *(ENCODING_VERSION, step.index, step.decodes),
+        *(len(step.dropped), *step.dropped),
+        *(len(step.preempted), *step.preempted),
+        *(len(out), *out),
+        *(len(back), *back),
+        *(len(joined), *joined),
+        *(len(chunks), *chunks),
+        *(len(blocks), *blocks),
+        *(len(step.finishing), *step.finishing),
+    ]
     return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+def _encode_copies(swaps: dict[int, Copies]) -> list[int]:
+    return [n for each, copies in swaps.items() for n in (each, len(copies.source), *copies.source, *copies.target)]

@@ -6,7 +6,7 @@ Host time never enters: the clock is SimPy's, in integer nanoseconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import simpy
 
@@ -21,16 +21,17 @@ from traces.request import TraceRequest
 class SimBackend:
     """Implements `engine.backend.Backend` on a SimPy environment."""
 
-    def __init__(self, env: simpy.Environment, requests: Sequence[TraceRequest], timing: Timing) -> None:
+    def __init__(self, env: simpy.Environment, requests: Iterable[TraceRequest], timing: Timing) -> None:
         self._env = env
-        self._events = EventQueue.from_trace(requests)
-        self._endings = Endings(requests)
+        self._endings = Endings()
+        self._events = EventQueue.from_trace(map(self._endings.seen, requests))
         self._timing = timing
         self._in_flight: deque[tuple[int, list[Stop]]] = deque()
 
     def now(self) -> int:
         """Simulated nanoseconds."""
-        return int(self._env.now)
+        now: int = self._env.now
+        return now
 
     def due(self, now: int) -> list[Event]:
         """Events due by `now`."""
@@ -38,40 +39,40 @@ class SimBackend:
 
     def launch(self, step: Step) -> simpy.Event:
         """Takes the host's time; the device works on in the background."""
-        launch, resume_ns = self._timing.launch(step, self.now())
+        now = self.now()
+        launch, resume_ns = self._timing.launch(step, now)
         self._in_flight.append((step.index, self._endings.shown_by(step)))
-        return self._until(resume_ns, launch)
+        return self._env.timeout(resume_ns - now, launch)
 
     def complete(self) -> simpy.Event:
         """Waits for the oldest step in flight."""
         index, stops = self._in_flight.popleft()
-        work, resume_ns = self._timing.complete(self.now())
-        return self._until(resume_ns, Completion(index, *work, stops))
+        now = self.now()
+        work, resume_ns = self._timing.complete(now)
+        return self._env.timeout(resume_ns - now, Completion(index, *work, stops))
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""
         due_ns = self._events.next_ns
-        return None if due_ns is None else self._until(self._timing.wake(due_ns))
-
-    def _until(self, time_ns: int, value: object = None) -> simpy.Event:
-        return self._env.timeout(time_ns - self.now(), value)
+        return None if due_ns is None else self._env.timeout(self._timing.wake(due_ns) - self.now())
 
 
 class Endings:
     """Which step shows that a request has ended before its `max_tokens`. Only a backend may know this."""
 
-    def __init__(self, requests: Iterable[TraceRequest]) -> None:
-        # The context at which a request has made its last token: everything but that token is cached.
-        self._last_context = {
-            source.id: (source.prompt_len + source.output_len - 1, source.output_len)
-            for source in requests
-            if source.output_len < source.max_tokens
-        }
+    def __init__(self) -> None:
+        self._early: dict[int, TraceRequest] = {}
         self._decoding = DecodeSet()
+
+    def seen(self, source: TraceRequest) -> TraceRequest:
+        """Take note of a request before it arrives, and hand it on."""
+        if source.output_len < source.max_tokens:
+            self._early[source.id] = source
+        return source
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""
-        if not self._last_context:
+        if not self._early:
             return []
         for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
             self._decoding.discard(request_id)
@@ -81,17 +82,22 @@ class Endings:
             (request_id, chunk.start + chunk.tokens) for request_id, chunk in step.chunks.items() if chunk.samples
         ]
         if step.decodes:
-            ringing = self._decoding.advance()
-            cached += [(each, self._decoding.context(each)) for each in ringing if each in self._decoding]
+            cached += self._decoding.advance().items()
         for request_id in step.finishing:
             self._decoding.discard(request_id)
-        return [Stop(each, self._last_context[each][1]) for each, context in cached if self._ends_at(each, context)]
+        return [
+            Stop(request_id, self._early[request_id].output_len)
+            for request_id, context in cached
+            if request_id in self._early and self._last_context(request_id) == context
+        ]
 
     def _join(self, request_id: int, context: int) -> None:
-        if request_id in self._last_context:
+        if request_id in self._early:
             self._decoding.add(request_id, context)
-            if (left := self._last_context[request_id][0] - context) > 0:
+            if (left := self._last_context(request_id) - context) > 0:
                 self._decoding.wake(request_id, left)
 
-    def _ends_at(self, request_id: int, context: int) -> bool:
-        return request_id in self._last_context and self._last_context[request_id][0] == context
+    def _last_context(self, request_id: int) -> int:
+        """The context at which a request has made its last token: everything but that token is cached."""
+        source = self._early[request_id]
+        return source.prompt_len + source.output_len - 1

@@ -71,7 +71,7 @@ def _with_columns(run: RunRecords, name: str, columns: dict[str, list[int | None
     table = run.tables[name]
     for column, values in columns.items():
         table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.int64()))
-    return replace(run, tables=run.tables | {name: table})
+    return replace(run, tables={**run.tables, name: table})
 
 
 def _differs(run: RunRecords, falsified: RunRecords, config: ServingConfig) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
@@ -15,65 +17,121 @@ PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "s
 of prefill chunks, of decodes were their contexts all alike, and what their unevenness adds."""
 
 
-class LatencyModel:
-    """Sums a step's parts.
+_Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
+
+
+@dataclass(slots=True)
+class _Decodes:
+    """What is known of steps that decode so many sequences, before their contexts are.
 
     Attributes:
-        lookups: how often each table was asked.
-        outside: how often each table was asked outside what was measured, and extrapolated.
+        without_us: dense, head and padding of a step that does nothing else.
+        asked: the tables that these come from.
+        curves: attention by mean context, for each level of unevenness.
+        measured: the ranges of the mean context that the table covers.
+        alone: how many steps did nothing else.
+        attended: how many steps asked for the attention,
+        outside: and how many of them outside those ranges.
     """
+
+    without_us: tuple[float, float, float]
+    asked: list[_Asked]
+    curves: list[Curve]
+    measured: list[tuple[float, float]]
+    alone: int = 0
+    attended: int = 0
+    outside: int = 0
+
+
+class LatencyModel:
+    """Sums a step's parts. What follows from the number of decoding sequences alone is looked up once for each."""
 
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
-        self.lookups: Counter[str] = Counter()
-        self.outside: Counter[str] = Counter()
+        self._asked: Counter[_Asked] = Counter()  # but for what `_Decodes` count
         tables = profile.tables
-        self._ignored = frozenset(ignore) & frozenset(PARTS)
+        self._ignored = [PARTS.index(part) for part in PARTS if part in ignore]
         self._dense = _sum_of(list(_curves(tables["dense"], "op", "tokens").values()))
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
         self._prefill = Surface({(row["chunk"], row["context"]): row["time_us"] for row in tables["prefill_attention"]})
-        self._decode = _decode_surfaces(tables["decode_attention"])
-        self._by_context: dict[int, list[Curve]] = {}
+        self._levels, self._decode = _decode_surfaces(tables["decode_attention"])
         self._mixed_decode = _surface(tables.get("mixed_decode_attention", ()))
+        self._decodes: dict[int, _Decodes] = {}
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
         self._graph = _curves(tables.get("graph", ()), "kind", "rows")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
         # Where steps are captured all chunks attend at once, and the longest leaves room for what the others compute.
         self._pair_us = _least_pair_us(tables["prefill_attention"]) if self._graph else None
 
+    @property
+    def lookups(self) -> Counter[str]:
+        """How often each table was asked."""
+        return self._counts({True, False})
+
+    @property
+    def outside(self) -> Counter[str]:
+        """How often each table was asked outside what was measured, and extrapolated."""
+        return self._counts({False})
+
+    def _counts(self, covered: Collection[bool]) -> Counter[str]:
+        asked = self._asked.copy()
+        for batch in self._decodes.values():
+            asked.update(dict.fromkeys(batch.asked, batch.alone))
+            asked["decode_attention", True] += batch.attended - batch.outside
+            asked["decode_attention", False] += batch.outside
+        counts: Counter[str] = Counter()
+        for (table, is_covered), count in asked.items():
+            if count and is_covered in covered:
+                counts[table] += count
+        return counts
+
     def device_ns(self, step: Step) -> int:
         """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
-        if step.kind == "swap":
+        if not step.decodes and step.kind == "swap":
             return self.copies_ns(step)
-        parts = self.parts_us(step)
-        time_us = sum(parts.values())
-        if self._ignored:
-            time_us -= sum(parts[part] for part in self._ignored)
+        parts = self._parts_us(step)
+        dense, head, padding, prefill, decode, skew = parts
+        time_us = dense + head + padding + prefill + decode + skew
+        for part in self._ignored:
+            time_us -= parts[part]
         return round(1000 * time_us)
 
     def parts_us(self, step: Step) -> dict[str, float]:
         """Microseconds by `PARTS`, all of which add up to the step's compute."""
-        if step.chunks:
-            samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
-            parts = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
-            parts["prefill_attention"] = self._prefill_us(step)
-        else:
-            parts = self._pass_us(step.decodes, 0, step.decodes)
-            parts["prefill_attention"] = 0.0
-        parts["decode_attention"], parts["skew"] = self._decode_us(step)
-        return parts
+        return dict(zip(PARTS, self._parts_us(step), strict=True))
 
-    def _pass_us(self, tokens: int, prefills: int, samples: int) -> dict[str, float]:
-        """A pass without attention, as captured, or as launched kernel by kernel."""
+    def _parts_us(self, step: Step) -> tuple[float, ...]:
+        if not step.chunks:
+            batch = self._decodes_of(step.decodes)
+            batch.alone += 1
+            return *batch.without_us, 0.0, *self._attention_us(step, batch)
+        samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
+        without_us, asked = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
+        self._asked.update(asked)
+        decode_us = self._attention_us(step, self._decodes_of(step.decodes)) if step.decodes else (0.0, 0.0)
+        return *without_us, self._prefill_us(step), *decode_us
+
+    def _decodes_of(self, sequences: int) -> _Decodes:
+        if (batch := self._decodes.get(sequences)) is None:
+            without_us, asked = self._pass_us(sequences, 0, sequences)
+            curves = [surface.at(sequences) for surface in self._decode]
+            batch = _Decodes(without_us, asked, curves, self._decode[0].measured(sequences))
+            self._decodes[sequences] = batch
+        return batch
+
+    def _pass_us(self, tokens: int, prefills: int, samples: int) -> tuple[tuple[float, float, float], list[_Asked]]:
+        """A pass without attention, as captured, or as launched kernel by kernel: dense, head and padding."""
         rows = self._sizes.rows(tokens, prefills) if self._sizes else None
         if self._sizes is None or rows is None:
-            self._count("dense", self._dense.covers(tokens))
-            return {"dense": self._dense(tokens), "head": self._head_us(samples), "padding": 0.0}
+            head_us, asked = self._head_us(samples)
+            return (self._dense(tokens), head_us, 0.0), [("dense", self._dense.covers(tokens)), *asked]
         graph = self._graph["mixed" if prefills else "decode"]
-        self._count("graph", graph.covers(rows))
         whole, unpadded = graph(rows), graph(tokens)
-        head = self._head_us(min(rows, self._sizes.max_seqs))
-        return {"dense": unpadded - head, "head": head, "padding": whole - unpadded}
+        head_us, asked = self._head_us(min(rows, self._sizes.max_seqs))
+        return (unpadded - head_us, head_us, whole - unpadded), [("graph", graph.covers(rows)), *asked]
+
+    def _head_us(self, samples: int) -> tuple[float, list[_Asked]]:
+        return (self._head(samples), [("head", self._head.covers(samples))]) if samples else (0.0, [])
 
     def copies_ns(self, step: Step) -> int:
         """Time of a step's copies between the tiers. Raises TandemError if the profile has none."""
@@ -88,19 +146,13 @@ class LatencyModel:
                 "measure the profile with --cpu-blocks, or simulate with --cpu-blocks 0"
             )
         blocks, curve = sum(len(copies.source) for copies in swaps.values()), self._swap[direction]
-        self._count("swap", curve.covers(blocks))
+        self._asked["swap", curve.covers(blocks)] += 1
         return curve(blocks)
-
-    def _head_us(self, samples: int) -> float:
-        if not samples:
-            return 0.0
-        self._count("head", self._head.covers(samples))
-        return self._head(samples)
 
     def _prefill_us(self, step: Step) -> float:
         times, pairs = [], []
         for start, tokens, _ in step.chunks.values():
-            self._count("prefill_attention", self._prefill.covers(tokens, start))
+            self._asked["prefill_attention", self._prefill.covers(tokens, start)] += 1
             times.append(self._prefill(tokens, start))
             pairs.append(_pairs(tokens, start))
         if self._pair_us is None:
@@ -108,32 +160,29 @@ class LatencyModel:
         longest = max(range(len(times)), key=times.__getitem__)
         return times[longest] + self._pair_us * (sum(pairs) - pairs[longest])
 
-    def _decode_us(self, step: Step) -> tuple[float, float]:
+    def _attention_us(self, step: Step, batch: _Decodes) -> tuple[float, float]:
         """Attention of decodes with contexts all alike, and what their unevenness adds."""
-        if not step.decodes:
-            return 0.0, 0.0
-        sequences = step.decodes
+        sequences, levels = step.decodes, self._levels
         context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
-        levels, surfaces = self._decode
-        curves = self._by_context.get(sequences)
-        if curves is None:  # in a run many steps have the same number of sequences
-            curves = self._by_context[sequences] = [surface.at(sequences) for surface in surfaces]
-        even, skew = curves[0](context), 0.0
-        self._count("decode_attention", surfaces[0].covers(sequences, context))
+        even, skew = batch.curves[0](context), 0.0
+        batch.attended += 1
+        for low, high in batch.measured:
+            if low <= context <= high:
+                break
+        else:
+            batch.outside += 1
         if len(levels) > 1:
             squares = step.kv_squares + 2 * step.kv_tokens + sequences
-            uneven = Curve(dict(zip(levels, (curve(context) for curve in curves), strict=True)))
-            skew = uneven(min(squares / sequences / context**2, levels[-1])) - even
+            unevenness = min(squares / sequences / context**2, levels[-1])
+            right = bisect_right(levels, unevenness, 1, len(levels) - 1)
+            low, high = levels[right - 1], levels[right]
+            below, above = batch.curves[right - 1](context), batch.curves[right](context)
+            skew = max(0.0, below + (unevenness - low) * (above - below) / (high - low)) - even
         if step.chunks and self._mixed_decode and even:
-            self._count("mixed_decode_attention", self._mixed_decode.covers(sequences, context))
+            self._asked["mixed_decode_attention", self._mixed_decode.covers(sequences, context)] += 1
             mixed = self._mixed_decode(sequences, context)
             return mixed, skew * mixed / even  # unevenness is taken to cost its share there too
         return even, skew
-
-    def _count(self, table: str, covered: bool) -> None:
-        self.lookups[table] += 1
-        if not covered:
-            self.outside[table] += 1
 
 
 def _pairs(chunk: float, context: float) -> float:

@@ -13,6 +13,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +196,19 @@ def write_profile(profile: Profile, folder: Path) -> None:
 class Curve:
     """Piecewise-linear time over one axis. Beyond its ends it goes on along its last (first) piece."""
 
-    __slots__ = ("_ys", "xs")
+    __slots__ = ("_bends", "_pieces", "xs")
 
     def __init__(self, points: Mapping[float, float]) -> None:
         self.xs = sorted(points)
-        self._ys = [points[x] for x in self.xs]
+        corners = [(x, points[x]) for x in self.xs]
+        self._bends = self.xs[1:-1]  # where one piece ends and the next begins
+        self._pieces = [(x0, y0, y1 - y0, x1 - x0) for (x0, y0), (x1, y1) in pairwise(corners)] or [(*corners[0], 0, 1)]
 
     def __call__(self, x: float) -> float:
         """Time at `x`, at least 0."""
-        xs, ys = self.xs, self._ys
-        if len(xs) == 1:
-            return ys[0]
-        right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
-        x0, y0 = xs[right - 1], ys[right - 1]
-        return max(0.0, y0 + (x - x0) * (ys[right] - y0) / (xs[right] - x0))
+        x0, y0, rise, run = self._pieces[bisect_right(self._bends, x)]
+        time = y0 + (x - x0) * rise / run
+        return time if time > 0.0 else 0.0
 
     def covers(self, x: float) -> bool:
         """Whether `x` lies in the measured range."""
@@ -252,7 +252,12 @@ class Surface:
 
     def covers(self, x: float, y: float) -> bool:
         """Whether (x, y) lies in the measured range."""
+        return any(low <= y <= high for low, high in self.measured(x))
+
+    def measured(self, x: float) -> list[tuple[float, float]]:
+        """The ranges of the second axis that were measured beside `x`: a point in any of them is covered."""
         if not self.xs[0] <= x <= self.xs[-1]:
-            return False
+            return []
         right = min(bisect_right(self.xs, x), len(self.xs) - 1)
-        return self._curves[right].covers(y) or self._curves[max(right - 1, 0)].covers(y)
+        beside = {(curve.xs[0], curve.xs[-1]) for curve in (self._curves[right], self._curves[max(right - 1, 0)])}
+        return sorted(beside)

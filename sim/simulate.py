@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,14 +24,14 @@ from traces.request import TraceRequest
 
 
 def simulate(
-    requests: Sequence[TraceRequest],
+    requests: Iterable[TraceRequest],
     config: ServingConfig,
     timing: Timing,
     recorder: Recorder,
     start_ns: int = 0,
     check: bool = False,
 ) -> None:
-    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`.
+    """Serve `requests`, in order of arrival, in simulated time, from `start_ns` on, noting everything in `recorder`.
 
     Raises:
         IntegrityError: `check` is set, and a step breaks an invariant.
@@ -45,7 +45,7 @@ def simulate(
 
 
 def predict(
-    requests: Sequence[TraceRequest],
+    requests: Iterable[TraceRequest],
     config: ServingConfig,
     profile: Profile,
     recorder: Recorder,
@@ -67,8 +67,8 @@ def predict(
 
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
-    """The workload of a recorded run, each request stopping where it did stop."""
-    return [
+    """The workload of a recorded run in order of arrival, each request stopping where it did stop."""
+    requests = [
         TraceRequest(
             id=row["request"],
             arrival_ns=row["arrival_ns"],
@@ -85,6 +85,7 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
         )
         for row in run.tables["requests"].to_pylist()
     ]
+    return sorted(requests, key=lambda request: (request.arrival_ns, request.id))
 
 
 def _recorded_prefix(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -303,3 +303,38 @@ def test_a_mistake_gets_one_clear_line_and_status_2(tandem, mistake):
     status, printed, errors = tandem(*args)
     assert status == 2 and printed == ""
     assert len(errors) == 1 and errors[0].startswith("tandem: ") and words in errors[0], errors
+
+
+def test_simulate_says_what_a_step_costs_and_where_that_goes(tandem, work):
+    status, printed, _ = tandem(
+        *("simulate", "-t", "t.parquet", "--rates", "500", "-n", 300, "--scale", "3000", "--repeats", 2, "-o", "s.json")
+    )
+    assert status == 0
+    document = json.loads((work / "s.json").read_text())
+    rows = {row["row"]: row for row in document["rows"]}
+    assert [*rows] == ["300 at 500 req/s", "300 at once", "256 in flight, steady", "3,000 at 500 req/s"]
+    assert all(name in printed for name in rows)
+    for row in rows.values():
+        assert row["seconds"] == pytest.approx(sum(row["of_these"].values()))
+        assert row["timeouts_per_step"] == pytest.approx(row["us_per_step"] / row["timeout_us"])
+        assert row["timeouts_per_step"] > 1 and 50 < row["peak_mb"] < 500
+        assert not row["parts"] or sum(row["parts"].values()) == pytest.approx(1)
+    assert rows["3,000 at 500 req/s"]["requests"] == 3000 and not rows["3,000 at 500 req/s"]["parts"]
+    assert rows["256 in flight, steady"]["parts"]["scheduler"] > 0.05
+    assert 0 < document["start_s"] < 30 and document["system"]["max_seqs"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rates", ""), "no load: give --rates"),
+        (("--rates", "fast"), "--rates: cannot read 'fast'"),
+        (("--scale", "0"), "--scale: cannot read '0'"),
+        (("--scheduler", "mine"), "unknown scheduler 'mine'"),
+        (("--profile", "none"), "none is not a profile"),
+        (("--out", "nowhere/s.json"), "cannot write nowhere/s.json"),
+    ],
+)
+def test_mistakes_in_what_to_simulate_get_one_line(tandem, arguments, said):
+    status, _, errors = tandem("simulate", "-t", "t.parquet", *arguments)
+    assert status == 2 and len(errors) == 1 and said in errors[0]

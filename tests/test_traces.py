@@ -25,6 +25,7 @@ from scipy import stats
 
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import all_at_once, assign_arrivals, gamma, poisson, uniform, with_arrivals
+from traces.compact import CompactRequests
 from traces.format import atomic_file
 from traces.synthetic import synthetic
 
@@ -72,6 +73,16 @@ def traces(draw: st.DrawFn) -> Trace:
     arrivals_ns = sorted(draw(st.lists(st.integers(0, 2**62), min_size=1, max_size=6)))
     meta = draw(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text(), max_size=3))
     return Trace([draw(requests(position, arrival_ns)) for position, arrival_ns in enumerate(arrivals_ns)], meta)
+
+
+@given(traces())
+def test_compact_requests_are_the_requests_that_were_added(trace: Trace) -> None:
+    compact = CompactRequests()
+    for request in trace.requests:
+        compact.append(request)
+    assert compact == trace.requests and [*compact] == trace.requests and len(compact) == len(trace.requests)
+    assert compact[-1] == trace.requests[-1] and compact[1:3] == trace.requests[1:3]
+    assert [*compact.arrivals_ns] == [request.arrival_ns for request in trace.requests]
 
 
 def small_trace(n: int = 3) -> Trace:

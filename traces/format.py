@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from traces.compact import CompactRequests
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -80,17 +81,20 @@ class Trace:
         ValueError: ids or arrivals are not in order.
     """
 
-    requests: list[TraceRequest]
+    requests: Sequence[TraceRequest]
     meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.requests:
             raise TandemError("the trace is empty: it needs at least one request")
-        if any(request.id != position for position, request in enumerate(self.requests)):
-            raise ValueError("request ids must be 0, 1, 2, ... in order")
-        if _count_late([request.arrival_ns for request in self.requests]):
-            raise ValueError("requests must be in order of arrival")
+        latest_ns = 0
+        for position, request in enumerate(self.requests):
+            if request.id != position:
+                raise ValueError("request ids must be 0, 1, 2, ... in order")
+            if request.arrival_ns < latest_ns:
+                raise ValueError("requests must be in order of arrival")
+            latest_ns = request.arrival_ns
 
     @property
     def digest(self) -> str:
@@ -143,7 +147,7 @@ def read_trace(path: str | Path) -> Trace:
     """
     path = Path(path)
     rows_of = _by_suffix(path, {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows})
-    requests: list[TraceRequest] = []
+    requests = CompactRequests()
     meta: dict[str, Any] = {}
     notes: list[str] = []
     unknown: set[str] = set()
@@ -216,8 +220,8 @@ def _count_late(arrivals_ns: Sequence[int]) -> int:
     return sum(arrival < latest for arrival, latest in zip(arrivals_ns, accumulate(arrivals_ns, max), strict=True))
 
 
-def _in_arrival_order(requests: list[TraceRequest], notes: list[str]) -> list[TraceRequest]:
-    late = _count_late([request.arrival_ns for request in requests])
+def _in_arrival_order(requests: CompactRequests, notes: list[str]) -> Sequence[TraceRequest]:
+    late = _count_late(requests.arrivals_ns)
     if not late:
         return requests
     notes.append(f"{late} of {len(requests)} arrivals were out of order: sorted")

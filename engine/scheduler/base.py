@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from engine.config import ServingConfig
@@ -85,8 +85,11 @@ class Scheduler(ABC):
         """Who of `waiting` is to be admitted next: the first, unless a policy has another order."""
         return next(iter(self.waiting.values()), None)
 
-    def queue(self) -> Iterator[Request]:
+    def queue(self) -> Iterable[Request]:
         """Candidates for prefill: incomplete prefills, then the `head` for as long as the head is admitted."""
+        return self._candidates() if self.waiting or self.prefilling else ()
+
+    def _candidates(self) -> Iterator[Request]:
         yield from tuple(self.prefilling.values())
         while (head := self.head()) is not None:
             yield head
@@ -154,10 +157,11 @@ class Scheduler(ABC):
         if not self._decode_planned and len(self.decoding) > self.budget:
             return False
         self._decode_planned = True
-        due, self._out_of_block = self._out_of_block, {}
-        for request_id in due:
-            if request_id in self.decoding and self._grow(request := self.running[request_id], 1):
-                self._watch_blocks(request)
+        if self._out_of_block:
+            due, self._out_of_block = self._out_of_block, {}
+            for request_id in due:
+                if request_id in self.decoding and self._grow(self.running[request_id], 1):
+                    self.decoding.wake(request_id, self.config.block_size)
         return True
 
     def preempt(self, request: Request) -> None:
@@ -212,7 +216,8 @@ class Scheduler(ABC):
         """Plan the next step, or None if there is nothing to run."""
         self._decode_planned = self._closed = False
         self._preempted_now.clear()
-        self._start_decoding()
+        if self._ready:
+            self._start_decoding()
         self.plan(now)
         return self._seal()
 
@@ -301,16 +306,18 @@ class Scheduler(ABC):
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
         missing = self.pool.blocks_for(request.computed + tokens) - len(request.blocks)
+        if missing <= 0:
+            return True
         while missing > self.pool.free:
             victim = self.victim()
             self.preempt(victim)
             self._closed = True
             if victim is request:
                 return False
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
-            request.blocks += blocks
-            self._step.blocks.setdefault(request.id, []).extend(blocks)
+        blocks = self.pool.allocate(missing)
+        request.blocks += blocks
+        if (given := self._step.blocks.setdefault(request.id, blocks)) is not blocks:
+            given += blocks
         return True
 
     def _leave(self, request: Request) -> None:
@@ -338,31 +345,24 @@ class Scheduler(ABC):
                 request.start_decoding(self.decoding)
                 self._step.joined[request.id] = request.computed
                 self.decoding.wake(request.id, request.max_tokens - request.generated)
-                self._watch_blocks(request)
+                if room := len(request.blocks) * self.config.block_size - request.computed:
+                    self.decoding.wake(request.id, room)
+                else:
+                    self._out_of_block[request.id] = None
                 self.on_decode(request)
         self._ready = []
 
-    def _room(self, request: Request) -> int:
-        return len(request.blocks) * self.config.block_size - request.computed
-
-    def _watch_blocks(self, request: Request) -> None:
-        """Have a decoding request looked at again when its blocks are full."""
-        if room := self._room(request):
-            self.decoding.wake(request.id, room)
-        else:
-            self._out_of_block[request.id] = None
-
     def _seal(self) -> Step | None:
         """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
-        step = self._step
-        step.decodes = len(self.decoding) if self._decode_planned else 0
-        if not (step.chunks or step.decodes or step.swapped_in or step.swapped_out):
+        step, decoding = self._step, self.decoding
+        step.decodes = len(decoding) if self._decode_planned else 0
+        if not (step.decodes or step.chunks or step.swapped_in or step.swapped_out):
             return None
         for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
             self.cpu_pool.release(copies.source)
         if step.decodes:
             self._barren_preemptions = 0
-            step.kv_tokens, step.kv_squares = self.decoding.kv_tokens, self.decoding.kv_squares
+            step.kv_tokens, step.kv_squares = decoding.kv_tokens, decoding.kv_squares
         step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
         self._count_progress(step)
         step.digest = self._digest = chain_digest(self._digest, step)
@@ -379,11 +379,11 @@ class Scheduler(ABC):
                 self._barren_preemptions = 0
                 self._ready.append(request)
                 self._finish_at_length(request, step)
-        for request_id in self.decoding.advance() if step.decodes else ():
-            if request_id in self.decoding:
-                request = self.running[request_id]
-                if not self._finish_at_length(request, step) and not self._room(request):
-                    self._out_of_block[request_id] = None
+        ringing = self.decoding.advance() if step.decodes else {}
+        for request_id, context in ringing.items():
+            request = self.running[request_id]
+            if not self._finish_at_length(request, step) and context == len(request.blocks) * self.config.block_size:
+                self._out_of_block[request_id] = None
 
     def _publish(self, cache: PrefixCachingPool, step: Step) -> None:
         """Let later steps share the prompt blocks that this step completes."""

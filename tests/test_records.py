@@ -1,0 +1,159 @@
+"""What a run writes down, to the last value: a faster loop, recorder or latency model may not change a record.
+
+Where a change of behaviour is meant, `python tests/test_records.py` prints what to put into `EXPECTED`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shadow import serve, small_profile
+from test_scheduling_properties import configs, workloads
+
+from analysis.metrics import metrics
+from engine.config import ServingConfig
+from engine.graph_sizes import GraphSizes
+from engine.recorder import Recorder
+from engine.records import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, tables_from_rows
+from sim.profile import Profile, find_profile, read_profile
+from sim.simulate import predict, simulate
+from sim.timing import ProfiledTiming
+from traces.arrivals import assign_arrivals
+from traces.format import read_trace
+from traces.request import TraceRequest
+
+LENGTHS = Path(__file__).parents[1] / "docs/data/sharegpt-lengths.parquet"
+REQUESTS, RATE = 200, 12.0
+POLICIES = ("chunked_prefill", "fcfs", "prefill_first")
+CASES = [*product(POLICIES, (1, 2), (0, 200))]  # policy, depth, KV blocks in host memory
+
+EXPECTED: dict[tuple[str, int, int], str] = {
+    ("chunked_prefill", 1, 0): "1505a7c78ee755b2",
+    ("chunked_prefill", 1, 200): "a1b60f4dd3cc40e8",
+    ("chunked_prefill", 2, 0): "d526e03bda253df9",
+    ("chunked_prefill", 2, 200): "3767d05f05791b89",
+    ("fcfs", 1, 0): "16f8f5cc11558226",
+    ("fcfs", 1, 200): "f733cb8261d0c06d",
+    ("fcfs", 2, 0): "3cc12c7c13ed0d81",
+    ("fcfs", 2, 200): "ee804b3b971c2176",
+    ("prefill_first", 1, 0): "4ebd7d22649d343f",
+    ("prefill_first", 1, 200): "24a02fc1bf688b61",
+    ("prefill_first", 2, 0): "b4020ed126b5efb3",
+    ("prefill_first", 2, 200): "9a19d99d3eb16aff",
+}
+
+
+@cache
+def workload() -> list[TraceRequest]:
+    """ShareGPT lengths: of five requests, three stop before their max_tokens; one of eleven is cancelled."""
+    trace = read_trace(LENGTHS)
+    timed = assign_arrivals(replace(trace, requests=trace.requests[:REQUESTS]), "poisson", rate=RATE, seed=0)
+    return [
+        replace(
+            each,
+            max_tokens=each.output_len + each.id % 5 // 2 * 40,
+            cancel_ns=each.arrival_ns + 2_000_000_000 if each.id % 11 == 5 else None,
+            client=f"client {each.id % 3}",
+        )
+        for each in timed.requests
+    ]
+
+
+def captured(profile: Profile) -> Profile:
+    """The profile of an executor that captures graphs: of steps that attend to nothing, up to half its token budget."""
+    sizes = GraphSizes.within(max_seqs=64, max_batched_tokens=512)
+    rows = [
+        {"kind": kind, "rows": rows, "time_us": 5000.0 + 17.3 * rows, "spread": 0.0}
+        for kind in ("decode", "mixed")
+        for rows in getattr(sizes, kind)
+    ]
+    graphs = {name: getattr(sizes, name) for name in sizes.__slots__}
+    return Profile(profile.meta | {"graphs": graphs}, profile.tables | {"graph": rows})
+
+
+@cache
+def profiles() -> list[Profile]:
+    """Two that ship, one of which minds uneven contexts, and a captured one."""
+    even, uneven = (read_profile(find_profile(Path(name) / "llama-3-8b")) for name in ("a100-80gb", "rtx4090"))
+    return [even, uneven, captured(uneven)]
+
+
+def record_digest(policy: str, depth: int, cpu_blocks: int) -> str:
+    """Of all tables of a run on each profile, KV blocks scarce."""
+    config = ServingConfig(
+        num_blocks=400,
+        max_seqs=64,
+        max_batched_tokens=1024,
+        scheduler=policy,
+        pipeline_depth=depth,
+        num_cpu_blocks=cpu_blocks,
+    )
+    sha = hashlib.sha256()
+    for profile in profiles():
+        recorder = Recorder()
+        coverage = predict(workload(), config, profile, recorder)
+        tables = recorder.tables()
+        assert sum(tables["requests"]["preemptions"].to_pylist()) > 20
+        assert bool(cpu_blocks) == (sum(tables["requests"]["swaps"].to_pylist()) > 0)
+        sha.update(repr((sorted(coverage.items()), [table.to_pydict() for table in tables.values()])).encode())
+    return sha.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_simulation_records_what_it_always_did(case):
+    assert record_digest(*case) == EXPECTED[case]
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), configs(), st.integers(1, 9))
+def test_rows_that_are_written_as_they_come_are_those_of_a_run_held_whole(requests, config, flush):
+    whole = serve(requests, config)[0].tables()
+    rows = defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.recorder.FLUSH", flush)
+        recorder = Recorder(lambda table, new: rows[table].extend(new))
+        simulate(requests, config, ProfiledTiming(small_profile()), recorder)
+        recorder.close()
+    streamed = tables_from_rows(rows)
+    assert all(streamed[name].equals(whole[name]) for name in COLUMNS)
+
+
+def test_what_is_held_grows_with_the_requests_in_flight_not_with_the_trace(monkeypatch):
+    monkeypatch.setattr("engine.recorder.FLUSH", 20)
+    held = []
+    recorder = Recorder(lambda table, rows: held.append(len(recorder._lives)))
+    requests = (TraceRequest(i, i * 40_000_000, 20, 10, 10) for i in range(1000))  # taken one by one
+    simulate(requests, ServingConfig(num_blocks=50), ProfiledTiming(small_profile()), recorder)
+    assert recorder.ended == 1000 and max(held) < 20
+
+
+def test_a_run_is_written_whole_or_not_at_all(tmp_path):
+    run = RunRecords({"workload": {}}, serve(workload()[:20], ServingConfig(num_blocks=200))[0].tables(), {"a": 1})
+    run.write(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "run") as writer:
+        writer.add_table("steps", run.tables["steps"].slice(0, 5))
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    kept = read_run(tmp_path / "run")
+    assert all(kept.tables[name].equals(run.tables[name]) for name in COLUMNS) and kept.summary["a"] == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2048])
+def test_the_metrics_of_a_stored_run_are_those_of_the_run_in_memory(tmp_path, limit):
+    run = RunRecords({}, serve(workload(), ServingConfig(num_blocks=200, max_model_len=limit))[0].tables())
+    run.write(tmp_path / "run")
+    assert metrics(RunRecords({}, StoredTables(tmp_path / "run"))) == metrics(run)
+    assert metrics(run)["completed"] == (0 if limit == 1 else 200)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        print(f'    {case}: "{record_digest(*case)}",')
