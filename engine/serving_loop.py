@@ -37,11 +37,9 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         now = backend.now()
         events = backend.due(now)
         for event in events:
-            if event.is_cancel:
-                scheduler.cancel(event.request)
-            else:
+            (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
+            if event.request.outcome is None:
                 requests[event.request.id] = event.request
-                scheduler.arrive(event.request)
             recorder.delivered(event, now)
         launch: Launch | None = None
         completion: Completion | None = None
@@ -50,7 +48,7 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
             launch = yield backend.launch(step)
             in_flight += 1
             recorder.launched(step, now, launch)
-            for request_id in (*step.dropped, *step.finishing):
+            for request_id in step.dropped + step.finishing:
                 requests.pop(request_id, None)
         if in_flight and (step is None or in_flight == depth):
             completion = yield backend.complete()
