@@ -238,20 +238,22 @@ def shared_itl(run: RunRecords) -> tuple[Floats, Ints]:
     All that decode beside each other wait alike, so that these are as many as the steps, however many the tokens.
     """
     ids = _completed_ids(run)
-    gaps_ns: list[Ints] = []
-    seen: list[Ints] = []
-    for part in np.array_split(ids, max(1, len(ids) // PART)):
-        made = _stretches(run, part)
-        starts, ends = (
-            np.bincount(each, minlength=made.decodes)[: made.decodes] for each in (made.begin, made.end - 1)
-        )
-        beside = np.cumsum(starts - ends)  # how many make a token in a decode step, and in the next
-        shared = np.flatnonzero(beside)
-        across = np.flatnonzero(made.request[1:] == made.request[:-1])
-        gaps_ns.append(made.time_ns[shared + 1] - made.time_ns[shared])
-        gaps_ns.append(made.time_ns[made.begin[across + 1]] - made.time_ns[made.end[across] - 1])
-        seen += (beside[shared], np.ones_like(across))
-    return np.concatenate(gaps_ns) / NS_PER_MS, np.concatenate(seen)
+    parts = [_shared_gaps(run, part) for part in np.array_split(ids, max(1, len(ids) // PART))]
+    gaps_ns, seen = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return gaps_ns / NS_PER_MS, seen
+
+
+def _shared_gaps(run: RunRecords, ids: Ints) -> tuple[Ints, Ints]:
+    made = _stretches(run, ids)
+    starts, ends = (np.bincount(each, minlength=made.decodes)[: made.decodes] for each in (made.begin, made.end - 1))
+    beside = np.cumsum(starts - ends)  # how many make a token in a decode step, and in the next
+    shared = np.flatnonzero(beside)
+    across = np.flatnonzero(made.request[1:] == made.request[:-1])
+    gaps_ns = (
+        made.time_ns[shared + 1] - made.time_ns[shared],
+        made.time_ns[made.begin[across + 1]] - made.time_ns[made.end[across] - 1],
+    )
+    return np.concatenate(gaps_ns), np.concatenate([beside[shared], np.ones_like(across)])
 
 
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
@@ -262,7 +264,7 @@ def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
 
 def _per_request(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
     values = request_metrics(run, ids)
-    return {name: values[name][~np.isnan(values[name])] for name in REQUEST_LATENCIES}
+    return {name: (of := values.pop(name))[~np.isnan(of)] for name in REQUEST_LATENCIES}
 
 
 def latency_statistics(values: Mapping[str, Floats]) -> dict[str, dict[str, float | None]]:
@@ -329,7 +331,9 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     totals = _request_totals(run) | _step_totals(run)
     goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
     values = _per_request(run)
-    table = latency_statistics(values) | {"itl": _shared_statistics(*shared_itl(run), len(values["tpot"]))}
+    table, several = latency_statistics(values), len(values.pop("tpot"))
+    values.clear()  # gaps take as much memory
+    table["itl"] = _shared_statistics(*shared_itl(run), several)
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
 
 

@@ -105,12 +105,13 @@ class Recorder:
         """A step's tokens are known."""
         step, now, launch = self._in_flight.popleft()
         out, back = step.swapped_out, step.swapped_in
+        swapped = (_blocks(out), _blocks(back)) if out or back else (0, 0)
         self._steps.append(
             (
                 *(step.index, step.digest, now, *launch),
                 *(step.prefill_tokens, len(step.chunks), step.decodes),
                 *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
-                *(len(step.preempted) + len(out), _blocks(out), _blocks(back)),
+                *(len(step.preempted) + len(out), *swapped),
                 *completion[1:4],
             )
         )
@@ -187,4 +188,4 @@ def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None]:
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:
-    return sum(len(copies.source) for copies in swaps.values()) if swaps else 0
+    return sum(len(copies.source) for copies in swaps.values())

@@ -218,9 +218,10 @@ class StoredTables(Mapping[str, "pa.Table"]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pa.default_memory_pool().release_unused()  # by earlier reads
         with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
-            return file.read(columns, use_threads=False)
+            table = file.read(columns, use_threads=False)
+        pa.default_memory_pool().release_unused()  # what reading took, and earlier tables
+        return table
 
     def batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Some columns of a table, some thousand rows at a time."""
@@ -232,6 +233,7 @@ class StoredTables(Mapping[str, "pa.Table"]):
                 yield file.read(columns)
             for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
+        pa.default_memory_pool().release_unused()
 
     def __iter__(self) -> Iterator[str]:
         return iter(COLUMNS)

@@ -154,7 +154,8 @@ class Scheduler(ABC):
         Returns:
             False, changing nothing, if the prefill already in this step leaves too little budget.
         """
-        if not self._decode_planned and len(self.decoding) > self.budget:
+        # Without chunks there is room: `max_batched_tokens` is at least `max_seqs`.
+        if self._step.chunks and not self._decode_planned and len(self.decoding) > self.budget:
             return False
         self._decode_planned = True
         if self._out_of_block:
