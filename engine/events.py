@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 from engine.request import Request
 from traces.request import TraceRequest
@@ -19,11 +19,24 @@ class Event(NamedTuple):
     is_cancel: bool = False
 
 
-class EventQueue:
-    """The external events of a run in the order in which the loop must deliver them."""
+class EventSource(Protocol):
+    """Where a backend's external events come from: a trace, or clients."""
 
-    def __init__(self, events: Iterable[Event]) -> None:
-        self._events = deque(sorted(events, key=lambda event: event[:2]))
+    def due(self, now: int) -> list[Event]:
+        """Take the events whose time has come."""
+
+    def next_ns(self) -> int | None:
+        """When the next event is due, or None if none will come. Asked when the loop has nothing else to do."""
+
+
+class EventQueue:
+    """The external events of a run, known beforehand, in the order in which the loop must deliver them."""
+
+    def __init__(self, events: Iterable[Event], due_ns: Sequence[int] | None = None) -> None:
+        """`due_ns`: when each event is to be delivered, should that not be its time."""
+        events = list(events)
+        times = [event.time_ns for event in events] if due_ns is None else due_ns
+        self._events = deque(sorted(zip(times, events, strict=True), key=lambda pair: (pair[0], pair[1][:2])))
 
     @classmethod
     def from_trace(cls, requests: Iterable[TraceRequest]) -> EventQueue:
@@ -39,11 +52,10 @@ class EventQueue:
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
         due = []
-        while self._events and self._events[0].time_ns <= now:
-            due.append(self._events.popleft())
+        while self._events and self._events[0][0] <= now:
+            due.append(self._events.popleft()[1])
         return due
 
-    @property
     def next_ns(self) -> int | None:
         """When the next event is due, or None if there is none left."""
-        return self._events[0].time_ns if self._events else None
+        return self._events[0][0] if self._events else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.backend import Completion, Launch
 from engine.events import Event
@@ -14,6 +14,24 @@ from engine.step import Copies, Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+class Observer(Protocol):
+    """Whom the serving loop tells what happens. It sees all, and decides nothing."""
+
+    def delivered(self, event: Event, now: int) -> None:
+        """An event was handed to the scheduler."""
+
+    def launched(self, step: Step, now: int, launch: Launch) -> None:
+        """A step that was planned at `now` is on its way."""
+
+    def completed(self, completion: Completion) -> None:
+        """A step's tokens are known."""
+
+    def iteration(
+        self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
+    ) -> None:
+        """One turn of the loop is over."""
 
 
 @dataclass(slots=True)

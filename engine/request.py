@@ -10,7 +10,7 @@ from traces.request import TraceRequest
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One request in the serving system. Where it will stop is not known here.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.backend import Backend, Completion, Launch
-from engine.recorder import Recorder
+from engine.recorder import Observer
 from engine.request import Request
 from engine.scheduler.base import Scheduler
 
@@ -19,7 +20,7 @@ class StarvationError(Exception):
     """A policy left requests waiting with nothing in flight and nothing to come."""
 
 
-def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
+def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
     """Serve until no request is left and none will come.
 
     An iteration reads the clock once, delivers the events due by then, plans, launches, and then, if as many
@@ -32,7 +33,7 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         StarvationError: the policy plans nothing, although requests wait and nothing else can happen.
     """
     depth, in_flight = scheduler.config.pipeline_depth, 0
-    requests: dict[int, Request] = {}
+    requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # those that somebody still holds
     while True:
         now = backend.now()
         events = backend.due(now)
@@ -52,7 +53,8 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
             in_flight -= 1
             recorder.completed(completion)
             for stop in completion.stops:
-                scheduler.stopped(requests[stop.request_id])
+                if request := requests.get(stop.request_id):  # else it has ended otherwise, and is forgotten
+                    scheduler.stopped(request)
         recorder.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
             arrival = backend.wait()

@@ -12,19 +12,30 @@ import simpy
 
 from engine.backend import Completion, Stop
 from engine.decode_set import DecodeSet
-from engine.events import Event, EventQueue
+from engine.events import Event, EventQueue, EventSource
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest
 
 
 class SimBackend:
-    """Implements `engine.backend.Backend` on a SimPy environment."""
+    """Implements `engine.backend.Backend` on a SimPy environment.
 
-    def __init__(self, env: simpy.Environment, requests: Sequence[TraceRequest], timing: Timing) -> None:
+    Attributes:
+        endings: where requests stop. Requests that come while it runs must be added before their first step.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        requests: Sequence[TraceRequest],
+        timing: Timing,
+        events: EventSource | None = None,
+    ) -> None:
+        """`events` None: the requests arrive, and are cancelled, as their trace says."""
         self._env = env
-        self._events = EventQueue.from_trace(requests)
-        self._endings = Endings(requests)
+        self._events = events or EventQueue.from_trace(requests)
+        self.endings = Endings(requests)
         self._timing = timing
         self._in_flight: deque[tuple[int, list[Stop]]] = deque()
 
@@ -39,7 +50,7 @@ class SimBackend:
     def launch(self, step: Step) -> simpy.Event:
         """Takes the host's time; the device works on in the background."""
         launch, resume_ns = self._timing.launch(step, self.now())
-        self._in_flight.append((step.index, self._endings.shown_by(step)))
+        self._in_flight.append((step.index, self.endings.shown_by(step)))
         return self._until(resume_ns, launch)
 
     def complete(self) -> simpy.Event:
@@ -50,7 +61,7 @@ class SimBackend:
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""
-        due_ns = self._events.next_ns
+        due_ns = self._events.next_ns()
         return None if due_ns is None else self._until(self._timing.wake(due_ns))
 
     def _until(self, time_ns: int, value: object = None) -> simpy.Event:
@@ -62,12 +73,19 @@ class Endings:
 
     def __init__(self, requests: Iterable[TraceRequest]) -> None:
         # The context at which a request has made its last token: everything but that token is cached.
-        self._last_context = {
-            source.id: (source.prompt_len + source.output_len - 1, source.output_len)
-            for source in requests
-            if source.output_len < source.max_tokens
-        }
+        self._last_context: dict[int, tuple[int, int]] = {}
         self._decoding = DecodeSet()
+        for source in requests:
+            self.add(source)
+
+    def add(self, source: TraceRequest) -> None:
+        """Learn where a request stops."""
+        if source.output_len < source.max_tokens:
+            self._last_context[source.id] = source.prompt_len + source.output_len - 1, source.output_len
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended, and all its steps have completed."""
+        self._last_context.pop(request_id, None)
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""

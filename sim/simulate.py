@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 import simpy
 
 from engine.config import ServingConfig
+from engine.events import Event, EventQueue
 from engine.recorder import Recorder
 from engine.records import RunRecords
-from engine.request import STOP
+from engine.request import STOP, Request
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
@@ -21,11 +23,20 @@ from traces.request import TraceRequest
 
 
 def simulate(
-    requests: Sequence[TraceRequest], config: ServingConfig, timing: Timing, recorder: Recorder, start_ns: int = 0
+    requests: Sequence[TraceRequest],
+    config: ServingConfig,
+    timing: Timing,
+    recorder: Recorder,
+    start_ns: int = 0,
+    events: EventQueue | None = None,
 ) -> None:
-    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`."""
+    """Serve `requests` in simulated time, from `start_ns` on, noting everything in `recorder`.
+
+    Args:
+        events: their arrivals and cancellations, if not at the times of the trace.
+    """
     env = simpy.Environment(initial_time=start_ns)
-    backend = SimBackend(env, requests, timing)
+    backend = SimBackend(env, requests, timing, events)
     env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
 
 
@@ -67,6 +78,31 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     ]
 
 
+def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:
+    """The events of a recorded run, each due when the serving loop took it.
+
+    Behind a server that is later than the client's time by the way there, which is not the scheduler's to know. A
+    cancellation's delivery follows from the counts of events: those of a turn that are no arrivals are cancellations.
+    """
+    delivered = run.tables["requests"]["delivered_ns"].to_pylist()
+    arrivals = Counter(delivered)
+    turns = run.tables["iterations"].select(["now_ns", "events"]).to_pylist()
+    taken = (turn["now_ns"] for turn in turns for _ in range(turn["events"] - arrivals.pop(turn["now_ns"], 0)))
+    events, due_ns = [], []
+    for source, when in zip(requests, delivered, strict=True):
+        events.append(Event(source.arrival_ns, 2 * source.id, Request.from_trace(source)))
+        due_ns.append(when)
+    cancels = [
+        Event(source.cancel_ns, 2 * source.id + 1, event.request, True)
+        for source, event in zip(requests, events, strict=True)
+        if source.cancel_ns is not None
+    ]
+    for cancel, when in zip(sorted(cancels, key=lambda event: event[:2]), taken, strict=False):
+        events.append(cancel)
+        due_ns.append(when)
+    return EventQueue(events, due_ns)
+
+
 def replay(
     run: RunRecords, config: ServingConfig, profile: Profile | None = None, ignore: Collection[str] = ()
 ) -> RunRecords:
@@ -96,6 +132,7 @@ def _replay(run: RunRecords, config: ServingConfig, latency: LatencyModel | None
     steps = run.tables["steps"]
     device = list(zip(steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True))
     timing = RecordedTiming(run.tables["iterations"].to_pylist(), device, latency)
+    requests = recorded_requests(run)
     with suppress(ReplayOver):
-        simulate(recorded_requests(run), config, timing, recorder, timing.start_ns)
+        simulate(requests, config, timing, recorder, timing.start_ns, deliveries(run, requests))
     return timing
