@@ -11,12 +11,13 @@ from traces.request import TraceRequest
 
 
 class Event(NamedTuple):
-    """A request arrives, or is cancelled, at `time_ns`. Ties are broken by `sequence`."""
+    """A request arrives, or is cancelled (and why), at `time_ns`. Ties are broken by `sequence`."""
 
     time_ns: int
     sequence: int
     request: Request
     is_cancel: bool = False
+    reason: str | None = None
 
 
 class EventSource(Protocol):

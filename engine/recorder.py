@@ -41,6 +41,7 @@ class _Life:
     request: Request
     delivered_ns: int
     cancel_ns: int | None = None
+    cancel_reason: str | None = None
     first_scheduled_ns: int | None = None
     first_token_step: int | None = None
     last_token_step: int | None = None
@@ -69,7 +70,8 @@ class Recorder:
         """An event was handed to the scheduler."""
         self.ended += event.request.outcome in (REJECTED, CANCELLED)
         if event.is_cancel:
-            self._lives[event.request.id].cancel_ns = event.time_ns
+            life = self._lives[event.request.id]
+            life.cancel_ns, life.cancel_reason = event.time_ns, event.reason
         else:
             self._lives[event.request.id] = _Life(event.request, now)
 
@@ -114,7 +116,8 @@ class Recorder:
         self.ended += len(completion.stops)
         for stop in completion.stops:
             life = self._lives[stop.request_id]
-            life.last_token_step, life.output_len = completion.step, stop.output_len
+            if life.request.outcome != CANCELLED:  # else nobody asked any more
+                life.last_token_step, life.output_len = completion.step, stop.output_len
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
@@ -141,12 +144,13 @@ class Recorder:
         request = life.request
         generated = request.generated
         output_len = generated if life.output_len is None else life.output_len
+        reason = life.cancel_reason if request.outcome == CANCELLED else request.reason
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
             *(self._time_of(life.first_token_step), self._time_of(life.last_token_step)),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
-            *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
+            *(request.preemptions, request.swaps, request.outcome or "unfinished", reason),
             *(request.priority, request.client),
         )
 

@@ -86,6 +86,7 @@ class Endings:
     def forget(self, request_id: int) -> None:
         """The request has ended, and all its steps have completed."""
         self._last_context.pop(request_id, None)
+        self._decoding.discard(request_id)
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""

@@ -26,8 +26,8 @@ def negative_controls(run: RunRecords, config: ServingConfig) -> dict[str, bool 
     Returns:
         `arrival_moved`: one arrival's delivery moved across the point where it was admitted. `step_longer`: one step
         made longer, so that an arrival falls before a decision that it came after; whether the policy then decides
-        otherwise depends on it, so several are tried. True where a replay decides otherwise, False where none does, None
-        where no request was admitted as soon as it came, so that there is nothing to move.
+        otherwise depends on it, so several are tried. True where a replay decides otherwise, False where none does,
+        None where no request was admitted as soon as it came, so that there is nothing to move.
     """
     reads = run.tables["iterations"]["now_ns"].to_pylist()
     candidates = list(islice(_admitted_at_once(run), TRIES))

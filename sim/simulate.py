@@ -92,9 +92,10 @@ def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:
     for source, when in zip(requests, delivered, strict=True):
         events.append(Event(source.arrival_ns, 2 * source.id, Request.from_trace(source)))
         due_ns.append(when)
+    reasons = run.tables["requests"]["reason"].to_pylist()
     cancels = [
-        Event(source.cancel_ns, 2 * source.id + 1, event.request, True)
-        for source, event in zip(requests, events, strict=True)
+        Event(source.cancel_ns, 2 * source.id + 1, event.request, True, reason)
+        for source, event, reason in zip(requests, events, reasons, strict=True)
         if source.cancel_ns is not None
     ]
     for cancel, when in zip(sorted(cancels, key=lambda event: event[:2]), taken, strict=False):

@@ -1,0 +1,179 @@
+"""An HTTP request's answer: one or more outputs, gathered or streamed, until all have ended or the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.request import REJECTED
+from engine.server.dialect import DONE, Choice, Dialect
+from engine.server.link import EngineLink
+from engine.server.protocol import Refused
+from engine.server.text import Writer
+
+GONE, STOP_STRING = "the client is gone", "stop"
+
+
+class Output:
+    """One choice of an answer. Implements `engine.server.link.Sink`."""
+
+    __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "fresh", "index", "request_id", "tokens")
+
+    def __init__(self, answer: Answer, index: int, writer: Writer) -> None:
+        self._answer = answer
+        self._writer = writer
+        self.index = index
+        self.request_id = -1
+        self.tokens = 0
+        self.finish_reason: str | None = None
+        self.fresh = False  # whether there is something that was not sent
+        self._opened = False
+        self._text: list[str] = []  # not sent
+
+    def take(self, token: int) -> None:
+        """Write a token's text."""
+        self.tokens += 1
+        self._text.append(self._writer.take(token))
+        self.fresh = True
+        if self._writer.stopped:
+            self._answer.link.cancel(self.request_id, STOP_STRING)
+            self.finish_reason = "stop"
+        self._answer.changed()
+
+    def end(self, outcome: str, reason: str | None) -> None:
+        """It is complete, or failed."""
+        if outcome in ("length", "stop"):
+            self._text.append(self._writer.rest())
+            self.finish_reason, self.fresh = outcome, True
+            self._answer.changed()
+        else:
+            self.finish_reason = "error"
+            self._answer.failed(Refused(400 if outcome == REJECTED else 503, reason or outcome))
+
+    def text(self) -> str:
+        """Take the text that was not sent: usually a token's, more where the client reads slowly."""
+        text, self._text, self.fresh = "".join(self._text), [], False
+        return text
+
+    def chunk(self, dialect: Dialect) -> bytes:
+        """That text, as a chunk of a stream."""
+        opening = b"" if self._opened else dialect.open(self.index)
+        self._opened = True
+        return opening + dialect.text(self.index, self.text(), self.finish_reason)
+
+
+class Answer:
+    """Where the outputs of one HTTP request meet the connection that wants them."""
+
+    def __init__(self, link: EngineLink, dialect: Dialect, streamed: bool, writers: Sequence[Writer]) -> None:
+        self.link = link
+        self.dialect = dialect
+        self.streamed = streamed
+        self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
+        self.prompt_tokens = 0
+        self.refused: Refused | None = None
+        self.gone = False
+        self._wakened: asyncio.Future[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will be added."""
+        return self.gone or self.refused is not None or all(each.finish_reason for each in self.outputs)
+
+    def changed(self) -> None:
+        """An output has more text, or has ended."""
+        if self._wakened is not None and not self._wakened.done() and (self.streamed or self.over):
+            self._wakened.set_result(None)
+
+    def failed(self, refused: Refused) -> None:
+        """There will be no answer, or no more of it."""
+        self.refused = self.refused or refused
+        self.abandon(refused.message)
+
+    def abandon(self, reason: str = GONE) -> None:
+        """Nobody wants it any more: what still runs is cancelled."""
+        self.gone = True
+        for output in self.outputs:
+            if output.finish_reason is None:
+                self.link.cancel(output.request_id, reason)
+        self.changed()
+
+    async def more(self) -> bytes:
+        """Wait for something to send; returns b"" if nothing will come, or nothing is streamed."""
+        while not self.over and not (self.streamed and any(each.fresh for each in self.outputs)):
+            self._wakened = asyncio.get_running_loop().create_future()
+            await self._wakened
+        return b"".join(each.chunk(self.dialect) for each in self.outputs if each.fresh and self.streamed)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Tokens, as OpenAI counts them."""
+        made = sum(each.tokens for each in self.outputs)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, not streamed."""
+        choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
+        return self.dialect.answer(choices, self.counts)
+
+
+class AnswerResponse(Response):
+    """Sends an answer as it comes, and gives it up when the client is gone."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.background = None
+        self.status_code = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        answer = self._answer
+        watcher = asyncio.ensure_future(_until_gone(receive))
+        watcher.add_done_callback(lambda done: answer.abandon() if not done.cancelled() else None)
+        try:
+            first = await answer.more()
+            if answer.refused and not first:
+                await send_json(send, answer.refused.status, answer.refused.body)
+            elif answer.streamed:
+                await self._stream(first, send)
+            elif not answer.gone:
+                await send_json(send, 200, answer.whole())
+        finally:
+            watcher.cancel()
+            answer.abandon()
+
+    async def _stream(self, first: bytes, send: Send) -> None:
+        answer = self._answer
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        chunk = first
+        while chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await answer.more()
+        if answer.refused:
+            end = f"data: {json.dumps(answer.refused.body)}\n\n".encode()
+        else:
+            end = answer.dialect.usage(answer.counts) + DONE
+        await send({"type": "http.response.body", "body": end})
+
+
+async def send_json(send: Send, status: int, body: Any, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """A whole response."""
+    content = json.dumps(body).encode()
+    fields = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": content})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
