@@ -11,7 +11,7 @@ from rich.console import Console
 
 from analysis.metrics import metrics
 from analysis.options import Limits, Loading
-from analysis.workflow import check_before, load_executor, real_config, simulated_config
+from analysis.workflow import check_before, load_executor, progress_bar, real_config, simulated_config
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
@@ -23,6 +23,7 @@ from traces.format import Trace, write_trace
 from traces.synthetic import draw_length
 
 if TYPE_CHECKING:
+    from analysis.client import Target
     from engine.executor.executor import Executor
     from engine.server.rider import Rider
 
@@ -163,3 +164,15 @@ def _write(
     run.summary = metrics(run) | dict(summary or {})
     run.write(out)
     write_trace(out / TRACE, trace)
+
+
+def replay_run(trace: Trace, target: Target, console: Console) -> RunRecords:
+    """Send a trace to a server, with a progress bar; returns what the client saw."""
+    import uvloop
+
+    from analysis.client import send_all
+    from analysis.client_records import client_run
+
+    with progress_bar(console, "replay", len(trace.requests)) as show:
+        start_ns, replies = uvloop.run(send_all(target, trace.requests, show))
+    return client_run(trace, target, start_ns, replies)
