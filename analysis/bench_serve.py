@@ -6,11 +6,13 @@ tokens a second; server, engine and client are processes of this machine, and sh
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,7 +24,7 @@ import psutil
 import uvloop
 from rich.console import Console
 
-from analysis.client import Reply, find_target, send_all
+from analysis.client import Reply, Target, find_target, send_all
 from analysis.metrics import Ints, token_times
 from analysis.options import Limits
 from analysis.serving import SimService
@@ -38,7 +40,8 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 
 PROMPT, BLOCK = 8, 16
-RAMP_S = 2.0  # over which the streams begin
+RAMP_S = 5.0  # over which the streams begin
+NAP_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +121,28 @@ def _send(offered: Offered, url: str, pid: int, console: Console) -> tuple[list[
     processes = {"api": api, "engine": engine, "client": psutil.Process()}
     before = {name: sum(each.cpu_times()[:2]) for name, each in processes.items()}
     with progress_bar(console, f"{offered.streams} streams", offered.streams) as show:
-        start_ns, replies = uvloop.run(send_all(target, offered.requests(), show))
+        start_ns, replies = uvloop.run(_send_and_nap(target, offered.requests(), show))
     wall_s = (max(reply.chunk_ns[-1] for reply in replies if reply.chunk_ns) - start_ns) / 1e9
     busy = {f"{name}_cpu": (sum(each.cpu_times()[:2]) - before[name]) / wall_s for name, each in processes.items()}
     return replies, busy
+
+
+async def _send_and_nap(
+    target: Target, requests: Sequence[TraceRequest], show: Callable[[int], None]
+) -> tuple[int, list[Reply]]:
+    """Send all, and read every `NAP_S` what has come: a client that is woken for each chunk costs the server, on the
+    same machine, more for waking it than for the chunk. What has come by then waits, which counts as added."""
+
+    async def nap() -> None:
+        while True:
+            time.sleep(NAP_S)
+            await asyncio.sleep(0)
+
+    napping = asyncio.create_task(nap())
+    try:
+        return await send_all(target, requests, show)
+    finally:
+        napping.cancel()
 
 
 def _judge(offered: Offered, text: Text, run: RunRecords, replies: Sequence[Reply]) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from engine.server.protocol import Refused
 from engine.server.text import Writer
 
 GONE, STOP_STRING = "the client is gone", "stop"
+RAW_SEND = "tandem_send"  # in a connection's state: the server's own `send`, past what frameworks wrap around it
 
 
 class Output:
     """One choice of an answer. Implements `engine.server.link.Sink`."""
 
-    __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "fresh", "index", "request_id", "tokens")
+    __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
 
     def __init__(self, answer: Answer, index: int, writer: Writer) -> None:
         self._answer = answer
@@ -31,7 +32,6 @@ class Output:
         self.request_id = -1
         self.tokens = 0
         self.finish_reason: str | None = None
-        self.fresh = False  # whether there is something that was not sent
         self._opened = False
         self._text: list[str] = []  # not sent
 
@@ -39,56 +39,64 @@ class Output:
         """Write a token's text."""
         self.tokens += 1
         self._text.append(self._writer.take(token))
-        self.fresh = True
         if self._writer.stopped:
             self._answer.link.cancel(self.request_id, STOP_STRING)
-            self.finish_reason = "stop"
-        self._answer.changed()
+            self._finish("stop")
+        else:
+            self._answer.wrote(self)
 
     def end(self, outcome: str, reason: str | None) -> None:
         """It is complete, or failed."""
         if outcome in ("length", "stop"):
             self._text.append(self._writer.rest())
-            self.finish_reason, self.fresh = outcome, True
-            self._answer.changed()
+            self._finish(outcome)
         else:
             self.finish_reason = "error"
             self._answer.failed(Refused(400 if outcome == REJECTED else 503, reason or outcome))
 
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self._answer.unfinished -= 1
+        self._answer.wrote(self)
+
     def text(self) -> str:
         """Take the text that was not sent: usually a token's, more where the client reads slowly."""
-        text, self._text, self.fresh = "".join(self._text), [], False
+        text, self._text = "".join(self._text), []
         return text
 
     def chunk(self, dialect: Dialect) -> bytes:
         """That text, as a chunk of a stream."""
-        opening = b"" if self._opened else dialect.open(self.index)
+        written = dialect.text(self.index, self.text(), self.finish_reason)
+        if self._opened:
+            return written
         self._opened = True
-        return opening + dialect.text(self.index, self.text(), self.finish_reason)
+        return dialect.open(self.index) + written
 
 
 class Answer:
-    """Where the outputs of one HTTP request meet the connection that wants them."""
+    """Where the outputs of one HTTP request meet the connection that wants them.
+
+    Attributes:
+        unfinished: outputs to which something may be added.
+        refused: why there is no answer, or no more of it.
+    """
 
     def __init__(self, link: EngineLink, dialect: Dialect, streamed: bool, writers: Sequence[Writer]) -> None:
         self.link = link
         self.dialect = dialect
         self.streamed = streamed
         self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
+        self.unfinished = len(self.outputs)
         self.prompt_tokens = 0
         self.refused: Refused | None = None
-        self.gone = False
+        self._fresh: dict[Output, None] = {}  # have something that was not sent
         self._wakened: asyncio.Future[None] | None = None
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing will be added."""
-        return self.gone or self.refused is not None or all(each.finish_reason for each in self.outputs)
-
-    def changed(self) -> None:
+    def wrote(self, output: Output) -> None:
         """An output has more text, or has ended."""
-        if self._wakened is not None and not self._wakened.done() and (self.streamed or self.over):
-            self._wakened.set_result(None)
+        self._fresh[output] = None
+        if self.streamed or not self.unfinished:
+            self._wake()
 
     def failed(self, refused: Refused) -> None:
         """There will be no answer, or no more of it."""
@@ -97,18 +105,19 @@ class Answer:
 
     def abandon(self, reason: str = GONE) -> None:
         """Nobody wants it any more: what still runs is cancelled."""
-        self.gone = True
+        self.unfinished = 0
         for output in self.outputs:
             if output.finish_reason is None:
                 self.link.cancel(output.request_id, reason)
-        self.changed()
+        self._wake()
 
     async def more(self) -> bytes:
         """Wait for something to send; returns b"" if nothing will come, or nothing is streamed."""
-        while not self.over and not (self.streamed and any(each.fresh for each in self.outputs)):
+        while self.unfinished and not (self.streamed and self._fresh):
             self._wakened = asyncio.get_running_loop().create_future()
             await self._wakened
-        return b"".join(each.chunk(self.dialect) for each in self.outputs if each.fresh and self.streamed)
+        fresh, self._fresh = self._fresh, {}
+        return b"".join([each.chunk(self.dialect) for each in fresh]) if self.streamed else b""
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -125,6 +134,10 @@ class Answer:
         choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
         return self.dialect.answer(choices, self.counts)
 
+    def _wake(self) -> None:
+        if self._wakened is not None and not self._wakened.done():
+            self._wakened.set_result(None)
+
 
 class AnswerResponse(Response):
     """Sends an answer as it comes, and gives it up when the client is gone."""
@@ -137,6 +150,7 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
         answer = self._answer
+        send = scope["state"][RAW_SEND]
         watcher = asyncio.ensure_future(_until_gone(receive))
         watcher.add_done_callback(lambda done: answer.abandon() if not done.cancelled() else None)
         try:
@@ -145,7 +159,7 @@ class AnswerResponse(Response):
                 await send_json(send, answer.refused.status, answer.refused.body)
             elif answer.streamed:
                 await self._stream(first, send)
-            elif not answer.gone:
+            elif all(each.finish_reason for each in answer.outputs):  # else the client is gone
                 await send_json(send, 200, answer.whole())
         finally:
             watcher.cancel()

@@ -43,7 +43,7 @@ class Ready(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What the engine is busy with: queue lengths and blocks now, and the composition of the last step."""
+    """What the engine is busy with: queue lengths and blocks now, the composition of the last step, and sums so far."""
 
     running: int = 0
     waiting: int = 0
@@ -51,7 +51,9 @@ class Load(NamedTuple):
     step: int = -1
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    preemptions: int = 0  # since the start
+    prefill_total: int = 0
+    decode_total: int = 0
+    preemptions: int = 0
 
 
 class End(NamedTuple):

@@ -118,7 +118,11 @@ class Publisher:
         for request_id in launched.finishing:
             self._end(End(request_id, LENGTH))
         self._load = self._load._replace(
-            step=launched.number, prefill_tokens=launched.prefill_tokens, decode_tokens=launched.decode_tokens
+            step=launched.number,
+            prefill_tokens=launched.prefill_tokens,
+            decode_tokens=launched.decode_tokens,
+            prefill_total=self._load.prefill_total + launched.prefill_tokens,
+            decode_total=self._load.decode_total + launched.decode_tokens,
         )
         return ids, tokens
 
