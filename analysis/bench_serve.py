@@ -87,7 +87,7 @@ def measure_load(offered: Offered, model: str, console: Console) -> dict[str, An
     text = load_text(model)
     with tempfile.TemporaryDirectory() as scratch:
         profile, out = Path(scratch) / "profile", Path(scratch) / "run"
-        write_profile(_steady_profile(1e6 / offered.rate), profile)
+        write_profile(steady_profile(1e6 / offered.rate), profile)
         service = SimService(profile, offered.limits(), text.filler(), text.vocab_size, out=out)
         pipe, theirs = multiprocessing.Pipe()
         server = multiprocessing.get_context("spawn").Process(target=_serve, args=(service, model, theirs))
@@ -193,7 +193,7 @@ def _milliseconds(added_ns: Ints) -> dict[str, float | None]:
     return {f"added_{name}_ms": float(value) / 1e6 for name, value in values.items()}
 
 
-def _steady_profile(step_us: float) -> Profile:
+def steady_profile(step_us: float) -> Profile:
     """Every step takes as long, whatever it runs; the host takes no time."""
 
     def row(time_us: float, **keys: Any) -> dict[str, Any]:

@@ -26,19 +26,26 @@ GRACE_S = 5  # for slow readers, once nothing runs any more
 class LimitedProtocol(HttpToolsProtocol):
     """HTTP whose headers end: httptools would gather them for as long as a client sends some."""
 
-    _header_bytes = 0
+    _in_head = True
+    _head_bytes = 0
 
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        self._header_bytes = 0
-        super().on_message_begin()
+    def data_received(self, data: bytes) -> None:
+        """Bytes came; if what has come of a head is too long, the connection ends."""
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEADER_BYTES:
+                self.send_400_response("Request header fields too large.")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; too many end the connection."""
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > MAX_HEADER_BYTES:
-            raise ValueError("request header fields too large")
-        super().on_header(name, value)
+    def on_headers_complete(self) -> None:
+        """A body follows."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Another request may follow."""
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
