@@ -33,7 +33,7 @@ class Output:
         self.tokens = 0
         self.finish_reason: str | None = None
         self._opened = False
-        self._text: list[str] = []  # not sent
+        self._text: list[str] = []  # of each token that was not sent
 
     def take(self, token: int) -> None:
         """Write a token's text."""
@@ -48,7 +48,8 @@ class Output:
     def end(self, outcome: str, reason: str | None) -> None:
         """It is complete, or failed."""
         if outcome in ("length", "stop"):
-            self._text.append(self._writer.rest())
+            last = self._text.pop() if self._text else ""
+            self._text.append(last + self._writer.rest())
             self._finish(outcome)
         else:
             self.finish_reason = "error"
@@ -60,13 +61,17 @@ class Output:
         self._answer.wrote(self)
 
     def text(self) -> str:
-        """Take the text that was not sent: usually a token's, more where the client reads slowly."""
+        """Take the text that was not sent."""
         text, self._text = "".join(self._text), []
         return text
 
     def chunk(self, dialect: Dialect) -> bytes:
-        """That text, as a chunk of a stream."""
-        written = dialect.text(self.index, self.text(), self.finish_reason)
+        """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
+        *earlier, last = self._text
+        self._text = []
+        written = dialect.text(self.index, last, self.finish_reason)
+        if earlier:
+            written = b"".join([dialect.text(self.index, text) for text in earlier]) + written
         if self._opened:
             return written
         self._opened = True
