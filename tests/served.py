@@ -24,13 +24,14 @@ START_S = 120
 class Server:
     """A running server."""
 
-    def __init__(self, *options: object, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *options: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
         self.process = subprocess.Popen(
             [TANDEM, "serve", "--port", "0", *map(str, options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | (env or {}),
+            cwd=cwd,
         )
         self.log: list[str] = []
         self.url = self._wait_for_address()
