@@ -40,7 +40,7 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 
 PROMPT, BLOCK = 8, 16
-RAMP_S = 5.0  # over which the streams begin
+RAMP_SHARE = 0.4  # of a stream's life, over which the streams begin
 NAP_S = 0.001
 
 
@@ -59,7 +59,7 @@ class Offered:
 
     def requests(self) -> list[TraceRequest]:
         """Streams that begin one after the other, then all run."""
-        gap_ns = int(RAMP_S * 1e9 / self.streams)
+        gap_ns = int(RAMP_SHARE * self.seconds * 1e9 / self.streams)
         return [TraceRequest(i, i * gap_ns, PROMPT, self.tokens, self.tokens) for i in range(self.streams)]
 
     def limits(self) -> Limits:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
 import psutil
 
+from engine.executor.tokenizer import load_tokenizer, smollm2_path
+
 TANDEM = Path(sys.executable).with_name("tandem")
-SIM = ("--backend", "sim", "--profile", "a100-80gb/llama-3-8b")  # a decode step takes 12 ms
+PROFILE = "a100-80gb/llama-3-8b"  # a decode step takes 12 ms
 MODEL = "llama-3-8b"
 START_S = 120
+
+
+@cache
+def tokenizer() -> str:
+    """SmolLM2's tokenizer as a folder, which is read in a fraction of the time that its GGUF file takes."""
+    folder = tempfile.mkdtemp(prefix="tandem-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    load_tokenizer(smollm2_path()).save_pretrained(folder)
+    return folder
+
+
+def sim(profile: object = PROFILE) -> tuple[object, ...]:
+    """Options for a simulated server."""
+    return "--backend", "sim", "--profile", profile, "--model", tokenizer()
 
 
 class Server:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from served import MODEL, SIM, Server, eventually, serving
+from prometheus_client.parser import text_string_to_metric_families
+from served import MODEL, PROFILE, Server, eventually, serving, sim
 
 from engine.manifest import config_of
 from engine.recorder import Recorder
@@ -24,7 +25,7 @@ FOX = " The quick brown fox jumps over the lazy dog."
 
 @pytest.fixture(scope="module")
 def server() -> Server:
-    with serving(*SIM) as running:
+    with serving(*sim()) as running:
         yield running
 
 
@@ -102,6 +103,33 @@ def test_models_health_and_version(client, server):
     assert server.get("/health").json() == {"status": "ok"} and server.get("/version").json()["version"]
 
 
+def test_metrics_have_vllms_names_and_buckets_that_tell_5_ms_from_6(server):
+    before = scrape(server)
+    server.complete(max_tokens=11)
+    after = scrape(server)
+    grew = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert grew["vllm:generation_tokens_total"] == 11 and grew["vllm:request_success_total", "length"] == 1
+    assert grew["vllm:time_to_first_token_seconds_count"] == grew["vllm:e2e_request_latency_seconds_count"] == 1
+    assert grew["vllm:inter_token_latency_seconds_count"] == 10
+    assert 0.08 < grew["vllm:inter_token_latency_seconds_sum"] < 1
+    assert ("vllm:inter_token_latency_seconds_bucket", "0.005") in after
+    assert ("vllm:inter_token_latency_seconds_bucket", "0.006") in after
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[f"vllm:{gauge}"] == 0
+
+
+def scrape(server: Server) -> dict:
+    samples = [
+        sample for family in text_string_to_metric_families(server.get("/metrics").text) for sample in family.samples
+    ]
+    return {
+        (sample.name, *others)
+        if (others := [v for k, v in sample.labels.items() if k != "model_name"])
+        else sample.name: sample.value
+        for sample in samples
+    }
+
+
 # -- what it refuses ---------------------------------------------------------------------------------------
 
 
@@ -163,7 +191,7 @@ def test_a_body_beyond_the_limit_gets_a_413_whether_or_not_it_says_how_long_it_i
 
 
 def test_an_api_key_is_asked_for_on_v1_alone():
-    with serving(*SIM, env={"TANDEM_API_KEY": "s3cret"}) as server:
+    with serving(*sim(), env={"TANDEM_API_KEY": "s3cret"}) as server:
         assert server.complete().status_code == 401
         assert server.post("/v1/completions", {}, headers={"Authorization": "Bearer s3cre"}).status_code == 401
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret")
@@ -180,7 +208,7 @@ def test_it_listens_on_loopback_alone(server):
 
 
 def test_a_client_that_leaves_frees_its_blocks_within_two_steps_and_the_records_equal_an_offline_simulation(tmp_path):
-    with serving(*SIM, "--out", tmp_path / "run") as server:
+    with serving(*sim(), "--out", tmp_path / "run") as server:
         stayed = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(
             model=MODEL, prompt="I stay", max_tokens=150, stream=True
         )
@@ -221,7 +249,7 @@ def assert_equal_offline(folder: Path) -> None:
     """A simulation that is given the times at which the server's loop took its events writes the same records."""
     run = read_run(folder)
     config, requests, offline = config_of(run.manifest), recorded_requests(run), Recorder()
-    timing = DeliveredTiming(read_profile(find_profile(Path("a100-80gb/llama-3-8b"))))
+    timing = DeliveredTiming(read_profile(find_profile(Path(PROFILE))))
     simulate(requests, config, timing, offline, events=deliveries(run, requests))
     tables = offline.tables()
     assert all(tables[name].equals(run.tables[name]) for name in tables)
@@ -241,7 +269,7 @@ def test_under_a_burst_of_cancelled_and_preempted_requests_real_time_equals_offl
         "--output-len",
         "uniform:1:200",
     )
-    with serving(*SIM, *limits, "--out", tmp_path / "run") as server:
+    with serving(*sim(), *limits, "--out", tmp_path / "run") as server:
 
         async def one(client: openai.AsyncOpenAI, number: int) -> None:
             await asyncio.sleep(number * 0.004)
@@ -266,7 +294,7 @@ def test_under_a_burst_of_cancelled_and_preempted_requests_real_time_equals_offl
 
 
 def test_beyond_the_bounded_queue_requests_get_a_429_and_when_to_come_back(server):
-    with serving(*SIM, "--max-seqs", 1, "--max-waiting", 2) as small:
+    with serving(*sim(), "--max-seqs", 1, "--max-waiting", 2) as small:
 
         async def main() -> list[int]:
             async with openai.AsyncOpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=0) as client:
@@ -287,7 +315,7 @@ def test_beyond_the_bounded_queue_requests_get_a_429_and_when_to_come_back(serve
 
 
 def test_told_to_stop_it_finishes_what_runs_within_the_drain_time_and_fails_the_rest_aloud(tmp_path):
-    with serving(*SIM, "--drain", 2, "--out", tmp_path / "run") as server:
+    with serving(*sim(), "--drain", 2, "--out", tmp_path / "run") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         short = client.completions.create(model=MODEL, prompt="x", max_tokens=80, stream=True)
         long = client.completions.create(model=MODEL, prompt="x", max_tokens=2000, stream=True)
@@ -304,7 +332,7 @@ def test_told_to_stop_it_finishes_what_runs_within_the_drain_time_and_fails_the_
 
 
 def test_a_dead_engine_turns_health_red_and_answers_who_waits(tmp_path):
-    with serving(*SIM) as server:
+    with serving(*sim()) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model=MODEL, prompt="x", max_tokens=2000, stream=True)
         next(iter(stream))

@@ -8,7 +8,7 @@ import threading
 
 import openai
 import pytest
-from served import MODEL, SIM, serving
+from served import MODEL, serving, sim
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -43,7 +43,7 @@ def test_the_page_shows_what_runs_and_then_that_nothing_does(page, tmp_path):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: asked.append(request.url))
-    with serving(*SIM, "--max-seqs", 16, "--kv-blocks", 600) as server:
+    with serving(*sim(), "--max-seqs", 16, "--kv-blocks", 600) as server:
         page.goto(server.url)
         page.wait_for_function("document.getElementById('state').textContent === 'serving'")
         thread = threading.Thread(target=load, args=(server.url,))

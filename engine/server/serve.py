@@ -27,24 +27,26 @@ class LimitedProtocol(HttpToolsProtocol):
     """HTTP whose headers end: httptools would gather them for as long as a client sends some."""
 
     _in_head = True
-    _head_bytes = 0
+    _head_bytes = 0  # of data that brought a head, and no end of it
+    _ended_head = False
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; if what has come of a head is too long, the connection ends."""
+        in_head, self._ended_head = self._in_head, False
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if in_head and not self._ended_head and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES:
                 self.send_400_response("Request header fields too large.")
 
     def on_headers_complete(self) -> None:
         """A body follows."""
-        self._in_head = False
+        self._in_head, self._ended_head, self._head_bytes = False, True, 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Another request may follow."""
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
         super().on_message_complete()
 
 
