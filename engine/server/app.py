@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.live import Terms
-from engine.server.answer import RAW_SEND, Answer, AnswerResponse, send_json
+from engine.server.answer import Answer, AnswerResponse, send_json
 from engine.server.dialect import ChatDialect, Dialect
 from engine.server.link import EngineLink
 from engine.server.metrics import Exposition
@@ -253,7 +253,6 @@ class Guard:
                 raise HTTPException(413, self._too_large().message)
             return message
 
-        scope.setdefault("state", {})[RAW_SEND] = send
         await self._app(scope, receive_within_limit, send)
 
     def _too_large(self) -> Refused:

@@ -24,8 +24,8 @@ from traces.request import TraceRequest
 class Sink(Protocol):
     """Who waits for a request's tokens."""
 
-    def take(self, token: int) -> None:
-        """A token."""
+    def take(self, token: int, last: bool) -> None:
+        """A token; after the last, `end` follows at once."""
 
     def end(self, outcome: str, reason: str | None) -> None:
         """The last was taken, or none will come: `length`, `stop`, `rejected`, or `failed`."""
@@ -187,7 +187,7 @@ class EngineLink:
 
     def _progress(self, progress: Progress) -> None:
         self.load = progress.load
-        self._hand_out(progress.ids, progress.tokens)
+        self._hand_out(progress.ids, progress.tokens, {end.request_id for end in progress.ended})
         for request_id, outcome, reason in progress.ended:
             if (ended := self._open.pop(request_id, None)) is not None:
                 self.without_token -= not ended.tokens
@@ -196,7 +196,7 @@ class EngineLink:
                     self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
                 ended.sink.end(outcome, reason)
 
-    def _hand_out(self, ids: Sequence[int], tokens: Sequence[int]) -> None:
+    def _hand_out(self, ids: Sequence[int], tokens: Sequence[int], ending: set[int]) -> None:
         now = time.perf_counter_ns()
         opened, gaps = self._open, self.metrics.gaps
         for request_id, token in zip(ids, tokens, strict=True):
@@ -210,7 +210,7 @@ class EngineLink:
                 self.metrics.first_tokens.add(now - request.arrival_ns)
             request.tokens += 1
             request.last_ns = now
-            request.sink.take(token)
+            request.sink.take(token, request_id in ending)
 
 
 class _Stop:

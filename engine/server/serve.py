@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from engine.server.answer import WIRE
 from engine.server.app import Manners, build_app
 from engine.server.link import EngineLink
 from engine.server.rider import Service
@@ -23,8 +25,27 @@ MAX_HEADER_BYTES = 64 * 1024
 GRACE_S = 5  # for slow readers, once nothing runs any more
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """HTTP whose headers end: httptools would gather them for as long as a client sends some."""
+class _Wire:
+    """Implements `engine.server.answer.Wire` on uvicorn's connection."""
+
+    __slots__ = ("_flow", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+
+    @property
+    def blocked(self) -> bool:
+        """As in `Wire`."""
+        return self._flow.write_paused or self._transport.is_closing()
+
+    def write(self, body: bytes) -> None:
+        """As in `Wire`."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+class TandemProtocol(HttpToolsProtocol):
+    """HTTP that lends its wire, and whose headers end: httptools would gather them for as long as some are sent."""
 
     _in_head = True
     _head_bytes = 0  # of data that brought a head, and no end of it
@@ -41,6 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A body follows."""
+        self.scope["state"][WIRE] = _Wire(self.transport, self.flow)
         self._in_head, self._ended_head, self._head_bytes = False, True, 0
         super().on_headers_complete()
 
@@ -139,7 +161,7 @@ async def _run(app: ASGIApp, link: EngineLink, listener: socket.socket, drain_s:
 
     config = uvicorn.Config(
         app,
-        http=LimitedProtocol,
+        http=TandemProtocol,
         ws="none",
         lifespan="off",
         access_log=False,
