@@ -36,7 +36,9 @@ class Dialect:
         """A chunk of a stream."""
         reason = f'"{finish_reason}"' if finish_reason else "null"
         content = self._content(text)
-        return f'{self._before}{index}, {content}, "logprobs": null, "finish_reason": {reason}{self._after}'.encode()
+        return f'{self._before}{index}, {content}, "logprobs": null, "finish_reason": {reason}{self._after}'.encode(
+            "ascii"
+        )
 
     def open(self, index: int) -> bytes:
         """What comes before an output's first text."""

@@ -82,9 +82,11 @@ class Writer:
 
     def take(self, token: int) -> str:
         """The text that a token lets out."""
-        self._min_tokens -= 1
         text = self._decode(token)
-        return self._beyond_stops(text) if self._stops else text
+        if not self._stops:
+            return text
+        self._min_tokens -= 1
+        return self._beyond_stops(text)
 
     def rest(self) -> str:
         """What was held back, now that no token follows."""
