@@ -15,6 +15,7 @@ from rich.table import Table
 
 from analysis import options
 from analysis.options import Limits, Loading
+from analysis.serving_commands import register_serving
 from engine.records import RunRecords, read_run
 from traces.errors import TandemError
 from traces.format import Trace, read_trace, write_trace
@@ -600,6 +601,11 @@ def fidelity_judge(
         wide = Console()
         wide.width = max(wide.width, 120)  # a table is cut off at no less than this, so that a pipe gets all of it
         print_study(judged, wide)
+
+
+# -- serve -------------------------------------------------------------------------------------------------
+
+register_serving(app, bench_app)
 
 
 # -- bench -------------------------------------------------------------------------------------------------

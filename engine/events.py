@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from engine.request import Request
 from traces.request import TraceRequest
 
 
 class Event(NamedTuple):
-    """A request arrives, or is cancelled, at `time_ns`. Ties are broken by `sequence`.
+    """A request arrives, or is cancelled (and why), at `time_ns`. Ties are broken by `sequence`.
 
     `is_last` says that no other event of the request will follow.
     """
@@ -20,17 +20,28 @@ class Event(NamedTuple):
     sequence: int
     request: Request
     is_cancel: bool = False
+    reason: str | None = None
     is_last: bool = True
 
 
+class EventSource(Protocol):
+    """Where a backend's external events come from: a trace, or clients."""
+
+    def due(self, now: int) -> list[Event]:
+        """Take the events whose time has come."""
+
+    def next_ns(self) -> int | None:
+        """When the next event is due, or None if none will come. Asked when the loop has nothing else to do."""
+
+
 class EventQueue:
-    """The external events of a run in the order in which the loop must deliver them.
+    """The external events of a run, known beforehand, in the order in which the loop must deliver them.
 
     Made as they come near: what is held grows with the requests that may yet be cancelled, not with the trace.
     """
 
-    def __init__(self, events: Iterator[Event]) -> None:
-        """`events`: in order of time, then sequence."""
+    def __init__(self, events: Iterator[tuple[int, Event]]) -> None:
+        """`events`: with the time from which each may be delivered, in that order, then of sequence."""
         self._events = events
         self._next = next(events, None)
 
@@ -46,18 +57,17 @@ class EventQueue:
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
         due: list[Event] = []
-        while self._next is not None and self._next.time_ns <= now:
-            due.append(self._next)
+        while self._next is not None and self._next[0] <= now:
+            due.append(self._next[1])
             self._next = next(self._events, None)
         return due
 
-    @property
     def next_ns(self) -> int | None:
         """When the next event is due, or None if there is none left."""
-        return self._next.time_ns if self._next else None
+        return self._next[0] if self._next else None
 
 
-def _in_order(requests: Iterable[TraceRequest]) -> Iterator[Event]:
+def _in_order(requests: Iterable[TraceRequest]) -> Iterator[tuple[int, Event]]:
     """The events of requests that are in order of arrival; one is cancelled no sooner than it arrives."""
     latest_ns = 0
     cancels: list[Event] = []  # a heap: sequences differ, so that no two events compare by more than these
@@ -67,10 +77,10 @@ def _in_order(requests: Iterable[TraceRequest]) -> Iterator[Event]:
         latest_ns = source.arrival_ns
         arrival = (source.arrival_ns, 2 * source.id)
         while cancels and cancels[0] < arrival:
-            yield heappop(cancels)
+            yield cancels[0].time_ns, heappop(cancels)
         request = Request.from_trace(source)
-        yield Event(*arrival, request, is_last=source.cancel_ns is None)
+        yield latest_ns, Event(*arrival, request, is_last=source.cancel_ns is None)
         if source.cancel_ns is not None:
             heappush(cancels, Event(source.cancel_ns, 2 * source.id + 1, request, is_cancel=True))
     while cancels:
-        yield heappop(cancels)
+        yield cancels[0].time_ns, heappop(cancels)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.backend import Completion, Launch
 from engine.events import Event
@@ -20,6 +20,24 @@ if TYPE_CHECKING:
 FLUSH = 16384  # turns of the loop whose rows are held before they are written
 
 
+class Observer(Protocol):
+    """Whom the serving loop tells what happens. It sees all, and decides nothing."""
+
+    def delivered(self, event: Event, now: int) -> None:
+        """An event was handed to the scheduler."""
+
+    def launched(self, step: Step, now: int, launch: Launch) -> None:
+        """A step that was planned at `now` is on its way."""
+
+    def completed(self, completion: Completion) -> None:
+        """A step's tokens are known."""
+
+    def iteration(
+        self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
+    ) -> None:
+        """One turn of the loop is over."""
+
+
 @dataclass(slots=True)
 class _Life:
     """One request's history; None is 'not yet'."""
@@ -28,6 +46,7 @@ class _Life:
     delivered_ns: int
     more_events: bool
     cancel_ns: int | None = None
+    cancel_reason: str | None = None
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
     last_token_ns: int | None = None
@@ -70,7 +89,7 @@ class Recorder:
         self.ended += event.request.outcome in (REJECTED, CANCELLED)
         if event.is_cancel:
             life = self._lives[event.request.id]
-            life.cancel_ns, life.more_events = event.time_ns, not event.is_last
+            life.cancel_ns, life.cancel_reason, life.more_events = event.time_ns, event.reason, not event.is_last
         else:
             self._lives[event.request.id] = _Life(event.request, now, not event.is_last)
 
@@ -125,7 +144,8 @@ class Recorder:
                 life.last_token_ns = completion.completed_ns
         for stop in completion.stops:
             life = self._lives[stop.request_id]
-            life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
+            if life.request.outcome != CANCELLED:  # else nobody asked any more
+                life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
         self.ended += len(completion.stops)
 
     def iteration(
@@ -169,12 +189,13 @@ class Recorder:
         request = life.request
         generated = request.generated
         output_len = generated if life.output_len is None else life.output_len
+        reason = life.cancel_reason if request.outcome == CANCELLED else request.reason
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
             *(life.first_token_ns, life.last_token_ns),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
-            *(request.preemptions, request.swaps, request.outcome or "unfinished", request.reason),
+            *(request.preemptions, request.swaps, request.outcome or "unfinished", reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
             *(request.cached_tokens, *_recorded(request)),
         )

@@ -10,14 +10,14 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from engine.backend import Backend, Completion, Launch
-from engine.recorder import Recorder
+from engine.recorder import Observer
 from engine.request import Request
 from engine.scheduler.base import Scheduler
 from engine.scheduler.blame import PolicyError, blame
 from engine.step import Step
 
 
-def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
+def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
     """Serve until no request is left and none will come.
 
     An iteration reads the clock once, delivers the events due by then, plans, launches, and then, if as many
@@ -38,7 +38,7 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> 
         raise
 
 
-def _turns(backend: Backend, scheduler: Scheduler, recorder: Recorder) -> Generator[Any, Any, None]:
+def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
     depth, in_flight = scheduler.config.pipeline_depth, 0
     requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # those that somebody still holds
     while True:

@@ -12,19 +12,35 @@ import simpy
 
 from engine.backend import Completion, Stop
 from engine.decode_set import DecodeSet
-from engine.events import Event, EventQueue
+from engine.events import Event, EventQueue, EventSource
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest
 
 
 class SimBackend:
-    """Implements `engine.backend.Backend` on a SimPy environment."""
+    """Implements `engine.backend.Backend` on a SimPy environment.
 
-    def __init__(self, env: simpy.Environment, requests: Iterable[TraceRequest], timing: Timing) -> None:
+    Attributes:
+        endings: where requests stop. Requests that come while it runs must be shown to it before their first step.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        requests: Iterable[TraceRequest],
+        timing: Timing,
+        events: EventSource | None = None,
+    ) -> None:
+        """`events` None: the requests, in order of arrival, arrive and are cancelled as their trace says."""
         self._env = env
-        self._endings = Endings()
-        self._events = EventQueue.from_trace(map(self._endings.seen, requests))
+        self.endings = Endings()
+        if events is None:
+            events = EventQueue.from_trace(map(self.endings.seen, requests))
+        else:
+            for source in requests:
+                self.endings.seen(source)
+        self._events = events
         self._timing = timing
         self._in_flight: deque[tuple[int, list[Stop]]] = deque()
 
@@ -41,7 +57,7 @@ class SimBackend:
         """Takes the host's time; the device works on in the background."""
         now = self.now()
         launch, resume_ns = self._timing.launch(step, now)
-        self._in_flight.append((step.index, self._endings.shown_by(step)))
+        self._in_flight.append((step.index, self.endings.shown_by(step)))
         return self._env.timeout(resume_ns - now, launch)
 
     def complete(self) -> simpy.Event:
@@ -53,7 +69,7 @@ class SimBackend:
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""
-        due_ns = self._events.next_ns
+        due_ns = self._events.next_ns()
         return None if due_ns is None else self._env.timeout(self._timing.wake(due_ns) - self.now())
 
 
@@ -69,6 +85,11 @@ class Endings:
         if source.output_len < source.max_tokens:
             self._early[source.id] = source
         return source
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended, and all its steps have completed."""
+        self._early.pop(request_id, None)
+        self._decoding.discard(request_id)
 
     def shown_by(self, step: Step) -> list[Stop]:
         """The requests whose end-of-sequence is among the step's tokens."""

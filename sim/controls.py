@@ -24,16 +24,15 @@ def negative_controls(run: RunRecords, config: ServingConfig) -> dict[str, bool 
     """Falsify a run in two ways and replay it.
 
     Returns:
-        `arrival_moved`: one arrival moved across the point where it was admitted. `step_longer`: one step made longer,
-        so that an arrival falls before a decision that it came after; whether the policy then decides otherwise depends
-        on it, so several are tried. True where a replay decides otherwise, False where none does, None where no request
-        was admitted as soon as it came, so that there is nothing to move.
+        `arrival_moved`: one arrival's delivery moved across the point where it was admitted. `step_longer`: one step
+        made longer, so that an arrival falls before a decision that it came after; whether the policy then decides
+        otherwise depends on it, so several are tried. True where a replay decides otherwise, False where none does,
+        None where no request was admitted as soon as it came, so that there is nothing to move.
     """
     reads = run.tables["iterations"]["now_ns"].to_pylist()
-    arrivals = run.tables["requests"]["arrival_ns"].to_pylist()
     candidates = list(islice(_admitted_at_once(run), TRIES))
-    moved = (_with_arrival(run, row, reads[turn] + 1) for row, turn in candidates)
-    longer = (_delayed(run, turn - 1, arrivals[row] + 1 - reads[turn - 1]) for row, turn in candidates)
+    moved = (_with_delivery(run, row, reads[turn] + 1) for row, turn in candidates)
+    longer = (_delayed(run, row, turn - 1, reads[turn] - reads[turn - 1]) for row, turn in candidates)
     return {
         "arrival_moved": any(_differs(run, each, config) for each in moved) if candidates else None,
         "step_longer": any(_differs(run, each, config) for each in longer) if candidates else None,
@@ -52,15 +51,19 @@ def _admitted_at_once(run: RunRecords) -> Iterator[tuple[int, int]]:
             yield row, turn
 
 
-def _with_arrival(run: RunRecords, row: int, arrival_ns: int) -> RunRecords:
-    arrivals = run.tables["requests"]["arrival_ns"].to_pylist()
-    arrivals[row] = arrival_ns
-    return _with_columns(run, "requests", {"arrival_ns": arrivals})
+def _with_delivery(run: RunRecords, row: int, delivered_ns: int) -> RunRecords:
+    delivered = run.tables["requests"]["delivered_ns"].to_pylist()
+    delivered[row] = delivered_ns
+    return _with_columns(run, "requests", {"delivered_ns": delivered})
 
 
-def _delayed(run: RunRecords, first_turn: int, delay_ns: int) -> RunRecords:
-    """Everything from a turn of the loop on happens later, as if the step before it had taken longer."""
+def _delayed(run: RunRecords, row: int, first_turn: int, delay_ns: int) -> RunRecords:
+    """Everything from a turn of the loop on happens later, as if the step before it had taken longer; but one request
+    is delivered when it was."""
     table = run.tables["iterations"]
+    first_ns, delivered = table["now_ns"][first_turn].as_py(), run.tables["requests"]["delivered_ns"].to_pylist()
+    later = [time + delay_ns if time >= first_ns and each != row else time for each, time in enumerate(delivered)]
+    run = _with_columns(run, "requests", {"delivered_ns": later})
     columns = {name: table[name].to_pylist() for name in TIMES}
     for times in columns.values():
         times[first_turn:] = [None if time is None else time + delay_ns for time in times[first_turn:]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,10 +11,11 @@ import simpy
 
 from engine.backend import Backend
 from engine.config import ServingConfig
+from engine.events import Event, EventQueue
 from engine.integrity import CheckedBackend
 from engine.recorder import Recorder
 from engine.records import RunRecords
-from engine.request import STOP
+from engine.request import STOP, Request
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
@@ -30,15 +32,20 @@ def simulate(
     recorder: Recorder,
     start_ns: int = 0,
     check: bool = False,
+    events: EventQueue | None = None,
 ) -> None:
     """Serve `requests`, in order of arrival, in simulated time, from `start_ns` on, noting everything in `recorder`.
+
+    Args:
+        check: whether every step is looked at.
+        events: their arrivals and cancellations, if not at the times of the trace.
 
     Raises:
         IntegrityError: `check` is set, and a step breaks an invariant.
         PolicyError: as `serving_loop`.
     """
     env = simpy.Environment(initial_time=start_ns)
-    backend: Backend = SimBackend(env, requests, timing)
+    backend: Backend = SimBackend(env, requests, timing, events)
     if check:
         backend = CheckedBackend(backend, config)
     env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
@@ -94,6 +101,28 @@ def _recorded_prefix(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"hash_ids": row["hash_ids"], "hash_block_size": row["hash_block_size"]}
 
 
+def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:
+    """The events of a recorded run, each due when the serving loop took it.
+
+    Behind a server that is later than the client's time by the way there, which is not the scheduler's to know. A
+    cancellation's delivery follows from the counts of events: those of a turn that are no arrivals are cancellations.
+    """
+    rows = run.tables["requests"].select(["request", "delivered_ns", "reason"]).to_pylist()
+    delivered, reasons = ({row["request"]: row[name] for row in rows} for name in ("delivered_ns", "reason"))
+    arrivals = Counter(delivered.values())
+    turns = run.tables["iterations"].select(["now_ns", "events"]).to_pylist()
+    taken = (turn["now_ns"] for turn in turns for _ in range(turn["events"] - arrivals.pop(turn["now_ns"], 0)))
+    events, cancels = [], []
+    for source in requests:
+        request, cancelled = Request.from_trace(source), source.cancel_ns is not None
+        arrival = Event(source.arrival_ns, 2 * source.id, request, is_last=not cancelled)
+        events.append((delivered[source.id], arrival))
+        if source.cancel_ns is not None:
+            cancels.append(Event(source.cancel_ns, 2 * source.id + 1, request, True, reasons[source.id]))
+    events += zip(taken, sorted(cancels, key=lambda event: event[:2]), strict=False)
+    return EventQueue(iter(sorted(events, key=lambda pair: (pair[0], pair[1][:2]))))
+
+
 def replay(
     run: RunRecords, config: ServingConfig, profile: Profile | None = None, ignore: Collection[str] = ()
 ) -> RunRecords:
@@ -123,6 +152,7 @@ def _replay(run: RunRecords, config: ServingConfig, latency: LatencyModel | None
     steps = run.tables["steps"]
     device = list(zip(steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True))
     timing = RecordedTiming(run.tables["iterations"].to_pylist(), device, latency)
+    requests = recorded_requests(run)
     with suppress(ReplayOver):
-        simulate(recorded_requests(run), config, timing, recorder, timing.start_ns)
+        simulate(requests, config, timing, recorder, timing.start_ns, events=deliveries(run, requests))
     return timing

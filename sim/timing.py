@@ -85,6 +85,14 @@ class ProfiledTiming:
         return due_ns + self._host.of(Step(0))[-1]
 
 
+class DeliveredTiming(ProfiledTiming):
+    """As a profile predicts, for events whose times are those of their delivery: an idle host wakes right then."""
+
+    def wake(self, due_ns: int) -> int:
+        """How late the host wakes is in the time already."""
+        return due_ns
+
+
 class _HostTimes:
     """The host's terms in nanoseconds, by kind of step, sequences, and requests with a chunk."""
 

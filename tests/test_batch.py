@@ -173,7 +173,7 @@ class FollowedBackend(CheckedBackend):
         return event
 
     def _tokens(self, request_id):
-        return self.running._prompt(self.running._sources[request_id]) + self.made[request_id]
+        return self.running._prompt(self.running._sources[request_id][0]) + self.made[request_id]
 
     def complete(self):
         self.running.note(*self.pending.pop(0))

@@ -140,8 +140,8 @@ def test_kinds_of_steps_that_never_ran_are_left_out():
 
 
 def test_the_first_step_that_was_decided_differently_is_found_and_described(sim):
-    arrivals = sim.tables["requests"]["arrival_ns"].to_pylist()
-    late = with_column(sim, "requests", "arrival_ns", [*arrivals[:20], arrivals[20] + 10 * MS, *arrivals[21:]])
+    arrivals = sim.tables["requests"]["delivered_ns"].to_pylist()
+    late = with_column(sim, "requests", "delivered_ns", [*arrivals[:20], arrivals[20] + 10 * MS, *arrivals[21:]])
     replay_of_late = replayed(late)
     result = compare(sim, sim, replay_of_late)
     difference = result["decisions"]["first_difference"]

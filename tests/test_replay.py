@@ -97,11 +97,9 @@ def recorded() -> tuple[RunRecords, ServingConfig]:
 
 def test_negative_control_an_arrival_moved_across_an_admission_point_is_detected(recorded):
     run, config = recorded
-    arrivals = run.tables["requests"]["arrival_ns"].to_pylist()
-    reads = run.tables["iterations"]["now_ns"].to_pylist()
-    # The second request came just before some clock read; let it come just after.
-    read = next(now for now in reads if now >= arrivals[1])
-    moved = edited(run, "requests", "arrival_ns", [arrivals[0], read + 1, *arrivals[2:]])
+    delivered = run.tables["requests"]["delivered_ns"].to_pylist()
+    # The second request was delivered at some clock read; let it come just after.
+    moved = edited(run, "requests", "delivered_ns", [delivered[0], delivered[1] + 1, *delivered[2:]])
     assert digests(replay(moved, config)) != digests(run)
 
 

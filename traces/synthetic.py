@@ -57,6 +57,16 @@ def synthetic(n: int, seed: int, prompt: str, output: str, shared_prefixes: int 
     return Trace(prefixed, meta | {"shared_prefixes": shared_prefixes, "prefix_len": prefix_len})
 
 
+def draw_length(spec: str, seed: int, number: int) -> int:
+    """The length of request `number` alone, from a distribution written as above: whoever else there is.
+
+    Raises:
+        TandemError: as `synthetic` does.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number])))
+    return int(_draw_lengths(spec, 1, generator)[0])
+
+
 def _draw_lengths(spec: str, n: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     try:
         return _checked(_draw(spec, n, generator))

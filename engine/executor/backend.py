@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from engine.backend import Completion, Launch, Stop
-from engine.events import Event, EventQueue
+from engine.events import Event, EventSource
 from engine.step import Step
 
 
@@ -60,19 +60,23 @@ class _Later:
 
 
 class ExecutorBackend:
-    """Implements `engine.backend.Backend` on the machine's own time. Use as a context manager."""
+    """Implements `engine.backend.Backend` on the machine's own time. Use as a context manager.
 
-    def __init__(self, data_plane: DataPlane, events: EventQueue) -> None:
+    Attributes:
+        start_ns: when the run began, by `time.perf_counter_ns`.
+    """
+
+    def __init__(self, data_plane: DataPlane, events: EventSource) -> None:
         self._data_plane = data_plane
         self._events = events
-        self._start_ns = 0
+        self.start_ns = 0
 
     def __enter__(self) -> ExecutorBackend:
         self._data_plane.__enter__()
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection can take as long as many steps, and a run's records hold no cycles
-        self._start_ns = time.perf_counter_ns()
+        self.start_ns = time.perf_counter_ns()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -82,7 +86,7 @@ class ExecutorBackend:
 
     def now(self) -> int:
         """Nanoseconds since the run's start."""
-        return time.perf_counter_ns() - self._start_ns
+        return time.perf_counter_ns() - self.start_ns
 
     def due(self, now: int) -> list[Event]:
         """Events due by `now`."""
@@ -100,12 +104,12 @@ class ExecutorBackend:
 
     def wait(self) -> _Later | None:
         """Sleeps until the next external event."""
-        due_ns = self._events.next_ns
+        due_ns = self._events.next_ns()
         return None if due_ns is None else _Later(lambda: time.sleep(max(0, due_ns - self.now()) / 1e9))
 
     def _complete(self) -> Completion:
         step, start_ns, device_ns, stops = self._data_plane.complete()
-        return Completion(step, self.now(), start_ns - self._start_ns, device_ns, stops)
+        return Completion(step, self.now(), start_ns - self.start_ns, device_ns, stops)
 
 
 class Runs(Protocol):

@@ -176,6 +176,13 @@ class Executor:
         stop_tokens = self.model.eos_token_ids if stop_rule == "model" else None
         return RunningBatch(requests, stop_tokens, self.model.vocab_size, config)
 
+    def session(
+        self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str = "trace"
+    ) -> tuple[RunningBatch, DataPlane]:
+        """What one run needs; requests may be added to the running batch while it runs."""
+        running = self._running(requests, config, stop_rule)
+        return running, self.machine.data_plane(self.llama, config, running)
+
     def serve(
         self,
         requests: Sequence[TraceRequest],
@@ -194,8 +201,7 @@ class Executor:
             IntegrityError: `check` is set, and a step breaks an invariant.
             PolicyError: as `serving_loop`.
         """
-        running = self._running(requests, config, stop_rule)
-        data_plane = self.machine.data_plane(self.llama, config, running)
+        running, data_plane = self.session(requests, config, stop_rule)
         with ExecutorBackend(data_plane, EventQueue.from_trace(requests)) as backend:
             checked = CheckedBackend(backend, config) if check else backend
             drive(serving_loop(checked, load_scheduler(config), recorder))

@@ -20,11 +20,31 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 
 
+class Ending(NamedTuple):
+    """Where a request ends, short of its `max_tokens`.
+
+    Attributes:
+        stop_tokens: the tokens that end it.
+        min_tokens: output tokens before which they do not.
+        output_len: output tokens at which it ends in any case, or None.
+    """
+
+    stop_tokens: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    output_len: int | None = None
+
+    def ends(self, made: Sequence[int]) -> bool:
+        """Whether these output tokens end the request."""
+        count = len(made)
+        return count == self.output_len or (made[-1] in self.stop_tokens and count >= self.min_tokens)
+
+
 @dataclass(slots=True, eq=False)
 class _Sequence:
     """One request: its tokens as far as the host knows them, and the row of the tables that is its own for now."""
 
     source: TraceRequest
+    ending: Ending
     prompt: list[int]
     made: list[int]
     seat: int = -1
@@ -61,9 +81,8 @@ class RunningBatch:
     ) -> None:
         """`stop_tokens` None: requests stop at their trace's `output_len`, whatever the model says."""
         self.outputs: dict[int, list[int]] = {}
-        self._sources = {source.id: source for source in requests}
-        self._stop_tokens = None if stop_tokens is None else frozenset(stop_tokens)
-        self._may_stop = stop_tokens is not None or any(each.output_len < each.max_tokens for each in requests)
+        self._sources: dict[int, tuple[TraceRequest, Ending]] = {}
+        self._may_stop = False
         self._vocab_size = vocab_size
         self._sequences: dict[int, _Sequence] = {}
         self._decoding: dict[int, _Sequence] = {}
@@ -73,6 +92,20 @@ class RunningBatch:
         self._free_seats = list(range(config.max_seqs - 1, -1, -1))
         self._tables = np.zeros((config.max_seqs, table_width(config)), np.int32)
         self._contexts = np.zeros(config.max_seqs, np.int32)
+        stops = None if stop_tokens is None else frozenset(stop_tokens)
+        for source in requests:
+            self.add(source, Ending(output_len=source.output_len) if stops is None else Ending(stops))
+
+    def add(self, source: TraceRequest, ending: Ending) -> None:
+        """Learn of a request, before its first step."""
+        self._sources[source.id] = source, ending
+        told = ending.output_len is not None and ending.output_len < source.max_tokens
+        self._may_stop = self._may_stop or told or bool(ending.stop_tokens)
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended, and all its steps have completed: nobody will ask for its tokens any more."""
+        self._sources.pop(request_id, None)
+        self.outputs.pop(request_id, None)
 
     def apply(self, step: Step) -> Work:
         """Apply a step's delta; returns what it computes."""
@@ -83,7 +116,7 @@ class RunningBatch:
         if step.decodes:
             samplers = [*self._decoding.values(), *samplers]
         for request_id in step.finishing:
-            self._forget(request_id)
+            self._leave(request_id)
         widths = [decodes.tables.shape[1], *(len(each.table) for each in prefills)]
         return Work(decodes, prefills, samplers, max(widths))
 
@@ -96,10 +129,9 @@ class RunningBatch:
         return [self._stop(sequence) for sequence in work.samplers if self._ends(sequence)]
 
     def _ends(self, sequence: _Sequence) -> bool:
-        source, made = sequence.source, len(sequence.made)
-        if sequence.stopped or made >= source.max_tokens:  # the token after a stop may be a stop token as well
-            return False
-        return made == source.output_len if self._stop_tokens is None else sequence.made[-1] in self._stop_tokens
+        if sequence.stopped or len(sequence.made) >= sequence.source.max_tokens:
+            return False  # the token after a stop may be a stop token as well
+        return sequence.ending.ends(sequence.made)
 
     def _stop(self, sequence: _Sequence) -> Stop:
         sequence.stopped = True
@@ -107,7 +139,7 @@ class RunningBatch:
 
     def _enter(self, step: Step) -> None:
         for request_id in step.dropped:
-            self._forget(request_id)
+            self._leave(request_id)
         for request_id in (*step.preempted, *step.swapped_out):
             if sequence := self._sequences.get(request_id):  # None: admitted and preempted by one plan, it never ran
                 self._stand_up(sequence)
@@ -115,9 +147,9 @@ class RunningBatch:
             self._append_blocks(self._sequences[request_id], copies.target)
         for request_id, blocks in step.blocks.items():
             if request_id not in self._sequences:
-                source = self._sources[request_id]
+                source, ending = self._sources[request_id]
                 made = self.outputs[request_id] = []
-                self._sequences[request_id] = _Sequence(source, self._prompt(source), made)
+                self._sequences[request_id] = _Sequence(source, ending, self._prompt(source), made)
             self._append_blocks(self._sequences[request_id], blocks)
         for request_id, context in step.joined.items():
             sequence = self._decoding[request_id] = self._newcomers[request_id] = self._sequences[request_id]
@@ -139,7 +171,7 @@ class RunningBatch:
             self._free_seats.append(sequence.seat)
         sequence.seat, sequence.blocks = -1, 0
 
-    def _forget(self, request_id: int) -> None:
+    def _leave(self, request_id: int) -> None:
         if sequence := self._sequences.pop(request_id, None):
             self._stand_up(sequence)
 

@@ -1,0 +1,265 @@
+"""An open-loop client: sends a trace's requests when the trace says, whatever comes back.
+
+To any OpenAI-compatible server. A connection a request, HTTP parsed by httptools: a client that is slower than the
+server would measure itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+
+from traces.errors import TandemError
+from traces.request import TraceRequest
+
+WAIT_S = 10  # for what is said of the model
+PROGRESS_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server, and how to ask it.
+
+    Attributes:
+        url: its base, without `/v1`.
+        model: what it calls its model.
+        extended: whether it is Tandem's, and knows `output_len` and `predicted_length`.
+        stops: `trace`: outputs are as long as the trace's; `model`: the model may end them sooner.
+        vocab_size: prompts that the trace has only lengths of are random ids below it.
+        api_key: if it asks for one.
+    """
+
+    url: str
+    model: str
+    extended: bool
+    stops: str = "trace"
+    vocab_size: int = 1000
+    api_key: str | None = None
+
+    def body(self, source: TraceRequest) -> dict[str, Any]:
+        """The request's JSON."""
+        asked: dict[str, Any] = {"ignore_eos": True} if self.stops == "trace" else {}
+        asked["max_tokens"] = source.max_tokens
+        if self.stops == "trace" and source.output_len < source.max_tokens:
+            asked |= {"output_len": source.output_len} if self.extended else {"max_tokens": source.output_len}
+        if self.extended and source.predicted_length is not None:
+            asked["predicted_length"] = source.predicted_length
+        if source.priority:
+            asked["priority"] = source.priority
+        if source.client is not None:
+            asked["user"] = source.client
+        stream = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        return {"model": self.model, "prompt": self._prompt(source)} | asked | stream
+
+    def _prompt(self, source: TraceRequest) -> list[int]:
+        if source.prompt_token_ids is not None:
+            return [int(each) for each in source.prompt_token_ids]
+        drawn: list[int] = np.random.default_rng(source.id).integers(self.vocab_size, size=source.prompt_len).tolist()
+        return drawn
+
+
+def find_target(url: str, model: str | None, stops: str, vocab_size: int, api_key: str | None) -> Target:
+    """Ask a server for its model. Raises TandemError if there is none that answers."""
+    base = url.rstrip("/").removesuffix("/v1")
+    parts = urlsplit(base)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TandemError(f"--url is '{url}': give something like http://127.0.0.1:8000")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{base}/v1/models", headers=headers), timeout=WAIT_S
+        ) as got:
+            cards = json.load(got)["data"]
+        known = {card["id"]: card for card in cards}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TandemError(f"{base}/v1/models: no answer that could be used ({error}); is a server there?") from None
+    name = model or next(iter(known), "")
+    if name not in known:
+        raise TandemError(f"{base} has no model '{name}': it has {', '.join(known) or 'none'}")
+    return Target(base, name, known[name].get("owned_by") == "tandem", stops, vocab_size, api_key)
+
+
+@dataclass(slots=True)
+class Reply:
+    """What came back, and when. Times are by `time.perf_counter_ns`.
+
+    Attributes:
+        sent_ns: when the request was written; 0 until then.
+        chunk_ns: when each chunk with a token came.
+        pieces: the chunks' text.
+        ends: how often the stream said that it is over.
+        finish_reason: `length` or `stop`, or None.
+        completion_tokens: as the server counts them, or None.
+        response_id: the server's name for it.
+        error: what went wrong, or None.
+        cancelled_ns: when the client hung up, as its trace says, or None.
+    """
+
+    sent_ns: int = 0
+    chunk_ns: array[int] = field(default_factory=lambda: array("q"))
+    pieces: list[str] = field(default_factory=list)
+    ends: int = 0
+    finish_reason: str | None = None
+    completion_tokens: int | None = None
+    response_id: str | None = None
+    error: str | None = None
+    cancelled_ns: int | None = None
+
+
+class _Exchange(asyncio.Protocol):
+    """One request on one connection."""
+
+    def __init__(self, request: bytes, reply: Reply) -> None:
+        self._request = request
+        self._reply = reply
+        self._parser = httptools.HttpResponseParser(self)
+        self._rest = b""
+        self._now = 0
+        self._transport: asyncio.Transport
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self._transport = transport  # type: ignore[assignment]
+        self._transport.write(self._request)
+        self._reply.sent_ns = time.perf_counter_ns()
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter_ns()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"not HTTP: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.over.done():
+            self._fail(f"the connection broke: {error or 'closed before the end'}")
+
+    def hang_up(self) -> None:
+        """The client has had enough."""
+        if not self.over.done():
+            self._reply.cancelled_ns = time.perf_counter_ns()
+            self._finish()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by httptools."""
+        *events, self._rest = (self._rest + body).split(b"\n\n")
+        for event in events:
+            if event.startswith(b"data:"):
+                self._event(event[5:].strip())
+
+    def on_message_complete(self) -> None:
+        """Called by httptools."""
+        status = self._parser.get_status_code()
+        if status != 200:
+            self._fail(f"status {status}: {self._rest.decode(errors='replace'):.300}")
+        elif not self._reply.ends and self._reply.error is None:
+            self._fail("the stream ended without [DONE]")
+        self._finish()
+
+    def _event(self, data: bytes) -> None:
+        reply = self._reply
+        if data == b"[DONE]":
+            reply.ends += 1
+            return
+        event = json.loads(data)
+        if "error" in event:
+            self._fail(str(event["error"].get("message", event["error"])))
+            return
+        reply.response_id = event.get("id")
+        if usage := event.get("usage"):
+            reply.completion_tokens = usage["completion_tokens"]
+        for choice in event.get("choices", ()):
+            reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+            reply.chunk_ns.append(self._now)
+            reply.pieces.append(choice.get("text", ""))
+
+    def _fail(self, why: str) -> None:
+        self._reply.error = self._reply.error or why
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+        self._transport.close()
+
+
+async def send_all(
+    target: Target, requests: Sequence[TraceRequest], progress: Callable[[int], None]
+) -> tuple[int, list[Reply]]:
+    """Send each request at its arrival.
+
+    Returns:
+        The start (`perf_counter_ns`), from which arrivals count, and the replies in the order of requests.
+    """
+    replies = [Reply() for _ in requests]
+    encoded = [_encode(target, source) for source in requests]  # beforehand: it takes longer than sending
+    start_ns = time.perf_counter_ns() + 10_000_000
+    open_ones: set[asyncio.Task[None]] = set()
+    watch = asyncio.create_task(_watch(len(requests), open_ones, progress, sent := []))
+    for source, reply, request in zip(requests, replies, encoded, strict=True):
+        if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
+            await asyncio.sleep(ahead / 1e9)
+        task = asyncio.create_task(_exchange(target, source, request, reply, start_ns))
+        open_ones.add(task)
+        task.add_done_callback(open_ones.discard)
+        sent.append(source.id)
+    await watch
+    return start_ns, replies
+
+
+async def _watch(
+    total: int, open_ones: set[asyncio.Task[None]], progress: Callable[[int], None], sent: list[int]
+) -> None:
+    """Say how many are over, until all are."""
+    while (done := len(sent) - len(open_ones)) < total:
+        progress(done)
+        await asyncio.sleep(PROGRESS_S)
+    progress(total)
+
+
+async def _exchange(target: Target, source: TraceRequest, request: bytes, reply: Reply, start_ns: int) -> None:
+    parts = urlsplit(target.url)
+    secure = parts.scheme == "https"
+    loop = asyncio.get_running_loop()
+    try:
+        _, exchange = await loop.create_connection(
+            lambda: _Exchange(request, reply),
+            parts.hostname or "",
+            parts.port or (443 if secure else 80),
+            ssl=secure or None,
+        )
+    except OSError as error:
+        reply.error = f"no connection: {error}"
+        return
+    if source.cancel_ns is not None:
+        ahead_s = (start_ns + source.cancel_ns - time.perf_counter_ns()) / 1e9
+        loop.call_later(max(0.0, ahead_s), exchange.hang_up)
+    await exchange.over
+
+
+def _encode(target: Target, source: TraceRequest) -> bytes:
+    body = json.dumps(target.body(source)).encode()
+    parts = urlsplit(target.url)
+    lines = [
+        f"POST {parts.path}/v1/completions HTTP/1.1",
+        f"Host: {parts.netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Accept: text/event-stream",
+        "Connection: close",
+    ]
+    if target.api_key:
+        lines.append(f"Authorization: Bearer {target.api_key}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -1,0 +1,178 @@
+"""`tandem serve`: builds the rider, the tokenizer and the records' folder that the server is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from analysis.metrics import metrics
+from analysis.options import Limits, Loading
+from analysis.workflow import check_before, load_executor, progress_bar, real_config, simulated_config
+from engine import manifest
+from engine.config import ServingConfig
+from engine.recorder import Recorder
+from engine.records import RunRecords
+from sim.paced import PacedRider
+from sim.profile import find_profile, read_profile
+from sim.simulate import recorded_requests
+from traces.format import Trace, write_trace
+from traces.synthetic import draw_length
+
+if TYPE_CHECKING:
+    from analysis.client import Target
+    from engine.executor.executor import Executor
+    from engine.server.rider import Rider
+
+TRACE = "trace.parquet"
+
+
+@dataclass
+class SimService:
+    """Implements `engine.server.rider.Service` with the simulator.
+
+    Attributes:
+        profile: the latency profile's folder.
+        limits: as the user said.
+        filler: token ids that outputs repeat.
+        vocab_size: of the tokenizer they are from.
+        output: a distribution of output lengths, or None: requests run to their `max_tokens`.
+        seed: of the lengths.
+        out: where the records go, or None.
+    """
+
+    profile: Path
+    limits: Limits
+    filler: Sequence[int]
+    vocab_size: int
+    output: str | None = None
+    seed: int = 0
+    out: Path | None = None
+
+    @property
+    def records(self) -> bool:
+        """As in `Service`."""
+        return self.out is not None
+
+    def check(self) -> None:
+        """Raises TandemError now for what would otherwise come to light in another process."""
+        profile = read_profile(find_profile(self.profile))
+        _check(simulated_config(profile, self.limits, None), self.out)
+        if self.output is not None:
+            draw_length(self.output, self.seed, 0)
+
+    def open(self) -> Rider:
+        """As in `Service`."""
+        self._profile = read_profile(find_profile(self.profile))
+        self._rider = PacedRider(
+            self._profile,
+            simulated_config(self._profile, self.limits, None),
+            self.filler,
+            self.vocab_size,
+            None if self.output is None else self._draw,
+        )
+        return self._rider
+
+    def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
+        """As in `Service`."""
+        profile, lag_ms = self._profile, self._rider.lag_ns / 1e6
+        parts = {
+            "system": manifest.system(profile.meta["device"], self._rider.config),
+            "provenance": manifest.provenance(
+                backend="simulator", profile=profile.name, source=profile.meta["source"], start_perf_ns=start_ns
+            ),
+        }
+
+        def workload(trace: Trace) -> dict[str, Any]:
+            return manifest.workload(trace, profile.model, profile.meta["dtype"], "trace")
+
+        assert self.out
+        _write(recorder, workload, parts, self.out, partial, summary={"pacing_lag_ms": lag_ms})
+
+    def _draw(self, request_id: int) -> int:
+        assert self.output
+        return draw_length(self.output, self.seed, request_id)
+
+
+@dataclass
+class RealService:
+    """Implements `engine.server.rider.Service` with the executor; attributes as in `SimService`."""
+
+    loading: Loading
+    limits: Limits
+    out: Path | None = None
+
+    @property
+    def records(self) -> bool:
+        """As in `Service`."""
+        return self.out is not None
+
+    def check(self) -> None:
+        """As in `SimService`."""
+        _check(self.limits.config(num_blocks=1), self.out)
+
+    def open(self) -> Rider:
+        """As in `Service`."""
+        from engine.server.real import RealRider
+
+        executor = self._executor = load_executor(self.loading, Console(stderr=True))
+        self._rider = RealRider(executor, real_config(executor, self.limits), self.records)
+        return self._rider
+
+    def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
+        """As in `Service`."""
+        executor: Executor = self._executor
+        parts = {
+            "system": manifest.system(executor.device, self._rider.config),
+            "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, start_perf_ns=start_ns),
+        }
+
+        def workload(trace: Trace) -> dict[str, Any]:
+            return manifest.workload(trace, executor.model, executor.dtype, "model")
+
+        assert self.out
+        _write(recorder, workload, parts, self.out, partial, prompts=self._rider.prompts)
+
+
+def _check(config: ServingConfig, out: Path | None) -> None:
+    check_before(config, out or Path(f"{TRACE}.not-there"))
+
+
+def _write(
+    recorder: Recorder,
+    workload: Callable[[Trace], dict[str, Any]],
+    parts: dict[str, Any],
+    out: Path,
+    partial: bool,
+    summary: Mapping[str, Any] | None = None,
+    prompts: Mapping[int, Sequence[int]] | None = None,
+) -> None:
+    """Write a served run as any run, and beside it the trace of what was asked, to simulate it anew."""
+    run = RunRecords(parts, recorder.tables(), partial=partial)
+    requests = [
+        replace(source, prompt_token_ids=None if prompts is None else prompts[source.id])
+        for source in recorded_requests(run)
+    ]
+    if not requests:
+        print("no request came: no records are written")
+        return
+    trace = Trace(requests, {"source": "served"})
+    run.manifest = {"workload": workload(trace)} | parts
+    run.summary = metrics(run) | dict(summary or {})
+    run.write(out)
+    write_trace(out / TRACE, trace)
+
+
+def replay_run(trace: Trace, target: Target, console: Console) -> RunRecords:
+    """Send a trace to a server, with a progress bar; returns what the client saw."""
+    import uvloop
+
+    from analysis.client import send_all
+    from analysis.client_records import client_run
+
+    with progress_bar(console, "replay", len(trace.requests)) as show:
+        start_ns, replies = uvloop.run(send_all(target, trace.requests, show))
+    return client_run(trace, target, start_ns, replies)

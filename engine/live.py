@@ -1,0 +1,102 @@
+"""External events as they happen: clients' requests, handed over by another thread, for a loop that runs on live time.
+
+The loop uses it as it uses the events of a trace. What differs is that nobody knows the next event beforehand, so that
+asking for it waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from threading import Condition
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+from engine.events import Event
+from engine.request import Request
+from traces.request import TraceRequest
+
+
+class Terms(NamedTuple):
+    """What a client says of where its request ends, short of `max_tokens`: for the backend, not for the scheduler.
+
+    Attributes:
+        ignore_eos: whether the model's stop tokens do not end it.
+        min_tokens: output tokens before which they do not.
+        output_len: output tokens at which it ends in any case, or None.
+    """
+
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    output_len: int | None = None
+
+
+Admit = Callable[[TraceRequest, Terms], None]
+
+
+class LiveEvents:
+    """Implements `engine.events.EventSource` for events that other threads put in, in the order of their times."""
+
+    def __init__(self, clock: Callable[[], int], admit: Admit) -> None:
+        """Start empty and open.
+
+        Args:
+            clock: nanoseconds since the run's start, now; the events' times are on it.
+            admit: told of each request just before the loop is, on the loop's thread: what the backend alone may know.
+        """
+        self._clock = clock
+        self._admit = admit
+        self._changed = Condition()
+        self._inbox: deque[tuple[int, tuple[TraceRequest, Terms] | int, str | None]] = deque()
+        self._closed = False
+        self._requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # who ended is forgotten
+
+    def arrive(self, source: TraceRequest, terms: Terms) -> None:
+        """A client has sent a request, at `source.arrival_ns`."""
+        self._put(source.arrival_ns, (source, terms), None)
+
+    def cancel(self, request_id: int, time_ns: int, reason: str | None = None) -> None:
+        """A client has given up, or wants no more; `reason` is for the records."""
+        self._put(time_ns, request_id, reason)
+
+    def cancel_all(self, reason: str) -> None:
+        """Nobody is there any more to take what the loop makes."""
+        for request_id in list(self._requests):
+            self.cancel(request_id, self._clock(), reason)
+
+    def close(self) -> None:
+        """Nothing will come any more: the loop ends when it has served what came."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def due(self, now: int) -> list[Event]:
+        """Take the events whose time has come, in order of time, then sequence."""
+        events = []
+        while self._inbox and self._inbox[0][0] <= now:
+            event = self._event(*self._inbox.popleft())
+            if event is not None:
+                events.append(event)
+        return sorted(events, key=lambda event: event[:2])
+
+    def next_ns(self) -> int | None:
+        """Wait for an event; returns the time at which it can be delivered, or None if closed and none is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._closed)
+            return max(self._inbox[0][0], self._clock()) if self._inbox else None
+
+    def _put(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> None:
+        with self._changed:
+            self._inbox.append((time_ns, what, reason))
+            self._changed.notify()
+
+    def _event(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> Event | None:
+        if isinstance(what, tuple):
+            source, terms = what
+            self._admit(source, terms)
+            request = self._requests[source.id] = Request.from_trace(source)
+            return Event(time_ns, 2 * source.id, request, is_last=False)
+        known = self._requests.get(what)
+        if known is None:  # it has ended
+            return None
+        return Event(time_ns, 2 * what + 1, known, True, reason)

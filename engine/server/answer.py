@@ -1,0 +1,225 @@
+"""An HTTP request's answer: one or more outputs, gathered or streamed, until all have ended or the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.request import REJECTED
+from engine.server.dialect import DONE, Choice, Dialect
+from engine.server.link import EngineLink
+from engine.server.protocol import Refused
+from engine.server.text import Writer
+
+GONE, STOP_STRING = "the client is gone", "stop"
+WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
+
+
+class Wire(Protocol):
+    """A connection with a chunked response on it, written to without waiting: a short cut for most tokens.
+
+    By way of the task that answers the request, a token costs twice as much.
+    """
+
+    @property
+    def blocked(self) -> bool:
+        """Whether what is written now would be kept, since the client does not read, or is gone."""
+
+    def write(self, body: bytes) -> None:
+        """Send a chunk."""
+
+
+class Output:
+    """One choice of an answer. Implements `engine.server.link.Sink`."""
+
+    __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
+
+    def __init__(self, answer: Answer, index: int, writer: Writer) -> None:
+        self._answer = answer
+        self._writer = writer
+        self.index = index
+        self.request_id = -1
+        self.tokens = 0
+        self.finish_reason: str | None = None
+        self._opened = False
+        self._text: list[str] = []  # of each token that was not sent
+
+    def take(self, token: int, last: bool) -> None:
+        """Write a token's text; the last one's goes out with the reason for the end."""
+        self.tokens += 1
+        self._text.append(self._writer.take(token))
+        if self._writer.stopped:
+            self._answer.link.cancel(self.request_id, STOP_STRING)
+            self._finish("stop")
+        elif not last:
+            self._answer.wrote(self)
+
+    def end(self, outcome: str, reason: str | None) -> None:
+        """It is complete, or failed."""
+        if outcome in ("length", "stop"):
+            last = self._text.pop() if self._text else ""
+            self._text.append(last + self._writer.rest())
+            self._finish(outcome)
+        else:
+            self.finish_reason = "error"
+            self._answer.failed(Refused(400 if outcome == REJECTED else 503, reason or outcome))
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self._answer.unfinished -= 1
+        self._answer.wrote(self)
+
+    def text(self) -> str:
+        """Take the text that was not sent."""
+        text, self._text = "".join(self._text), []
+        return text
+
+    def chunk(self, dialect: Dialect) -> bytes:
+        """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
+        *earlier, last = self._text
+        self._text = []
+        written = dialect.text(self.index, last, self.finish_reason)
+        if earlier:
+            written = b"".join([dialect.text(self.index, text) for text in earlier]) + written
+        if self._opened:
+            return written
+        self._opened = True
+        return dialect.open(self.index) + written
+
+
+class Answer:
+    """Where the outputs of one HTTP request meet the connection that wants them.
+
+    Attributes:
+        unfinished: outputs to which something may be added.
+        refused: why there is no answer, or no more of it.
+    """
+
+    def __init__(self, link: EngineLink, dialect: Dialect, streamed: bool, writers: Sequence[Writer]) -> None:
+        self.link = link
+        self.dialect = dialect
+        self.streamed = streamed
+        self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
+        self.unfinished = len(self.outputs)
+        self.prompt_tokens = 0
+        self.refused: Refused | None = None
+        self._wire: Wire | None = None
+        self._fresh: dict[Output, None] = {}  # have something that was not sent
+        self._wakened: asyncio.Future[None] | None = None
+
+    def wrote(self, output: Output) -> None:
+        """An output has more text, or has ended."""
+        if self._wire and self.unfinished and self._waits and not self._wire.blocked:
+            self._wire.write(output.chunk(self.dialect))
+            return
+        self._fresh[output] = None
+        if self.streamed or not self.unfinished:
+            self._wake()
+
+    def failed(self, refused: Refused) -> None:
+        """There will be no answer, or no more of it."""
+        self.refused = self.refused or refused
+        self.abandon(refused.message)
+
+    def abandon(self, reason: str = GONE) -> None:
+        """Nobody wants it any more: what still runs is cancelled."""
+        self.unfinished = 0
+        for output in self.outputs:
+            if output.finish_reason is None:
+                self.link.cancel(output.request_id, reason)
+        self._wake()
+
+    async def more(self) -> bytes:
+        """Wait for something to send; returns b"" if nothing will come, or nothing is streamed."""
+        while self.unfinished and not (self.streamed and self._fresh):
+            self._wakened = asyncio.get_running_loop().create_future()
+            await self._wakened
+        fresh, self._fresh = self._fresh, {}
+        return b"".join([each.chunk(self.dialect) for each in fresh]) if self.streamed else b""
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Tokens, as OpenAI counts them."""
+        made = sum(each.tokens for each in self.outputs)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, not streamed."""
+        choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
+        return self.dialect.answer(choices, self.counts)
+
+    def begun(self, wire: Wire | None) -> None:
+        """The stream has begun; whoever waits for `more` need not be bothered with what can be written to the wire."""
+        self._wire = wire
+
+    @property
+    def _waits(self) -> bool:
+        """Whether somebody waits for more, and so is writing nothing."""
+        return self._wakened is not None and not self._wakened.done()
+
+    def _wake(self) -> None:
+        if self._waits:
+            self._wakened.set_result(None)  # type: ignore[union-attr]
+
+
+class AnswerResponse(Response):
+    """Sends an answer as it comes, and gives it up when the client is gone."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.background = None
+        self.status_code = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        answer = self._answer
+        watcher = asyncio.ensure_future(_until_gone(receive))
+        watcher.add_done_callback(lambda done: answer.abandon() if not done.cancelled() else None)
+        try:
+            first = await answer.more()
+            if answer.refused and not first:
+                await send_json(send, answer.refused.status, answer.refused.body)
+            elif answer.streamed:
+                await self._stream(first, send, scope.get("state", {}).get(WIRE))
+            elif all(each.finish_reason for each in answer.outputs):  # else the client is gone
+                await send_json(send, 200, answer.whole())
+        finally:
+            watcher.cancel()
+            answer.abandon()
+
+    async def _stream(self, first: bytes, send: Send, wire: Wire | None) -> None:
+        answer = self._answer
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        chunk = first
+        while chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            answer.begun(wire)
+            chunk = await answer.more()
+        if answer.refused:
+            end = f"data: {json.dumps(answer.refused.body)}\n\n".encode()
+        else:
+            end = answer.dialect.usage(answer.counts) + DONE
+        await send({"type": "http.response.body", "body": end})
+
+
+async def send_json(send: Send, status: int, body: Any, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """A whole response."""
+    content = json.dumps(body).encode()
+    fields = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": content})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,81 @@
+"""How OpenAI's two APIs write the same answer. Chunks are put together from bytes: a server writes one a token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any, NamedTuple
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Choice(NamedTuple):
+    """One output that is complete."""
+
+    place: int
+    text: str
+    finish_reason: str
+
+
+class Dialect:
+    """`/v1/completions`, for one answer."""
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, number: int, created: int, model: str, usage: bool) -> None:
+        """`usage`: whether a stream ends with token counts, and so has the field in every chunk."""
+        self.id = f"{self.prefix}-{number}"
+        self._head = {"id": self.id, "created": created, "model": model}
+        self._usage = usage
+        head = json.dumps(self._head | {"object": self.chunk})[:-1]
+        self._before = f'data: {head}, "choices": [{{"index": '
+        self._after = "}], " + '"usage": null}\n\n' if usage else "}]}\n\n"
+
+    def text(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
+        """A chunk of a stream."""
+        reason = f'"{finish_reason}"' if finish_reason else "null"
+        content = self._content(text)
+        return f'{self._before}{index}, {content}, "logprobs": null, "finish_reason": {reason}{self._after}'.encode(
+            "ascii"
+        )
+
+    def open(self, index: int) -> bytes:
+        """What comes before an output's first text."""
+        return b""
+
+    def usage(self, counts: dict[str, Any]) -> bytes:
+        """The chunk before the end, if it was asked for."""
+        body = self._head | {"object": self.chunk, "choices": [], "usage": counts}
+        return f"data: {json.dumps(body)}\n\n".encode() if self._usage else b""
+
+    def answer(self, choices: Sequence[Choice], counts: dict[str, Any]) -> dict[str, Any]:
+        """The whole, not streamed."""
+        return self._head | {"object": self.whole, "choices": [self._choice(each) for each in choices], "usage": counts}
+
+    def _content(self, text: str) -> str:
+        return f'"text": {quoted(text)}'
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        text = {"index": choice.place, "text": choice.text, "logprobs": None}
+        return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
+
+
+class ChatDialect(Dialect):
+    """`/v1/chat/completions`, for one answer."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def open(self, index: int) -> bytes:
+        """Who speaks."""
+        return (
+            f'{self._before}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, '
+            f'"finish_reason": null{self._after}'
+        ).encode()
+
+    def _content(self, text: str) -> str:
+        return f'"delta": {{"content": {quoted(text)}}}'
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text}
+        return {"index": choice.place, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}

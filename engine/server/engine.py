@@ -1,0 +1,96 @@
+"""The engine's process: a serving loop, fed by and feeding a pipe through threads of their own, so that it never waits
+for a client, nor for the API."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from engine.live import LiveEvents
+from engine.recorder import Recorder
+from engine.scheduler import load_scheduler
+from engine.server.messages import Arrive, Cancel, Close, Over, Ready
+from engine.server.publisher import Publisher
+from engine.server.rider import Rider, Service
+from traces.errors import TandemError
+
+SWITCH_S = 0.0005  # a thread that wants to run gets to within this, where Python's default is 5 ms
+
+
+def run_engine(service: Service, pipe: Connection) -> None:
+    """Serve until the API says close, or is gone. The process's main function."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the API decides what follows
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_S)
+    outbox: SimpleQueue[Any] = SimpleQueue()
+    sender = Thread(target=_send_all, args=(outbox, pipe), name="to-api")
+    sender.start()
+    error = None
+    try:
+        _serve(service, service.open(), pipe, outbox)
+    except TandemError as mistake:
+        error = str(mistake)
+    except BaseException as failure:
+        traceback.print_exc()
+        error = f"{type(failure).__name__}: {failure}"
+    outbox.put(Over(error))
+    outbox.put(None)
+    sender.join()
+
+
+def _serve(service: Service, rider: Rider, pipe: Connection, outbox: SimpleQueue[Any]) -> None:
+    recorder = Recorder() if service.records else None
+    scheduler = load_scheduler(rider.config)
+    publisher = Publisher(outbox.put, rider, scheduler, recorder)
+    start_ns = 0
+
+    def begun(events: LiveEvents, begun_ns: int) -> None:
+        nonlocal start_ns
+        start_ns = begun_ns
+        Thread(target=_receive_all, args=(pipe, events), name="from-api", daemon=True).start()
+        outbox.put(Ready(begun_ns, rider.config, rider.facts))
+
+    whole = False
+    try:
+        rider.serve(scheduler, publisher, begun)
+        whole = True
+    finally:
+        if recorder:
+            service.keep(recorder, start_ns, not whole)
+
+
+def _receive_all(pipe: Connection, events: LiveEvents) -> None:
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            events.cancel_all("the API process is gone")
+            message = Close()
+        match message:
+            case Arrive(source, terms):
+                events.arrive(source, terms)
+            case Cancel(request_id, time_ns, reason):
+                events.cancel(request_id, time_ns, reason)
+            case Close():
+                events.close()
+                return
+
+
+def _send_all(outbox: SimpleQueue[Any], pipe: Connection) -> None:
+    """A message a turn of the loop; where the pipe is slower than the loop, several turns in one write."""
+    last = False
+    while not last:
+        batch = [outbox.get()]
+        while not outbox.empty():
+            batch.append(outbox.get())
+        last = batch[-1] is None
+        try:
+            pipe.send_bytes(pickle.dumps([message for message in batch if message is not None]))
+        except OSError:
+            return  # nobody reads any more

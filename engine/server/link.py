@@ -1,0 +1,217 @@
+"""The API's end of the pipe: hands requests to the engine's process, and what comes back to whom it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol
+
+from engine.live import Terms
+from engine.request import REJECTED
+from engine.server.engine import run_engine
+from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
+from engine.server.metrics import Metrics
+from engine.server.rider import Service
+from traces.errors import TandemError
+from traces.request import TraceRequest
+
+
+class Sink(Protocol):
+    """Who waits for a request's tokens."""
+
+    def take(self, token: int, last: bool) -> None:
+        """A token; after the last, `end` follows at once."""
+
+    def end(self, outcome: str, reason: str | None) -> None:
+        """The last was taken, or none will come: `length`, `stop`, `rejected`, or `failed`."""
+
+
+class _Open:
+    """A request that has not ended."""
+
+    __slots__ = ("arrival_ns", "last_ns", "prompt_len", "sink", "tokens")
+
+    def __init__(self, sink: Sink, arrival_ns: int, prompt_len: int) -> None:
+        self.sink = sink
+        self.arrival_ns = arrival_ns
+        self.last_ns = 0
+        self.prompt_len = prompt_len
+        self.tokens = 0
+
+
+class EngineLink:
+    """A running engine. Lives on the API's event loop and never blocks it.
+
+    Attributes:
+        ready: what the engine said of itself.
+        metrics: what was counted since.
+        load: what it was busy with when it last spoke.
+        error: why it is dead, or None.
+        draining: whether no request is taken any more.
+        without_token: requests that wait for their first token.
+    """
+
+    ready: Ready
+    metrics: Metrics
+
+    def __init__(self, service: Service) -> None:
+        """Start the engine's process, which then loads its model."""
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=run_engine, args=(service, theirs), name="tandem-engine", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._sender = Thread(target=self._send_all, name="to-engine", daemon=True)
+        self._open: dict[int, _Open] = {}
+        self._submitted = 0
+        self._last_arrival_ns = 0
+        self.load = Load()
+        self.error: str | None = None
+        self.draining = False
+        self.without_token = 0
+
+    async def start(self) -> None:
+        """Wait until it serves. Raises TandemError if it does not come to that."""
+        loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[None] = loop.create_future()
+        self._over: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._pipe.fileno(), self._read)
+        self._sender.start()
+        await self._begun
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process."""
+        return self._process.pid
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def submit(
+        self,
+        sink: Sink,
+        prompt: Sequence[int],
+        arrived_ns: int,
+        max_tokens: int,
+        terms: Terms,
+        priority: int = 0,
+        client: str | None = None,
+        predicted_length: int | None = None,
+    ) -> int:
+        """Give the engine a request that arrived at `arrived_ns` (`perf_counter_ns`); returns its number.
+
+        Requests are numbered in the order of arrival: one that was overtaken while its prompt was read counts as
+        arrived with the one that overtook it.
+        """
+        request_id, self._submitted = self._submitted, self._submitted + 1
+        arrival_ns = self._last_arrival_ns = max(arrived_ns - self.ready.start_ns, self._last_arrival_ns)
+        source = TraceRequest(
+            id=request_id,
+            arrival_ns=arrival_ns,
+            prompt_len=len(prompt),
+            output_len=max_tokens,
+            max_tokens=max_tokens,
+            prompt_token_ids=None if self.ready.facts["backend"] == "sim" else prompt,
+            predicted_length=predicted_length,
+            priority=priority,
+            client=client,
+        )
+        self._open[request_id] = _Open(sink, arrived_ns, len(prompt))
+        self.without_token += 1
+        self._outbox.put(Arrive(source, terms))
+        return request_id
+
+    def cancel(self, request_id: int, reason: str) -> None:
+        """Its client wants no more: nothing is handed to the sink from here on. Nothing happens if it has ended."""
+        if (ended := self._open.pop(request_id, None)) is not None:
+            self.without_token -= not ended.tokens
+            self.metrics.ended(reason, ended.prompt_len, ended.tokens, time.perf_counter_ns() - ended.arrival_ns)
+            self._outbox.put(Cancel(request_id, time.perf_counter_ns() - self.ready.start_ns, reason))
+
+    def fail_all(self, why: str) -> None:
+        """End every open request now, and say why."""
+        for request_id, each in list(self._open.items()):
+            self.cancel(request_id, why)
+            each.sink.end("failed", why)
+
+    async def close(self) -> None:
+        """Have the engine serve what it has, write its records, and end; waits for that."""
+        self.draining = True
+        self._outbox.put(Close())
+        await self._over
+        await asyncio.to_thread(self._process.join)
+
+    def _send_all(self) -> None:
+        while not isinstance(message := self._outbox.get(), _Stop):
+            try:
+                self._pipe.send(message)
+            except OSError:
+                return  # it is dead, which its end of the pipe has told
+
+    def _read(self) -> None:
+        try:
+            messages = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            self._ended("the engine's process died")
+            return
+        for message in messages:
+            match message:
+                case Progress():
+                    self._progress(message)
+                case Ready():
+                    self.ready = message
+                    self.metrics = Metrics(message.facts["model"], message.config.num_blocks)
+                    self._begun.set_result(None)
+                case Over(error):
+                    self._ended(error)
+
+    def _ended(self, error: str | None) -> None:
+        if self._over.done():
+            return
+        asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+        self._over.set_result(None)
+        self._outbox.put(_Stop())
+        self.error = error
+        if not self._begun.done():
+            self._begun.set_exception(TandemError(error or "the engine ended before it began"))
+        elif self._open:
+            self.fail_all(error or "the engine has ended")
+
+    def _progress(self, progress: Progress) -> None:
+        self.load = progress.load
+        self._hand_out(progress.ids, progress.tokens, {end.request_id for end in progress.ended})
+        for request_id, outcome, reason in progress.ended:
+            if (ended := self._open.pop(request_id, None)) is not None:
+                self.without_token -= not ended.tokens
+                if outcome != REJECTED:
+                    took_ns = time.perf_counter_ns() - ended.arrival_ns
+                    self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
+                ended.sink.end(outcome, reason)
+
+    def _hand_out(self, ids: Sequence[int], tokens: Sequence[int], ending: set[int]) -> None:
+        now = time.perf_counter_ns()
+        opened, gaps = self._open, self.metrics.gaps
+        for request_id, token in zip(ids, tokens, strict=True):
+            request = opened.get(request_id)
+            if request is None:  # cancelled here, and still running there
+                continue
+            if request.tokens:
+                gaps.add(now - request.last_ns)
+            else:
+                self.without_token -= 1
+                self.metrics.first_tokens.add(now - request.arrival_ns)
+            request.tokens += 1
+            request.last_ns = now
+            request.sink.take(token, request_id in ending)
+
+
+class _Stop:
+    """Ends the sending thread."""

@@ -1,0 +1,142 @@
+"""Prometheus metrics under vLLM's names, so that dashboards made for it show Tandem too.
+
+Times are taken in the API's process. The buckets of gaps between tokens begin at 1 ms: vLLM's begin at 10, where an 8B
+model on an H100 has long made its token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from engine.server.messages import Load
+
+if TYPE_CHECKING:
+    from engine.server.link import EngineLink
+
+GAP_BUCKETS_S = (
+    *(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.025),
+    *(0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+)
+FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+REQUEST_BUCKETS_S = (
+    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0),
+)
+LENGTH_BUCKETS = tuple(float(2**power) for power in range(18))
+
+
+class Histogram:
+    """Counts by bucket. It does what Prometheus' own does, at what a server can afford for every token."""
+
+    __slots__ = ("bounds", "counts", "per_unit", "total")
+
+    def __init__(self, bounds: Sequence[float], per_unit: float = 1e9) -> None:
+        """`per_unit`: of what is added to one unit of the bounds; nanoseconds to a second, unless it is said."""
+        self.bounds = [bound * per_unit for bound in bounds]
+        self.counts = [0] * (len(bounds) + 1)
+        self.per_unit = per_unit
+        self.total = 0
+
+    def add(self, value: int) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by upper bound, as Prometheus wants them."""
+        names = [str(bound / self.per_unit) for bound in self.bounds] + ["+Inf"]
+        sums = [sum(self.counts[: place + 1]) for place in range(len(self.counts))]
+        return list(zip(names, map(float, sums), strict=True))
+
+
+class Metrics:
+    """What a server counts.
+
+    Attributes:
+        gaps: between two tokens of a request, in nanoseconds.
+        first_tokens: from arrival to the first token, in nanoseconds.
+        prompt_tokens, generation_tokens: of requests that have ended.
+        outcomes: of those, by how they ended.
+    """
+
+    def __init__(self, model: str, kv_blocks: int) -> None:
+        self.gaps = Histogram(GAP_BUCKETS_S)
+        self.first_tokens = Histogram(FIRST_TOKEN_BUCKETS_S)
+        self.requests = Histogram(REQUEST_BUCKETS_S)
+        self.prompt_lengths = Histogram(LENGTH_BUCKETS, 1)
+        self.output_lengths = Histogram(LENGTH_BUCKETS, 1)
+        self.prompt_tokens = 0
+        self.outcomes: Counter[str] = Counter()
+        self.model = model
+        self.kv_blocks = kv_blocks
+
+    @property
+    def generated(self) -> int:
+        """Tokens handed to clients so far: every one ended a gap or was a first."""
+        return sum(self.gaps.counts) + sum(self.first_tokens.counts)
+
+    def ended(self, outcome: str, prompt_len: int, tokens: int, took_ns: int) -> None:
+        """A request ended, `took_ns` after its arrival."""
+        self.outcomes[outcome if outcome in ("length", "stop") else "abort"] += 1
+        self.prompt_tokens += prompt_len
+        self.prompt_lengths.add(prompt_len)
+        self.output_lengths.add(tokens)
+        self.requests.add(took_ns)
+
+
+class Exposition:
+    """A Prometheus collector over a link."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, as they are now."""
+        metrics = self._link.metrics
+        for name, text, gauge in _GAUGES:
+            yield self._with(
+                GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"]), gauge(self._link.load, metrics)
+            )
+        for name, text, total in (
+            ("prompt_tokens", "Prompt tokens of requests that have ended.", metrics.prompt_tokens),
+            ("generation_tokens", "Tokens handed to clients.", metrics.generated),
+            ("num_preemptions", "Times a request lost its KV blocks.", self._link.load.preemptions),
+        ):
+            yield self._with(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"]), total)
+        done = CounterMetricFamily(
+            "vllm:request_success", "Requests that ended, by how.", labels=["model_name", "finished_reason"]
+        )
+        for outcome in ("length", "stop", "abort"):
+            done.add_metric([metrics.model, outcome], metrics.outcomes[outcome])
+        yield done
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "From arrival to the first token.", metrics.first_tokens),
+            ("inter_token_latency_seconds", "Between two tokens of a request.", metrics.gaps),
+            ("e2e_request_latency_seconds", "From arrival to the end.", metrics.requests),
+            ("request_prompt_tokens", "Prompt lengths.", metrics.prompt_lengths),
+            ("request_generation_tokens", "Output lengths.", metrics.output_lengths),
+        ):
+            family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([metrics.model], histogram.buckets(), histogram.total / histogram.per_unit)
+            yield family
+
+    def _with(self, family: Metric, value: float) -> Metric:
+        family.add_metric([self._link.metrics.model], value)  # type: ignore[attr-defined]
+        return family
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Load, Metrics], float]], ...] = (
+    ("num_requests_running", "Requests that hold KV blocks.", lambda load, _: load.running),
+    ("num_requests_waiting", "Requests that wait for them.", lambda load, _: load.waiting),
+    ("kv_cache_usage_perc", "KV blocks in use; 1 is all.", lambda load, of: load.kv_blocks_used / of.kv_blocks),
+    ("iteration_prefill_tokens", "Prefill tokens of the last step (Tandem's).", lambda load, _: load.prefill_tokens),
+    ("iteration_decode_tokens", "Decode tokens of the last step (Tandem's).", lambda load, _: load.decode_tokens),
+)

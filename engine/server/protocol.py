@@ -1,0 +1,201 @@
+"""OpenAI's request bodies, with vLLM's additions and two of ours, and what we say to what we cannot do.
+
+Fields that nobody knows are ignored, as vLLM does; known ones that would change the output are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MOST_TOKENS = 2**31 - 1
+MOST_PROMPTS = 64
+
+
+def _text(text: str) -> str:
+    text.encode()  # JSON can write half a surrogate pair, which is no text; the error is a ValueError
+    return text
+
+
+String = Annotated[str, AfterValidator(_text)]
+Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1)]
+StopText = Annotated[String, Field(min_length=1, max_length=256)]
+Int64 = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
+
+# Where a parameter leaves the output as it is, had it any effect on greedy decoding at all.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "temperature": (0,),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+}
+_CHOOSING = ("top_p", "top_k", "min_p")  # of no effect at temperature 0
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "tools": ([],),
+    "functions": ([],),
+    "stop_token_ids": ([],),
+}
+
+
+class StreamOptions(BaseModel):
+    """How a stream is written."""
+
+    include_usage: bool = False
+
+
+class Generate(BaseModel):
+    """What both kinds of request have in common."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: String | None = Field(None, max_length=1024)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+    priority: Int64 = Field(0, description="Smaller is more urgent; a scheduler sees it.")
+    user: String | None = Field(None, max_length=1024, description="Who asks, for fair sharing; a scheduler sees it.")
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="Decoding is greedy: 0, or absent.")
+    output_len: Count | None = Field(
+        None, description="Tandem's: stop after this many tokens, unknown to the scheduler."
+    )
+    predicted_length: Count | None = Field(None, description="Tandem's: an estimate that a scheduler sees.")
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def limit(self) -> int | None:
+        """Output tokens that the client asks for."""
+        raise NotImplementedError
+
+    def refusal(self, ignore_sampling: bool) -> tuple[str, str] | None:
+        """The first field that asks for what we do not do, and what to say about it."""
+        given = {name: value for name, value in self if value is not None} | (self.model_extra or {})
+        for name, allowed in _UNSUPPORTED.items():
+            if given.get(name) is not None and not _among(given[name], allowed):
+                return name, f"{name} is not supported"
+        for name, allowed in {} if ignore_sampling else _NEUTRAL.items():
+            choosing = name in _CHOOSING and given.get("temperature") == 0
+            if given.get(name) is not None and not choosing and not _among(given[name], allowed):
+                return name, (
+                    f"{name} would change the output, and decoding here is greedy: leave it out, or give "
+                    f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
+                )
+        return None
+
+
+def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(value == each for each in allowed)
+
+
+class CompletionRequest(Generate):
+    """POST /v1/completions."""
+
+    prompt: (
+        String
+        | TokenIds
+        | Annotated[list[String], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    max_tokens: Count | None = 16
+
+    @property
+    def limit(self) -> int | None:
+        """As in `Generate`."""
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each is answered by a choice of its own."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: String
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: String = Field(max_length=64)
+    content: String | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(Generate):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """As in `Generate`."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
+        name = kind.get(self.status, "InternalServerError" if self.status >= 500 else "BadRequestError")
+        return {"error": {"message": self.message, "type": name, "param": self.param, "code": self.status}}

@@ -1,0 +1,62 @@
+"""The executor as a rider: the model's own tokens, on the machine's own time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.backend import drive
+from engine.config import ServingConfig
+from engine.executor.backend import ExecutorBackend
+from engine.executor.executor import Executor
+from engine.executor.running import Ending
+from engine.live import LiveEvents, Terms
+from engine.recorder import Observer
+from engine.scheduler import Scheduler
+from engine.serving_loop import serving_loop
+from traces.request import TraceRequest
+
+
+class RealRider:
+    """Implements `engine.server.rider.Rider`.
+
+    Attributes:
+        prompts: token ids by request, if they are kept.
+    """
+
+    def __init__(self, executor: Executor, config: ServingConfig, keep_prompts: bool) -> None:
+        executor.prepare(config)
+        self.config = config
+        self._executor = executor
+        self._stop_tokens = frozenset(executor.model.eos_token_ids)
+        self.prompts: dict[int, Sequence[int]] = {}
+        self._keep_prompts = keep_prompts
+        self._running, self._data_plane = executor.session((), config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As in `Rider`."""
+        model = self._executor.model
+        return {"backend": "real", "device": self._executor.device, "model": model.name, "vocab_size": model.vocab_size}
+
+    def token(self, request_id: int, position: int) -> int:
+        """As in `Rider`."""
+        return self._running.outputs[request_id][position]
+
+    def forget(self, request_id: int) -> None:
+        """As in `Rider`."""
+        self._running.forget(request_id)
+
+    def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
+        """As in `Rider`."""
+        events = LiveEvents(lambda: time.perf_counter_ns() - backend.start_ns, self._admit)
+        with ExecutorBackend(self._data_plane, events) as backend:
+            begun(events, backend.start_ns)
+            drive(serving_loop(backend, scheduler, observer))
+
+    def _admit(self, source: TraceRequest, terms: Terms) -> None:
+        if self._keep_prompts and source.prompt_token_ids is not None:
+            self.prompts[source.id] = source.prompt_token_ids
+        stop_tokens = frozenset[int]() if terms.ignore_eos else self._stop_tokens
+        self._running.add(source, Ending(stop_tokens, terms.min_tokens, terms.output_len))

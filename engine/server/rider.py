@@ -1,0 +1,50 @@
+"""What the server asks of whatever serves: the executor, or the simulator paced by the wall clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from engine.config import ServingConfig
+from engine.live import LiveEvents
+from engine.recorder import Observer, Recorder
+from engine.scheduler import Scheduler
+
+
+class Rider(Protocol):
+    """Serves on live time, in the engine's process."""
+
+    @property
+    def config(self) -> ServingConfig:
+        """The run's limits and policy."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As in `engine.server.messages.Ready`."""
+
+    def token(self, request_id: int, position: int) -> int:
+        """A token that the request has made, by its position in the output."""
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended, and no step in flight speaks of it."""
+
+    def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
+        """Run the serving loop until the events are closed and all is served.
+
+        Args:
+            begun: called as the run begins, with where to put events, and when that is (`perf_counter_ns`).
+        """
+
+
+class Service(Protocol):
+    """What the command line hands over: how to build a rider, and what becomes of the records. Can be pickled."""
+
+    @property
+    def records(self) -> bool:
+        """Whether to record."""
+
+    def open(self) -> Rider:
+        """Build the rider: in the engine's process, since it may take seconds and own a GPU."""
+
+    def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
+        """The run is over, or was broken off."""

@@ -1,0 +1,172 @@
+"""Runs the API until it is told to stop: first it takes no more, then everyone is answered, then the engine ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from engine.server.answer import WIRE
+from engine.server.app import Manners, build_app
+from engine.server.link import EngineLink
+from engine.server.rider import Service
+from engine.server.text import Text
+from traces.errors import TandemError
+
+MAX_HEADER_BYTES = 64 * 1024
+GRACE_S = 5  # for slow readers, once nothing runs any more
+
+
+class _Wire:
+    """Implements `engine.server.answer.Wire` on uvicorn's connection."""
+
+    __slots__ = ("_flow", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+
+    @property
+    def blocked(self) -> bool:
+        """As in `Wire`."""
+        return self._flow.write_paused or self._transport.is_closing()
+
+    def write(self, body: bytes) -> None:
+        """As in `Wire`."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+class TandemProtocol(HttpToolsProtocol):
+    """HTTP that lends its wire, and whose headers end: httptools would gather them for as long as some are sent."""
+
+    _in_head = True
+    _head_bytes = 0  # of data that brought a head, and no end of it
+    _ended_head = False
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came; if what has come of a head is too long, the connection ends."""
+        in_head, self._ended_head = self._in_head, False
+        super().data_received(data)
+        if in_head and not self._ended_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEADER_BYTES:
+                self.send_400_response("Request header fields too large.")
+
+    def on_headers_complete(self) -> None:
+        """A body follows."""
+        self.scope["state"][WIRE] = _Wire(self.transport, self.flow)
+        self._in_head, self._ended_head, self._head_bytes = False, True, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Another request may follow."""
+        self._in_head = True
+        super().on_message_complete()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which tells us that it is about to shut down, and does not end the process after that."""
+
+    def __init__(self, config: uvicorn.Config, on_shutdown: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_shutdown = on_shutdown
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A signal asks for a graceful end, a second Ctrl-C for a quick one."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open connections are waited for."""
+        self._on_shutdown()
+        await super().shutdown(sockets)
+
+
+def serve(
+    service: Service,
+    load_text: Callable[[], Text],
+    manners: Callable[[str], Manners],
+    host: str,
+    port: int,
+    drain_s: float,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        service: builds the rider, in a process of its own.
+        load_text: builds what reads prompts, while the rider is being built.
+        manners: given the name of the model that was loaded.
+        host, port: where to listen; port 0 takes a free one.
+        drain_s: how long requests may go on once the server was told to stop; then they fail.
+        say: is told the address.
+
+    Raises:
+        TandemError: the engine cannot be started, or the address cannot be had.
+    """
+    listener = _listen(host, port)
+    import uvloop
+
+    uvloop.run(_serve(service, load_text, manners, listener, drain_s, say))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(4096)
+    except (OSError, OverflowError) as error:
+        raise TandemError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+    return listener
+
+
+async def _serve(
+    service: Service,
+    load_text: Callable[[], Text],
+    manners: Callable[[str], Manners],
+    listener: socket.socket,
+    drain_s: float,
+    say: Callable[[str], None],
+) -> None:
+    link = EngineLink(service)
+    text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
+    app = build_app(link, text, manners(link.ready.facts["model"]))
+    host, port = listener.getsockname()[:2]
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    gc.collect()
+    gc.freeze()  # what was loaded is not looked at again
+    await _run(app, link, listener, drain_s)
+    await link.close()
+    if link.error:
+        raise TandemError(f"the engine ended early: {link.error}")
+
+
+async def _run(app: ASGIApp, link: EngineLink, listener: socket.socket, drain_s: float) -> None:
+    def drain() -> None:
+        link.draining = True
+        asyncio.get_running_loop().call_later(drain_s, link.fail_all, "the server is shutting down")
+
+    config = uvicorn.Config(
+        app,
+        http=TandemProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=int(drain_s) + GRACE_S,
+        backlog=4096,
+    )
+    await _Server(config, drain).serve([listener])

@@ -1,0 +1,149 @@
+"""`tandem replay --url`: an open-loop client whose records stand beside those of any run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
+
+from analysis.metrics import latencies, metrics, token_times
+from engine.records import read_run
+from traces.format import Trace, write_trace
+from traces.request import TraceRequest
+
+MS = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def workload() -> Trace:
+    """40 requests, 20 ms apart, some shorter than their clients allow, one that is given up."""
+    requests = [
+        TraceRequest(
+            i,
+            i * 20 * MS,
+            20 + i,
+            output_len=10 + i % 7,
+            max_tokens=10 + i % 7 + 5 * (i % 2),
+            priority=i % 3,
+            client="me",
+        )
+        for i in range(40)
+    ]
+    requests[4] = replace(requests[4], output_len=500, max_tokens=500, cancel_ns=requests[4].arrival_ns + 300 * MS)
+    return Trace(requests)
+
+
+@pytest.fixture(scope="module")
+def replayed(workload, tmp_path_factory):
+    """The folder with the client's run, the server's, and an in-process simulation of the trace."""
+    folder = tmp_path_factory.mktemp("replay")
+    write_trace(folder / "t.parquet", workload)
+    run_tandem("simulate", "--trace", "t.parquet", "--profile", PROFILE, "--out", "sim", cwd=folder)
+    with serving(*sim(), "--out", folder / "served") as server:
+        options = ("--trace", "t.parquet", "--out", "client", "--against", "sim")
+        (folder / "said").write_text(run_tandem("replay", "--url", server.url, *options, cwd=folder).stdout)
+        eventually(lambda: server.status()["open"] == 0)
+        assert server.stop() == 0
+    return folder
+
+
+def run_tandem(*args: object, cwd, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([TANDEM, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_the_client_has_every_token_of_every_request_where_the_trace_said_that_it_ends(replayed, workload):
+    run = read_run(replayed / "client")
+    rows = run.tables["requests"].to_pylist()
+    assert [row["output_len"] for row in rows if row["outcome"] != "cancelled"] == [
+        source.output_len for source in workload.requests if source.cancel_ns is None
+    ]
+    assert [row["outcome"] for row in rows].count("cancelled") == 1 and rows[4]["outcome"] == "cancelled"
+    assert rows[1]["outcome"] == "stop" and rows[0]["outcome"] == "length"
+    assert len(token_times(run).request) == sum(row["output_len"] for row in rows)
+
+
+def test_the_server_was_told_what_the_trace_says(replayed, workload):
+    served = read_run(replayed / "served").tables["requests"].to_pylist()
+    for row, source in zip(served, workload.requests, strict=True):
+        asked = (row["prompt_len"], row["max_tokens"], row["priority"], row["client"])
+        assert asked == (source.prompt_len, source.max_tokens, source.priority, "me")
+    assert served[4]["outcome"] == "cancelled"
+
+
+def test_the_server_counts_the_same_tokens_and_the_client_has_each_a_little_later(replayed):
+    client, served = read_run(replayed / "client"), read_run(replayed / "served")
+    theirs, ours = token_times(client), token_times(served)
+    whole = np.array([row["outcome"] != "cancelled" for row in served.tables["requests"].to_pylist()])
+    offset = client.manifest["provenance"]["start_perf_ns"] - served.manifest["provenance"]["start_perf_ns"]
+    got = theirs.time_ns[whole[theirs.request]] + offset
+    made = ours.time_ns[whole[ours.request]]
+    added = (got - made) / MS
+    assert len(added) > 400 and added.min() > 0 and np.median(added) < 10
+
+
+def test_its_latencies_are_those_of_the_simulation_in_process_and_what_the_path_adds(replayed):
+    client, sim = read_run(replayed / "client"), read_run(replayed / "sim")
+    assert client.manifest["workload"]["trace"] == sim.manifest["workload"]["trace"]
+    for name in ("tpot", "itl"):
+        assert np.median(latencies(client)[name]) == pytest.approx(np.median(latencies(sim)[name]), rel=0.2)
+    said = (replayed / "said").read_text()
+    assert "TTFT mean" in said and "ITL p90" in said and "difference" in said
+
+
+def test_what_a_client_cannot_know_is_not_claimed(replayed):
+    run = read_run(replayed / "client")
+    assert run.summary.keys() < metrics(run).keys() | {"p99_send_lag_ms"} | {"partial"}
+    assert not any(name.startswith(("steps_", "mean_batch")) or "queue" in name for name in run.summary)
+    assert len(run.tables["iterations"]) == 0
+
+
+def test_it_is_an_open_loop_requests_are_sent_on_time_however_slow_the_server_is(workload, tmp_path):
+    burst = [TraceRequest(i, i * 10 * MS, 8, 25, 25) for i in range(12)]
+    write_trace(tmp_path / "t.parquet", Trace(burst))
+    with serving(*sim(), "--max-seqs", 1) as server:
+        begin = time.perf_counter()
+        run_tandem("replay", "--url", server.url, "--trace", "t.parquet", "--out", "client", cwd=tmp_path)
+        assert time.perf_counter() - begin > 3, "one after the other"
+    rows = read_run(tmp_path / "client").tables["requests"].to_pylist()
+    assert max(row["delivered_ns"] - row["arrival_ns"] for row in rows) < 100 * MS
+
+
+def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tmp_path):
+    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 8, 2, 2), TraceRequest(1, 0, 5000, 2, 2)]))
+    with serving(*sim()) as server:
+        done = run_tandem(
+            "replay", "--url", server.url, "--trace", "t.parquet", "--out", "client", "--json", cwd=tmp_path
+        )
+    assert json.loads(done.stdout)["rejected"] == 1
+    _, refused = read_run(tmp_path / "client").tables["requests"].to_pylist()
+    assert (
+        refused["outcome"] == "rejected"
+        and "status 400" in refused["reason"]
+        and "the longest here" in refused["reason"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("localhost:8000", "give something like http://"), ("http://127.0.0.1:9", "is a server there?")],
+)
+def test_a_url_without_a_server_is_one_clear_line(tmp_path, workload, url, says):
+    write_trace(tmp_path / "t.parquet", workload)
+    done = run_tandem("replay", "--url", url, "--trace", "t.parquet", "--out", "o", cwd=tmp_path, status=2)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_the_bench_accounts_for_every_token(tmp_path):
+    done = run_tandem(
+        "bench", "serve", "--model", tokenizer(), "--loads", "40x20", "--seconds", 2, "--json", cwd=tmp_path
+    )
+    (row,) = json.loads(done.stdout)
+    assert (row["complete"], row["tokens"], row["chunks"]) == (40, 1600, 1600)
+    assert 0 < row["added_p50_ms"] < row["added_p99_ms"] < 1000
