@@ -211,8 +211,8 @@ def test_the_console_shows_the_three_parts_and_the_verdict_in_lines_that_align(s
 
 
 def test_the_console_shows_how_decisions_differ(sim):
-    arrivals = sim.tables["requests"]["arrival_ns"].to_pylist()
-    late = with_column(sim, "requests", "arrival_ns", [*arrivals[:20], arrivals[20] + 10 * MS, *arrivals[21:]])
+    arrivals = sim.tables["requests"]["delivered_ns"].to_pylist()
+    late = with_column(sim, "requests", "delivered_ns", [*arrivals[:20], arrivals[20] + 10 * MS, *arrivals[21:]])
     comparison = compare(sim, sim, replayed(late))
     difference = comparison["decisions"]["first_difference"]
     text = printed(comparison)
