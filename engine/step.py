@@ -116,16 +116,16 @@ def _encode(step: Step) -> bytes:
     chunks = [n for each, chunk in step.chunks.items() for n in (each, *chunk)] if step.chunks else ()
     blocks = [n for each, new in step.blocks.items() for n in (each, len(new), *new)] if step.blocks else ()
     numbers = [
-        *(ENCODING_VERSION, step.index, step.decodes),
-        *(len(step.dropped), *step.dropped),
-        *(len(step.preempted), *step.preempted),
-        *(len(out), *out),
-        *(len(back), *back),
-        *(len(joined), *joined),
-        *(len(chunks), *chunks),
-        *(len(blocks), *blocks),
-        *(len(step.finishing), *step.finishing),
-    ]
+        ENCODING_VERSION, step.index, step.decodes,
+        len(step.dropped), *step.dropped,
+        len(step.preempted), *step.preempted,
+        len(out), *out,
+        len(back), *back,
+        len(joined), *joined,
+        len(chunks), *chunks,
+        len(blocks), *blocks,
+        len(step.finishing), *step.finishing,
+    ]  # fmt: skip
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 

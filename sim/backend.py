@@ -55,7 +55,7 @@ class SimBackend:
 
     def launch(self, step: Step) -> simpy.Event:
         """Takes the host's time; the device works on in the background."""
-        now = self.now()
+        now = self._env.now
         launch, resume_ns = self._timing.launch(step, now)
         self._in_flight.append((step.index, self.endings.shown_by(step)))
         return self._env.timeout(resume_ns - now, launch)
@@ -63,7 +63,7 @@ class SimBackend:
     def complete(self) -> simpy.Event:
         """Waits for the oldest step in flight."""
         index, stops = self._in_flight.popleft()
-        now = self.now()
+        now = self._env.now
         work, resume_ns = self._timing.complete(now)
         return self._env.timeout(resume_ns - now, Completion(index, *work, stops))
 
