@@ -122,31 +122,29 @@ class Recorder:
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
-        step, now, launch = self._in_flight.popleft()
+        step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
+        _, completed_ns, start_ns, device_ns, stops = completion
         out, back = step.swapped_out, step.swapped_in
-        swapped = (_blocks(out), _blocks(back)) if out or back else (0, 0)
-        self._steps.append(
-            (
-                *(step.index, step.digest, now, *launch),
-                *(step.prefill_tokens, len(step.chunks), step.decodes),
-                *(step.kv_tokens, step.kv_blocks_used, step.running, step.waiting),
-                *(len(step.preempted) + len(out), *swapped),
-                *completion[1:4],
-            )
-        )
+        self._steps.append((
+            step.index, step.digest, now, planned_ns, launched_ns,
+            step.prefill_tokens, len(step.chunks), step.decodes,
+            step.kv_tokens, step.kv_blocks_used, step.running, step.waiting,
+            len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
+            completed_ns, start_ns, device_ns,
+        ))  # fmt: skip
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
             if chunk.samples and life.first_token_ns is None:
-                life.first_token_ns = completion.completed_ns
+                life.first_token_ns = completed_ns
         for request_id in step.finishing:
             life = self._lives[request_id]
             if life.output_len is None:  # else an earlier step has shown that it had stopped
-                life.last_token_ns = completion.completed_ns
-        for stop in completion.stops:
+                life.last_token_ns = completed_ns
+        for stop in stops:
             life = self._lives[stop.request_id]
             if life.request.outcome != CANCELLED:  # else nobody asked any more
-                life.last_token_ns, life.output_len = completion.completed_ns, stop.output_len
-        self.ended += len(completion.stops)
+                life.last_token_ns, life.output_len = completed_ns, stop.output_len
+        self.ended += len(stops)
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import overload
 
@@ -33,12 +33,13 @@ class CompactRequests(Sequence[TraceRequest]):
         """The arrivals of all."""
         return self._numbers[::4]
 
-    def _made(self, position: int) -> TraceRequest:
-        arrival_ns, prompt_len, output_len, max_tokens = self._numbers[4 * position : 4 * position + 4]
-        return TraceRequest(position, arrival_ns, prompt_len, output_len, max_tokens)
-
     def __len__(self) -> int:
         return len(self._numbers) // 4
+
+    def __iter__(self) -> Iterator[TraceRequest]:
+        numbers = iter(self._numbers)
+        for position, four in enumerate(zip(numbers, numbers, numbers, numbers, strict=True)):
+            yield self._whole.get(position) or TraceRequest(position, *four)
 
     @overload
     def __getitem__(self, index: int) -> TraceRequest: ...
@@ -48,7 +49,8 @@ class CompactRequests(Sequence[TraceRequest]):
         places = range(len(self))[index]
         if isinstance(places, range):
             return [self[place] for place in places]
-        return self._whole.get(places) or self._made(places)
+        arrival_ns, prompt_len, output_len, max_tokens = self._numbers[4 * places : 4 * places + 4]
+        return self._whole.get(places) or TraceRequest(places, arrival_ns, prompt_len, output_len, max_tokens)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
