@@ -16,7 +16,7 @@ from traces.request import TraceRequest
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CONTEXTS = (16, 128, 512, 1024, 2048, 4096)
-UNEVEN = (1.2, 1.8)  # unevenness of contexts (mean square over squared mean); ShareGPT's decodes lie between 1.2 and 2
+UNEVEN = (1.2, 1.8)  # unevenness of contexts (mean square over squared mean), which serving ShareGPT brings to about 2
 UNEVEN_SEQUENCES = (4, 8, 12, *range(16, 64, 8), *range(64, 256, 16), 256, 384, 512, 768, 1024)
 UNEVEN_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
 HELD_OUT = 12

@@ -21,6 +21,7 @@ from engine.copies import CopyOrder
 from engine.executor import backend
 from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
 from engine.executor.kernels import ops
+from engine.executor.kernels.timing import timing_event
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work, table_width
 from engine.executor.shapes import Shapes
@@ -101,10 +102,6 @@ class Graphs:
         return self._model.forward(batch, self.cache)
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
 @dataclass(slots=True)
 class _Slot:
     """What one step in flight needs of its own: memory that copies still read or write, and when it ran."""
@@ -112,9 +109,9 @@ class _Slot:
     words: torch.Tensor  # pinned int32: the batch
     tokens: torch.Tensor  # pinned int64 (max_seqs,): what it sampled
     pairs: torch.Tensor  # pinned int64 (copies, 2): blocks to swap
-    begin: torch.cuda.Event = field(default_factory=_event)
-    end: torch.cuda.Event = field(default_factory=_event)
-    copied: torch.cuda.Event = field(default_factory=_event)
+    begin: torch.cuda.Event = field(default_factory=timing_event)
+    end: torch.cuda.Event = field(default_factory=timing_event)
+    copied: torch.cuda.Event = field(default_factory=timing_event)
 
 
 class CudaDataPlane:
@@ -136,7 +133,7 @@ class CudaDataPlane:
         ]
         self._in_flight: deque[tuple[int, _Slot, Work]] = deque()
         self._copied: dict[int, torch.cuda.Event] = {}  # by step, of copies that nobody is known to have waited for
-        self._base, self._base_ns = _event(), 0
+        self._base, self._base_ns = timing_event(), 0
 
     def __enter__(self) -> CudaDataPlane:
         self._outer_stream = torch.cuda.current_stream()
@@ -154,7 +151,7 @@ class CudaDataPlane:
         """Packs the step and puts its copies and its compute on their streams."""
         work = self._running.apply(step)
         slot = self._slots[step.index % SLOTS]
-        slot.begin, slot.end = _event(), _event()
+        slot.begin, slot.end = timing_event(), timing_event()
         swaps = bool(step.swapped_out or step.swapped_in)
         if swaps:
             self._launch_copies(step, slot)
@@ -206,7 +203,7 @@ class CudaDataPlane:
                     ops.copy_blocks(source, target, pairs)
                     written += len(pairs)
             slot.end.record()
-            slot.copied = _event()
+            slot.copied = timing_event()
             slot.copied.record()
         self._copied[step.index] = slot.copied
 
@@ -310,7 +307,7 @@ def _compile_copies(cache: KVCache, swap_cache: KVCache) -> None:
 
 
 def _time_us(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> float:
-    begin, end = _event(), _event()
+    begin, end = timing_event(), timing_event()
     begin.record()
     ops.copy_blocks(source, target, pairs)
     end.record()

@@ -15,7 +15,7 @@ import torch
 from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.executor.batch import Decodes, Prefill, Shape, Span
 from engine.executor.cuda import Cuda, CudaDataPlane
-from engine.executor.kernels.timing import time_us
+from engine.executor.kernels.timing import time_us, timing_event
 from engine.executor.model import Llama
 from engine.executor.running import RunningBatch
 from engine.step import Step
@@ -71,7 +71,7 @@ class CudaMeter:
     def stream_us(self, batches: Sequence[Batch]) -> list[float]:
         """Run captured steps of these batches one behind the other, the GPU never idle; returns each one's time."""
         graphs, packed = self._graphs, {batch: self._pack(batch) for batch in dict.fromkeys(batches)}
-        marks = [(_event(), _event()) for _ in batches]
+        marks = [(timing_event(), timing_event()) for _ in batches]
         tokens = torch.empty(self._config.max_seqs, dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(graphs.stream):
             for (begin, end), batch in zip(marks, batches, strict=True):
@@ -208,10 +208,6 @@ class CudaMeter:
             }
         finally:
             pynvml.nvmlShutdown()
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _requests(batch: Batch, block_size: int) -> tuple[Decodes, list[Prefill]]:

@@ -8,6 +8,11 @@ from itertools import pairwise
 import torch
 
 
+def timing_event() -> torch.cuda.Event:
+    """An event that knows when it happened."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def time_us(calls: Sequence[Callable[[], object]], replays: int = 10) -> float:
     """Median time of a call in a CUDA graph of all of them, in µs, once each is compiled."""
     for call in calls:
@@ -16,7 +21,7 @@ def time_us(calls: Sequence[Callable[[], object]], replays: int = 10) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]  # type: ignore[no-untyped-call]
+    marks = [timing_event() for _ in range(replays + 2)]
     for mark in marks:
         mark.record()
         graph.replay()
