@@ -89,10 +89,20 @@ class Study:
         ranked = [Case(policy, load) for load in self.shared for policy in (self.policy, *self.against)]
         return [*dict.fromkeys([*ranked, *(Case(self.policy, load) for load in self.loads)])]
 
-    def runs(self, case: Case) -> list[str]:
-        """Names of a case's real runs."""
-        repeats = self.repeats if case.policy == self.policy and case.load in self.shared else 0
-        return ["real", *(f"repeat-{number}" for number in range(1, repeats + 1))]
+    @property
+    def runs(self) -> Iterator[tuple[Case, str]]:
+        """Every real run, in order: the ranked cases, then repeats with other cases between them.
+
+        So repeats differ by as much as the machine drifts in a sitting, as the runs of different policies do.
+        """
+        ranked = [case for case in self.cases if case.load in self.shared]
+        others = [case for case in self.cases if case not in ranked]
+        yield from ((case, "real") for case in ranked)
+        rounds = max(1, self.repeats)
+        for turn in range(rounds):
+            yield from ((case, "real") for case in others[turn::rounds])
+            if turn < self.repeats:
+                yield from ((case, f"repeat-{turn + 1}") for case in ranked if case.policy == self.policy)
 
     def arrivals(self, load: float, capacity: float) -> Trace:
         """The trace's requests at a share of the capacity. Raises TandemError if the trace has too few."""
@@ -121,14 +131,14 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
     profile = _profile(executor, config, out / "profile", console)
     capacity = _capacity(study, executor, replace(config, scheduler=study.policy), out / "capacity", console)
     console.print(f"capacity: {capacity:.1f} requests a second", highlight=False)
-    for case in study.cases:
+    for case, name in study.runs:
+        if _is_whole(out / case.name / name):
+            continue
         trace, folder = study.arrivals(case.load, capacity), out / case.name
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(folder / "trace.parquet", trace)
-        for name in study.runs(case):
-            if not _is_whole(folder / name):
-                console.print(f"{case.name}/{name}:", highlight=False)
-                real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, console)
+        console.print(f"{case.name}/{name}:", highlight=False)
+        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, console)
     if not (out / "drift.json").exists():
         write_json(out / "drift.json", drift_since(profile, executor, console))
 

@@ -18,8 +18,9 @@ from engine.config import ServingConfig
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.profile import KEYS, Profile, Row
-from sim.profiler import measure_host, sampled_rows, typical
+from sim.profiler import measure_host
 from sim.rigs import rig_for
+from sim.samples import Sample, typical
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
@@ -120,25 +121,23 @@ class DriftCheck:
         """
         with self._rig:
             self._rig.state()
-            measured = self._measure(show)
-            found = [*self._device(measured), *self._steps(show)]
+            found = [*self._device(self._measure(show)), *self._steps(show)]
         return [*found, *self._copies(), *self._host()]
 
-    def _measure(self, show: Callable[[int], None]) -> dict[str, list[Row]]:
-        times: defaultdict[str, defaultdict[tuple[Any, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
+    def _measure(self, show: Callable[[int], None]) -> list[Sample]:
+        samples: list[Sample] = []
         start, done = time.perf_counter(), 0
         for turn in range(TURNS):
             if turn and time.perf_counter() - start > TURN_LIMIT_S:
                 break
             for item in self._sample:
-                for table, key, time_us in self._rig.measure(item):
-                    times[table][tuple(key)].append(time_us)
+                samples += self._rig.measure(item)
                 show(done := done + 1)
-        return {table: sampled_rows(table, points) for table, points in times.items()}
+        return samples
 
-    def _device(self, measured: dict[str, list[Row]]) -> Iterator[TableDrift]:
+    def _device(self, samples: Sequence[Sample]) -> Iterator[TableDrift]:
         latency = LatencyModel(self._profile)
-        for table, rows in self._rig.tables(measured).items():
+        for table, rows in self._rig.tables(samples, self._profile.meta).items():
             then, now = _times(table, self._profile.tables[table]), _times(table, rows)
             drifts = {
                 key: (now[key] - then[key]) / (_step_us(latency, table, key) or then[key])
@@ -152,8 +151,8 @@ class DriftCheck:
         if not self._held_out:
             return
         drifts = {}
-        for number, ((steps, now), then) in enumerate(zip(self._rig.held_out(), self._held_out, strict=True), start=1):
-            drifts[number, steps[0].decodes, steps[0].prefill_tokens] = now / then - 1
+        for number, (batch, then) in enumerate(zip(self._rig.held_out(), self._held_out, strict=True), start=1):
+            drifts[number, batch.steps[0].decodes, batch.steps[0].prefill_tokens] = batch.time_us / then - 1
             show(TURNS * len(self._sample) + number)
         yield TableDrift.of("held-out batches", ("batch", "decodes", "prefill_tokens"), drifts)
 

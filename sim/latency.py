@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
+from sim.power import PowerLimit
 from sim.profile import Curve, Profile, Surface
 from traces.errors import TandemError
 
-PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "skew")
+PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "skew", "power")
 """What a step's time is made of: layers by tokens, the head by samples, what padding to a captured size adds, attention
-of prefill chunks, of decodes were their contexts all alike, and what their unevenness adds."""
+of prefill chunks, of decodes were their contexts all alike, what their unevenness adds, and what the power limit adds,
+by what the device computed before."""
 
 
 _Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
@@ -44,7 +46,10 @@ class _Decodes:
 
 
 class LatencyModel:
-    """Sums a step's parts. What follows from the number of decoding sequences alone is looked up once for each."""
+    """Sums a step's parts. What follows from the number of decoding sequences alone is looked up once for each.
+
+    Of a device that slows down at its power limit it follows the steps: ask in their order, with when they start.
+    """
 
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
@@ -62,6 +67,9 @@ class LatencyModel:
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
         # Where steps are captured all chunks attend at once, and the longest leaves room for what the others compute.
         self._pair_us = _least_pair_us(tables["prefill_attention"]) if self._graph else None
+        self._power = PowerLimit(**profile.meta["power"]) if "power" in profile.meta else None
+        self._least_us = {kind: graph(1) for kind, graph in self._graph.items()}  # weights are read, little computed
+        self._end_ns = 0  # of the last step
 
     @property
     def lookups(self) -> Counter[str]:
@@ -85,20 +93,46 @@ class LatencyModel:
                 counts[table] += count
         return counts
 
-    def device_ns(self, step: Step) -> int:
-        """Time that the data plane works on a step: its compute, or its copies if it has nothing else."""
+    def device_ns(self, step: Step, start_ns: int | None = None) -> int:
+        """Time that the data plane works on a step: its compute, or its copies if it has nothing else.
+
+        Args:
+            start_ns: when it begins; right after the step before if None.
+        """
+        return self.predict(step, start_ns)[0]
+
+    def predict(self, step: Step, start_ns: int | None = None) -> tuple[int, tuple[float, ...]]:
+        """As `device_ns`, and the microseconds by `PARTS` that it is made of: nothing, of copies."""
         if not step.decodes and step.kind == "swap":
-            return self.copies_ns(step)
-        parts = self._parts_us(step)
-        dense, head, padding, prefill, decode, skew = parts
-        time_us = dense + head + padding + prefill + decode + skew
+            return self.copies_ns(step), ()
+        parts = dense, head, padding, prefill, decode, skew = self._parts_us(step)
+        time_us, power_us = dense + head + padding + prefill + decode + skew, 0.0
+        if self._power:
+            least_us = self._least_us["mixed" if step.chunks else "decode"]
+            power_us = self._power_us(self._power, time_us, dense + head + padding + prefill - least_us, start_ns)
+            time_us += power_us
+        parts = *parts, power_us
         for part in self._ignored:
             time_us -= parts[part]
-        return round(1000 * time_us)
+        return round(1000 * time_us), parts
+
+    def _power_us(self, power: PowerLimit, time_us: float, compute_us: float, start_ns: int | None) -> float:
+        """What the power limit adds to a step that takes `time_us` at full speed, and computes `compute_us` of it."""
+        begin_ns = max(self._end_ns, start_ns or 0)
+        power.rested((begin_ns - self._end_ns) / 1000)
+        extra_us = power.extra_us(compute_us)
+        power.ran(time_us + extra_us, compute_us)
+        self._end_ns = begin_ns + round(1000 * (time_us + extra_us))
+        return extra_us
+
+    def rest(self) -> None:
+        """The device does nothing for so long that it is at full speed again."""
+        if self._power:
+            self._power.load = 0.0
 
     def parts_us(self, step: Step) -> dict[str, float]:
         """Microseconds by `PARTS`, all of which add up to the step's compute."""
-        return dict(zip(PARTS, self._parts_us(step), strict=True))
+        return dict(zip(PARTS, self.predict(step)[1], strict=True))
 
     def _parts_us(self, step: Step) -> tuple[float, ...]:
         if not step.chunks:

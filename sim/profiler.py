@@ -12,20 +12,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
 from engine.recorder import Recorder
 from sim.latency import LatencyModel
-from sim.profile import TABLES, Profile, Row
-from sim.rigs import Batch, Rig, Sample, Times, rig_for
+from sim.profile import Profile, Row
+from sim.rigs import Batch, Rig, rig_for
+from sim.samples import OUTLIER, Sample, spread, typical
 from traces.request import TraceRequest
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
-OUTLIER = 2.0
 SINGLES, BURSTS, BURST_REPEATS = 8, (8, 32, 64, 256), 3  # requests, alone and at once, that the host is timed with
 GAP_NS = 400_000_000
 TIMED = 3  # a plan of a profile is timed by as many measurements of each table
@@ -52,15 +52,14 @@ def measure_profile(
     with rig_for(executor, config) as rig:
         state = rig.state()
         kept = Notes.open(notes, _identity(executor, config))
-        times: Times = defaultdict(lambda: defaultdict(list))
+        samples: list[Sample] = []
         for done, item in enumerate(rig.work, start=1):
-            for table, key, time_us in kept.next() or kept.add(rig.measure(item)):
-                times[table][tuple(key)].append(time_us)
+            samples += kept.next() or kept.add(rig.measure(item))
             show(done)
         held_out = [*_counted(rig.held_out(), len(rig.work), show)]
         state |= rig.state("after")
-        tables = rig.tables({table: sampled_rows(table, of_table) for table, of_table in times.items()})
-        facts = rig.facts()
+        facts = rig.facts(samples)
+        tables = rig.tables(samples, facts)
     tables["host"] = measure_host(executor, config)
     if config.num_cpu_blocks:
         tables["swap"] = [
@@ -83,7 +82,7 @@ def measure_drift(
         `mean_error`, `mape`: of the old times against the new ones, as if those had been a prediction.
     """
     with rig_for(executor, ServingConfig(**profile.meta["limits"])) as rig:
-        now = [measured for _, measured in _counted(rig.held_out(), 0, show)]
+        now = [batch.time_us for batch in _counted(rig.held_out(), 0, show)]
     return _errors(profile.meta["held_out"]["measured_us"], now)
 
 
@@ -132,7 +131,8 @@ class Notes:
         lines = path.read_text().splitlines() if path and path.exists() else []
         if lines[:1] == [header]:
             whole = [line for line in lines[1:] if line.endswith("]")]  # the last may be torn
-            return cls(path, [json.loads(line) for line in reversed(whole)])
+            found = ([Sample(table, tuple(key), time_us) for table, key, time_us in json.loads(line)] for line in whole)
+            return cls(path, [*found][::-1])
         if path:
             path.write_text(header + "\n")
         return cls(path)
@@ -174,26 +174,22 @@ def _counted(batches: Iterator[Batch], before: int, show: Callable[[int], None])
         yield batch
 
 
-def sampled_rows(table: str, times: dict[tuple[Any, ...], list[float]]) -> list[Row]:
-    """The rows of a table, or of one that a rig makes into another, out of the times of its points."""
-    keys = TABLES.get(table, ("kind", "rows"))
-    return [
-        dict(zip(keys, key, strict=True)) | {"time_us": typical(of_key), "spread": spread(of_key)}
-        for key, of_key in sorted(times.items())
-    ]
-
-
 def _held_out_error(latency: LatencyModel, batches: Sequence[Batch]) -> dict[str, Any]:
-    measured = [measured_us for _, measured_us in batches]
-    predicted = [fmean(latency.device_ns(step) / 1000 for step in steps) for steps, _ in batches]
+    measured = [batch.time_us for batch in batches]
+    predicted = [_predicted_us(latency, batch) for batch in batches]
     places: defaultdict[str, list[int]] = defaultdict(list)
-    for place, (steps, _) in enumerate(batches):
-        places[steps[0].kind].append(place)
+    for place, batch in enumerate(batches):
+        places[batch.steps[0].kind].append(place)
     by_kind = {
         kind: _errors([predicted[place] for place in of_kind], [measured[place] for place in of_kind])
         for kind, of_kind in sorted(places.items())
     }
     return {"batches": len(batches), **_errors(predicted, measured), "by_kind": by_kind, "measured_us": measured}
+
+
+def _predicted_us(latency: LatencyModel, batch: Batch) -> float:
+    latency.rest()
+    return fmean([latency.device_ns(step) / 1000 for step in batch.steps][batch.counted])
 
 
 def _errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
@@ -250,20 +246,3 @@ def _woken(served: dict[str, list[Any]], turns: dict[str, list[Any]]) -> list[fl
     reads = {now for now, was_idle in zip(turns["now_ns"][1:], idle, strict=False) if was_idle}
     pairs = zip(served["delivered_ns"], served["arrival_ns"], strict=True)
     return [(delivered - arrival) / 1000 for delivered, arrival in pairs if delivered in reads]
-
-
-# -- statistics --------------------------------------------------------------------------------------------
-
-
-def typical(times: Sequence[float]) -> float:
-    """The mean of repeats, outliers clipped. Means add up where medians do not: a step is a sum of many groups."""
-    ceiling = OUTLIER * median(times)
-    return fmean(min(time, ceiling) for time in times)
-
-
-def spread(times: Sequence[float]) -> float:
-    """Interquartile range over median; 0 for a single time."""
-    if len(times) < 2 or not median(times):
-        return 0.0
-    low, _, high = quantiles(times, n=4)
-    return (high - low) / median(times)

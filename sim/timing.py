@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from engine.backend import Launch
 from engine.copies import CopyOrder
 from engine.step import Step
-from sim.latency import LatencyModel
+from sim.latency import PARTS, LatencyModel
 from sim.profile import HOST_TERMS, HOST_TERMS_BY_KIND, Profile
 
 
@@ -58,7 +58,6 @@ class ProfiledTiming:
         """The device starts once the step is launched, and its predecessor and the copies that it needs are done."""
         plan_ns, launch_ns, notice_ns, turn_ns, _ = self._host.of(step)
         planned, launched = now + plan_ns, now + plan_ns + launch_ns
-        device_ns = self.latency.device_ns(step)
         if step.swapped_out or step.swapped_in:
             copy_start = max(launched, self._device_free_ns, self._copies_free_ns)
             self._copied_ns[step.index] = self._copies_free_ns = copy_start + self.latency.copies_ns(step)
@@ -67,9 +66,11 @@ class ProfiledTiming:
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
         if not step.decodes and step.kind == "swap":
+            device_ns = self.latency.device_ns(step)
             start = self._copies_free_ns - device_ns
         else:
             start = max(launched, self._device_free_ns)
+            device_ns = self.latency.device_ns(step, start)
             self._device_free_ns = start + device_ns
         self._in_flight.append((start, device_ns, notice_ns, turn_ns))
         return Launch(planned, launched), launched
@@ -135,8 +136,8 @@ class RecordedTiming:
         self._latency = latency
         self.parts_us: list[dict[str, float]] = []
         self._turn = 0
-        self._in_flight: deque[int] = deque()
-        self._completed: Iterator[tuple[int, int]] = iter(device)
+        self._in_flight: deque[tuple[int, int]] = deque()
+        self._device: Iterator[tuple[int, int]] = iter(device)
 
     @property
     def start_ns(self) -> int:
@@ -154,24 +155,26 @@ class RecordedTiming:
         row = self._row
         if row["launched_ns"] is None:
             raise ReplayOver
-        self._in_flight.append(self._predict(step))
+        self._in_flight.append(self._work(step))
         launch = Launch(row["planned_ns"], row["launched_ns"])
         return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read(launch.launched_ns)
 
-    def _predict(self, step: Step) -> int:
-        if self._latency is None:
-            return -1
-        self.parts_us.append(self._latency.parts_us(step) if step.kind != "swap" else {})
-        return self._latency.device_ns(step)
+    def _work(self, step: Step) -> tuple[int, int]:
+        """When the device began the step, and how long it worked: as recorded, or as predicted."""
+        if (recorded := next(self._device, None)) is None:  # cut off while the device was at it
+            raise ReplayOver
+        start, device_ns = recorded
+        if self._latency:
+            device_ns, parts = self._latency.predict(step, start)
+            self.parts_us.append(dict(zip(PARTS, parts, strict=False)))
+        return start, device_ns
 
     def complete(self, now: int) -> tuple[Work, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
         completed = self._row["completed_ns"]
         if completed is None:
             raise ReplayOver
-        predicted_ns = self._in_flight.popleft()
-        start, recorded_ns = next(self._completed)
-        return Work(completed, start, predicted_ns if self._latency else recorded_ns), self._next_read(completed)
+        return Work(completed, *self._in_flight.popleft()), self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up."""

@@ -111,7 +111,14 @@ def small_study(**changes) -> Study:
 def test_each_case_is_served_once_and_repeated_where_policies_are_ranked():
     study = small_study()
     assert study.cases == [Case("chunked_prefill", 0.5), Case("fcfs", 0.5), Case("chunked_prefill", 1.0)]
-    assert [len(study.runs(case)) for case in study.cases] == [3, 1, 1]
+    assert [f"{case.name}/{run}" for case, run in study.runs] == [
+        "chunked_prefill-50/real",
+        "fcfs-50/real",
+        "chunked_prefill-100/real",
+        "chunked_prefill-50/repeat-1",
+        "chunked_prefill-50/repeat-2",
+    ]
+    assert [run for _, run in small_study(repeats=0).runs] == ["real"] * 3
 
 
 def test_a_trace_that_is_too_short_for_a_load_is_refused():

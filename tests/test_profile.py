@@ -273,7 +273,11 @@ def test_an_interrupted_profile_goes_on_where_it_was(tmp_path):
     with path.open("a") as file:
         file.write('[["head", [3], 7')  # the machine went away while this was written
     again = Notes.open(path, identity)
-    assert [again.next(), again.next(), again.next()] == [[["head", [1], 5.0]], [["head", [2], 6.0]], None]
+    assert [again.next(), again.next(), again.next()] == [
+        [Sample("head", (1,), 5.0)],
+        [Sample("head", (2,), 6.0)],
+        None,
+    ]
     assert Notes.open(path, {"device": "another"}).next() is None
     again.close()
     assert not path.exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from math import exp
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ from engine.step import Step
 from sim.latency import LatencyModel
 from sim.passes import Pass
 from sim.profile import Profile
-from sim.profiler import _held_out_error, sampled_rows
+from sim.profiler import _held_out_error
 from sim.rigs import CapturedSteps
 
 CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
@@ -27,11 +27,19 @@ def whole_us(kind: str, rows: int) -> float:
     return 5000 + 20.0 * rows + (100 if kind == "mixed" else 50)
 
 
+MEMORY_US, FREE, SLOPE = 40e3, 0.1, 0.3  # beyond a tenth of its time spent computing, the GPU slows down
+
+
 class KnownMeter:
-    """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond."""
+    """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond.
+
+    `whole` is a factor for captured steps.
+    """
+
+    whole = 1.0
 
     def stream_us(self, batches: list[Pass]) -> list[float]:
-        return [self.step_us(batch.steps(CONFIG.block_size)[0]) for batch in batches]
+        return self.steps_us(None, [batch.steps(CONFIG.block_size)[0] for batch in batches])
 
     def operations_us(self, tokens: int) -> dict[str, float]:
         return dict.fromkeys(OPERATIONS, 2000 + 10.0 * tokens)
@@ -43,13 +51,29 @@ class KnownMeter:
         pairs = sum(tokens * (start + tokens / 2) for start, tokens, _ in step.chunks.values())
         return (step.kv_tokens + step.decodes) / 20 + (200 if step.chunks else 0) + pairs / 1000
 
+    def memory(self) -> dict[str, int]:
+        return {}
+
     def head_us(self, samples: int) -> float:
         return 300 + samples
 
     def steps_us(self, requests: object, steps: list[Step]) -> list[float]:
-        return [self.step_us(step) for step in steps]
+        times, load = [], 0.0
+        for step in steps:
+            compute_us = self.compute_us(step)
+            times.append(self.step_us(step) + compute_us * SLOPE * max(0.0, load - FREE))
+            forgotten = 1 - exp(-times[-1] / MEMORY_US)
+            load += forgotten * (compute_us / times[-1] - load)
+        return times
+
+    def compute_us(self, step: Step) -> float:
+        """Beyond the weights and the KV cache, which are read."""
+        kind = "mixed" if step.chunks else "decode"
+        read_us = (step.kv_tokens + step.decodes) / 20 + 200 * (kind == "mixed")
+        return self.step_us(step) - read_us - self.whole * whole_us(kind, 1)
 
     def step_us(self, step: Step) -> float:
+        """At full speed."""
         tokens = step.prefill_tokens + step.decodes
         rows = SIZES.rows(tokens, len(step.chunks))
         if rows is None:
@@ -75,16 +99,11 @@ def measured() -> tuple[Profile, CapturedSteps]:
 
 def known_profile() -> tuple[Profile, CapturedSteps]:
     rig = CapturedSteps(KnownGpu(), CONFIG)
-    rig.facts = lambda: {}  # asks the GPU for its memory
     with rig:
-        times: defaultdict = defaultdict(lambda: defaultdict(list))
-        for item in rig.work:
-            for table, key, time_us in rig.measure(item):
-                times[table][key].append(time_us)
-        tables = rig.tables({table: sampled_rows(table, of_table) for table, of_table in times.items()})
-        tables["host"] = small_profile().tables["host"]
-        graphs = {name: getattr(SIZES, name) for name in SIZES.__slots__}
-        profile = Profile(small_profile().meta | {"graphs": graphs}, tables)
+        samples = [sample for item in rig.work for sample in rig.measure(item)]
+        facts = rig.facts(samples)
+        tables = rig.tables(samples, facts) | {"host": small_profile().tables["host"]}
+        profile = Profile(small_profile().meta | facts, tables)
         error = _held_out_error(LatencyModel(profile), list(rig.held_out()))
     return Profile(profile.meta | {"held_out": error}, tables), rig
 
@@ -101,7 +120,15 @@ def test_every_captured_size_is_a_point_of_the_table(measured):
     profile, _ = measured
     points = {(row["kind"], row["rows"]): row["time_us"] for row in profile.tables["graph"]}
     sizes = [("decode", rows) for rows in SIZES.decode] + [("mixed", rows) for rows in SIZES.mixed]
-    assert points == pytest.approx({size: whole_us(*size) for size in sizes})
+    assert points == pytest.approx({size: whole_us(*size) for size in sizes}, rel=0.002)
+
+
+def test_the_power_limit_is_told_from_what_steps_take_at_full_speed(measured):
+    profile, _ = measured
+    power = profile.meta["power"]
+    assert power["memory_us"] == MEMORY_US
+    for load in (0.2, 0.3, 0.4):
+        assert power["slowdown"][load] - power["slowdown"][0.1] == pytest.approx(SLOPE * (load - FREE), rel=0.1)
 
 
 def test_attention_is_what_a_pass_takes_beyond_its_captured_step(measured):
@@ -120,6 +147,7 @@ def test_a_step_too_large_to_be_captured_is_made_of_its_operations(measured):
     step = Step(0, chunks={0: Chunk(0, 1500, True), 1: Chunk(0, 1500, True)})
     latency = LatencyModel(profile)
     assert latency.parts_us(step)["padding"] == 0
+    latency.rest()
     assert latency.device_ns(step) / 1000 == pytest.approx(KnownMeter().step_us(step), rel=0.02)
 
 

@@ -12,7 +12,7 @@ from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.profile import Profile, read_profile, shipped_profiles
 from sim.profiler import _held_out_error
-from sim.rigs import burst_steps, held_out_passes
+from sim.rigs import Batch, burst_steps, held_out_passes
 
 CHUNKS = (256, 512, 1024, 2048)
 CONTEXTS = (0, 128, 512, 1024, 2048, 4000)
@@ -58,7 +58,7 @@ def test_the_error_that_it_states_is_its_error_on_the_batches_that_were_held_out
     profile = read_profile(shipped_profiles()[name])
     config, stated = ServingConfig(**profile.meta["limits"]), profile.meta["held_out"]
     bursts = [burst_steps(one, config.block_size) for one in held_out_passes(config)]
-    batches = [(steps[counted], us) for (steps, counted), us in zip(bursts, stated["measured_us"], strict=True)]
+    batches = [Batch(*burst, us) for burst, us in zip(bursts, stated["measured_us"], strict=True)]
     found = _held_out_error(LatencyModel(profile), batches)
     assert found["by_kind"] == {kind: pytest.approx(errors) for kind, errors in stated["by_kind"].items()}
     assert found["mape"] == pytest.approx(stated["mape"]) and stated["mape"] < 0.01

@@ -29,6 +29,9 @@ from engine.step import Copies, Step
 from traces.errors import TandemError
 
 SLOTS = 3  # steps whose pinned memory is in use: two in flight, one being packed
+LAUNCH_NS = (
+    1_000_000  # a host that takes longer over a launch was interrupted, after the device had begun for all we know
+)
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5
 
@@ -79,6 +82,10 @@ class Graphs:
         self._inbox[: shape.words].copy_(words)
         self._forward(shape, [Span(0, 0, 0)] * shape.prefills)
 
+    def has(self, shape: Shape) -> bool:
+        """Whether batches of this shape are captured."""
+        return shape in self._captured
+
     def run(self, shape: Shape, words: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Launch a packed batch on the current stream.
 
@@ -91,7 +98,7 @@ class Graphs:
             The tokens (samples,) int64, valid until the next launch.
         """
         self._inbox[: shape.words].copy_(words, non_blocking=True)
-        if shape not in self._captured:
+        if not self.has(shape):
             return self._forward(shape, spans)
         graph, tokens = self._captured[shape]
         graph.replay()
@@ -112,6 +119,7 @@ class _Slot:
     begin: torch.cuda.Event = field(default_factory=timing_event)
     end: torch.cuda.Event = field(default_factory=timing_event)
     copied: torch.cuda.Event = field(default_factory=timing_event)
+    launched_ns: int = 0  # when a captured step had been launched; 0 of others, which begin while they are
 
 
 class CudaDataPlane:
@@ -167,11 +175,14 @@ class CudaDataPlane:
         ended_before = slot.end.query()  # type: ignore[no-untyped-call]
         slot.end.synchronize()
         now_ns = time.perf_counter_ns()
-        start_ns = self._base_ns + round(1e6 * self._base.elapsed_time(slot.begin))
+        begin_ns = self._base_ns + round(1e6 * self._base.elapsed_time(slot.begin))
+        # A device that was idle waits for the rest of the launch before it works.
+        waited_ns = slot.launched_ns - begin_ns if begin_ns < slot.launched_ns < begin_ns + LAUNCH_NS else 0
+        device_ns = round(1e6 * slot.begin.elapsed_time(slot.end)) - waited_ns
         if not ended_before:  # the two clocks drift apart by some 30 µs a second
             self._base, self._base_ns = slot.end, now_ns
         stops = self._running.note(work, slot.tokens[: len(work.samplers)].tolist())
-        return backend.Work(index, start_ns, round(1e6 * slot.begin.elapsed_time(slot.end)), stops)
+        return backend.Work(index, begin_ns + waited_ns, device_ns, stops)
 
     def _launch_compute(self, work: Work, slot: _Slot) -> None:
         graphs = self._graphs
@@ -186,6 +197,7 @@ class CudaDataPlane:
                 f"out of GPU memory in a step of {shape.tokens} tokens: lower --kv-blocks or --max-batched-tokens "
                 f"({str(error).splitlines()[0]})"
             ) from error
+        slot.launched_ns = time.perf_counter_ns() if graphs.has(shape) else 0
         samples = len(work.samplers)
         slot.tokens[:samples].copy_(tokens[:samples], non_blocking=True)
 

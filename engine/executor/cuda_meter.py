@@ -99,7 +99,7 @@ class CudaMeter:
         """Time that a batch's attention adds to its step, in all layers: beyond that of padding, if it is captured."""
         shape, words, spans = self._pack(batch)
         time_us = self._attention_us(shape, words, spans)
-        if shape in self._graphs.shapes.captured:
+        if self._graphs.has(shape):
             empty = torch.zeros_like(words)
             self._graphs.packing.pack(shape.split(empty.numpy()), Decodes.none(), [])
             time_us -= self._attention_us(shape, empty, [])
