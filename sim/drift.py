@@ -137,7 +137,7 @@ class DriftCheck:
 
     def _device(self, samples: Sequence[Sample]) -> Iterator[TableDrift]:
         latency = LatencyModel(self._profile)
-        for table, rows in self._rig.tables(samples, self._profile.meta).items():
+        for table, rows in self._rig.tables(samples).items():
             then, now = _times(table, self._profile.tables[table]), _times(table, rows)
             drifts = {
                 key: (now[key] - then[key]) / (_step_us(latency, table, key) or then[key])

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
-from sim.power import PowerLimit
+from sim.power import Load
 from sim.profile import Curve, Profile, Surface
 from traces.errors import TandemError
 
 PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "skew", "power")
 """What a step's time is made of: layers by tokens, the head by samples, what padding to a captured size adds, attention
-of prefill chunks, of decodes were their contexts all alike, what their unevenness adds, and what the power limit adds,
-by what the device computed before."""
+of prefill chunks, of decodes were their contexts all alike, what their unevenness adds, and what the power limit adds, by
+what the device has computed of late."""
 
 
 _Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
@@ -27,7 +27,7 @@ class _Decodes:
     """What is known of steps that decode so many sequences, before their contexts are.
 
     Attributes:
-        without_us: dense, head and padding of a step that does nothing else.
+        without_us: dense, head and padding of a step that does nothing else, and what full load adds.
         asked: the tables that these come from.
         curves: attention by mean context, for each level of unevenness.
         measured: the ranges of the mean context that the table covers.
@@ -36,7 +36,7 @@ class _Decodes:
         outside: and how many of them outside those ranges.
     """
 
-    without_us: tuple[float, float, float]
+    without_us: tuple[float, float, float, float]
     asked: list[_Asked]
     curves: list[Curve]
     measured: list[tuple[float, float]]
@@ -48,7 +48,7 @@ class _Decodes:
 class LatencyModel:
     """Sums a step's parts. What follows from the number of decoding sequences alone is looked up once for each.
 
-    Of a device that slows down at its power limit it follows the steps: ask in their order, with when they start.
+    Of a device at its power limit it follows the load: ask for steps in their order, with when they start.
     """
 
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
@@ -63,13 +63,19 @@ class LatencyModel:
         self._mixed_decode = _surface(tables.get("mixed_decode_attention", ()))
         self._decodes: dict[int, _Decodes] = {}
         self._swap = _curves(tables.get("swap", ()), "direction", "blocks")
-        self._graph = _curves(tables.get("graph", ()), "kind", "rows")
+        self._graph = _curves(tables.get("served", tables.get("graph", ())), "kind", "rows")
+        self._slowed = _curves(tables.get("served", ()), "kind", "rows", "slowed_us")
         self._sizes = GraphSizes(**profile.meta["graphs"]) if self._graph else None
         # Where steps are captured all chunks attend at once, and the longest leaves room for what the others compute.
         self._pair_us = _least_pair_us(tables["prefill_attention"]) if self._graph else None
-        self._power = PowerLimit(**profile.meta["power"]) if "power" in profile.meta else None
-        self._least_us = {kind: graph(1) for kind, graph in self._graph.items()}  # weights are read, little computed
+        load = profile.meta.get("load")
+        self._load = Load(load["memory_us"]) if load else None
+        self._row_us = load["row_us"] if load else 0.0
         self._end_ns = 0  # of the last step
+        largest = max(tables.get("served", ()), key=lambda row: row["rows"], default=None)
+        self._most_slowed = (
+            largest["slowed_us"] / largest["time_us"] if largest else 0.0
+        )  # of steps larger than captured
 
     @property
     def lookups(self) -> Counter[str]:
@@ -105,30 +111,30 @@ class LatencyModel:
         """As `device_ns`, and the microseconds by `PARTS` that it is made of: nothing, of copies."""
         if not step.decodes and step.kind == "swap":
             return self.copies_ns(step), ()
-        parts = dense, head, padding, prefill, decode, skew = self._parts_us(step)
-        time_us, power_us = dense + head + padding + prefill + decode + skew, 0.0
-        if self._power:
-            least_us = self._least_us["mixed" if step.chunks else "decode"]
-            power_us = self._power_us(self._power, time_us, dense + head + padding + prefill - least_us, start_ns)
-            time_us += power_us
-        parts = *parts, power_us
+        dense, head, padding, slowed, prefill, decode, skew = self._parts_us(step)
+        time_us, power = dense + head + padding + prefill + decode + skew, 0.0
+        if self._load:
+            best_us = self._row_us * (step.prefill_tokens + step.decodes) + prefill
+            power = self._follow(self._load, slowed, time_us, best_us, start_ns)
+            time_us += power
+        parts = dense, head, padding, prefill, decode, skew, power
         for part in self._ignored:
             time_us -= parts[part]
         return round(1000 * time_us), parts
 
-    def _power_us(self, power: PowerLimit, time_us: float, compute_us: float, start_ns: int | None) -> float:
-        """What the power limit adds to a step that takes `time_us` at full speed, and computes `compute_us` of it."""
+    def _follow(self, load: Load, slowed: float, time_us: float, best_us: float, start_ns: int | None) -> float:
+        """What the load adds to a step that takes `time_us` at none; the step is then part of the load."""
         begin_ns = max(self._end_ns, start_ns or 0)
-        power.rested((begin_ns - self._end_ns) / 1000)
-        extra_us = power.extra_us(compute_us)
-        power.ran(time_us + extra_us, compute_us)
+        load.rested((begin_ns - self._end_ns) / 1000)
+        extra_us = slowed * load.share
+        load.worked(time_us + extra_us, best_us)
         self._end_ns = begin_ns + round(1000 * (time_us + extra_us))
         return extra_us
 
     def rest(self) -> None:
-        """The device does nothing for so long that it is at full speed again."""
-        if self._power:
-            self._power.load = 0.0
+        """The device does nothing for so long that it is under no load."""
+        if self._load:
+            self._load.share = 0.0
 
     def parts_us(self, step: Step) -> dict[str, float]:
         """Microseconds by `PARTS`, all of which add up to the step's compute."""
@@ -153,16 +159,24 @@ class LatencyModel:
             self._decodes[sequences] = batch
         return batch
 
-    def _pass_us(self, tokens: int, prefills: int, samples: int) -> tuple[tuple[float, float, float], list[_Asked]]:
-        """A pass without attention, as captured, or as launched kernel by kernel: dense, head and padding."""
+    def _pass_us(
+        self, tokens: int, prefills: int, samples: int
+    ) -> tuple[tuple[float, float, float, float], list[_Asked]]:
+        """A pass without attention, as captured, or as launched kernel by kernel: dense, head, padding, and what full
+        load adds to these."""
         rows = self._sizes.rows(tokens, prefills) if self._sizes else None
         if self._sizes is None or rows is None:
             head_us, asked = self._head_us(samples)
-            return (self._dense(tokens), head_us, 0.0), [("dense", self._dense.covers(tokens)), *asked]
-        graph = self._graph["mixed" if prefills else "decode"]
+            dense_us = self._dense(tokens)
+            return (dense_us, head_us, 0.0, self._most_slowed * dense_us), [
+                ("dense", self._dense.covers(tokens)),
+                *asked,
+            ]
+        kind = "mixed" if prefills else "decode"
+        graph, slowed_us = self._graph[kind], self._slowed[kind](rows) if self._slowed else 0.0
         whole, unpadded = graph(rows), graph(tokens)
         head_us, asked = self._head_us(min(rows, self._sizes.max_seqs))
-        return (unpadded - head_us, head_us, whole - unpadded), [("graph", graph.covers(rows)), *asked]
+        return (unpadded - head_us, head_us, whole - unpadded, slowed_us), [("graph", graph.covers(rows)), *asked]
 
     def _head_us(self, samples: int) -> tuple[float, list[_Asked]]:
         return (self._head(samples), [("head", self._head.covers(samples))]) if samples else (0.0, [])
@@ -229,11 +243,11 @@ def _least_pair_us(rows: Collection[Mapping[str, float]]) -> float:
     return min(row["time_us"] / _pairs(row["chunk"], row["context"]) for row in rows)
 
 
-def _curves(rows: Collection[Mapping[str, float]], name: str, axis: str) -> dict[str, Curve]:
+def _curves(rows: Collection[Mapping[str, float]], name: str, axis: str, values: str = "time_us") -> dict[str, Curve]:
     """A table with one named column and one axis: a curve for each name."""
     points: dict[str, dict[float, float]] = {}
     for row in rows:
-        points.setdefault(str(row[name]), {})[row[axis]] = row["time_us"]
+        points.setdefault(str(row[name]), {})[row[axis]] = row[values]
     return {each: Curve(of_name) for each, of_name in points.items()}
 
 

@@ -39,6 +39,8 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
+    # The same while serving: at no load, and with a further column `slowed_us`, what full load adds (`sim.calibrate`).
+    "served": ("kind", "rows"),
     "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
     # What decodes add to the attention of a step that prefills too, for kernels that attend to both in one launch.
     "mixed_decode_attention": ("sequences", "kv_tokens"),

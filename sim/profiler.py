@@ -58,8 +58,7 @@ def measure_profile(
             show(done)
         held_out = [*_counted(rig.held_out(), len(rig.work), show)]
         state |= rig.state("after")
-        facts = rig.facts(samples)
-        tables = rig.tables(samples, facts)
+        facts, tables = rig.facts(), rig.tables(samples)
     tables["host"] = measure_host(executor, config)
     if config.num_cpu_blocks:
         tables["swap"] = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from statistics import fmean
@@ -29,15 +29,11 @@ from sim.passes import (
     uneven_grid,
     up_to,
 )
-from sim.power import Timed, at_full_speed, fit_power
 from sim.profile import Row
-from sim.samples import Sample, rows_of, typical
+from sim.samples import Sample, rows_of
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
-
-
-Key = tuple[Any, ...]
 
 
 class Batch(NamedTuple):
@@ -74,11 +70,11 @@ class Rig(Protocol):
     def table_of(self, item: Any) -> str:
         """The table that an item is for."""
 
-    def facts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What a profile should say of the machine, and of how it was measured."""
 
-    def tables(self, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, list[Row]]:
-        """The profile's tables, made of samples in the order of their measurement, and of what a profile says."""
+    def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
+        """The profile's tables, made of samples."""
 
     def held_out(self) -> Iterator[Batch]:
         """Measure random batches that are in no table."""
@@ -158,11 +154,11 @@ class Groups:
         mark("finish")
         return groups
 
-    def facts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """How often a pass ran."""
         return {"repeats": {f"up to {SHORT_TOKENS} tokens": SHORT_REPEATS, "longer": LONG_REPEATS}}
 
-    def tables(self, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, list[Row]]:
+    def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
         """As in `Rig`: as they are."""
         return rows_of(samples)
 
@@ -180,10 +176,7 @@ def _repeats(one: Pass) -> int:
 # -- a GPU -------------------------------------------------------------------------------------------------
 
 ROUNDS = 2  # of every operation and attention, which repeat it themselves
-# Streams of captured steps: steps that only decode between two that prefill, and of how large a part of their sizes.
-STREAMS = ((0, 1.0), (2, 1.0), (4, 1.0), (8, 0.25))
-STREAM_ROUNDS = 3
-RESTS = 3  # the same in a held-out batch that prefills
+STREAMS, RESTS = 10, 3  # passes over all captured sizes; steps that only decode between two that prefill, as in serving
 TYPICAL, TYPICAL_UNEVENNESS = 384, 1.7  # mean context of the decodes in a stream, and its unevenness
 CONTEXTS_BY_16 = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BURST, WARM = 10, 3  # steps of a held-out batch that run one behind the other, of which the first do not count
@@ -192,10 +185,7 @@ GPU_HELD_OUT = 48
 
 
 class Point(NamedTuple):
-    """Something to measure: a point of a table, a `stream` of captured steps, or all that is `attended` in streams.
-
-    Of the latter two the rig makes table `graph`.
-    """
+    """Something to measure: a point of a table, all of table `graph` at once, or what its steps attend to (`attended`)."""
 
     table: str
     key: tuple[Any, ...] = ()
@@ -205,11 +195,11 @@ class Point(NamedTuple):
 class CapturedSteps:
     """Times whole steps in the graphs that serve, and apart from them the attention that comes on top.
 
-    A captured step costs what its size says, what its requests attend to, and at the power limit a part more, by what
-    the device computed just before. So steps of all sizes run one behind the other, in random order, in streams that
-    compute more or less, and each size's time at full speed and the power limit are told apart (see `sim.power`).
-    Operations are timed alone as well: steps too large to be captured are made of them, and they say where the time of
-    the others goes.
+    A captured step costs what its size says, and beyond that what its requests attend to. Steps of all sizes run in
+    random order, one behind the other, those that prefill between others that do not: a GPU at its power limit is the
+    slower the more it has computed in the last tens of milliseconds, so that a step alone, or many of its kind, would
+    not take what it takes in serving. How much slower is told by a run that is served (`sim.calibrate`). Operations are
+    timed alone as well: steps too large to be captured are made of them, and they say where the time of the others goes.
     """
 
     num_held_out = GPU_HELD_OUT
@@ -222,7 +212,7 @@ class CapturedSteps:
         self._steps |= {("mixed", rows): one for rows in self._sizes.mixed if (one := self._prompts(rows))}
         self._orders = random.Random(0)
         points = [*self._operations(), *self._decodes(), *self._prefills()]
-        streams = [Point("stream", stream) for stream in STREAMS] * STREAM_ROUNDS
+        streams = [Point("graph")] * STREAMS
         self.work = shuffled(streams + [point for point in (Point("attended"), *points) for _ in range(ROUNDS)])
 
     def _typical(self, sequences: int) -> Pass:
@@ -277,11 +267,11 @@ class CapturedSteps:
         return item.table
 
     def measure(self, item: Point) -> list[Sample]:
-        """Time a point, or a stream."""
+        """Time a point, or a step of every captured size."""
         if item.one:
             return [Sample(item.table, item.key, self._meter.attention_us(item.one))]
-        if item.table == "stream":
-            return self._stream(*item.key)
+        if item.table == "graph":
+            return self._stream()
         if item.table == "attended":
             return [Sample("attended", key, self._meter.attention_us(one)) for key, one in self._steps.items()]
         if item.table == "head":
@@ -289,37 +279,34 @@ class CapturedSteps:
         times = self._meter.operations_us(*item.key)
         return [Sample("dense", (name, *item.key), time_us) for name, time_us in times.items()]
 
-    def _stream(self, rests: int, part: float) -> list[Sample]:
-        """Every size that prefills once, and before each of them `rests` that only decode, all in random order."""
+    def _stream(self) -> list[Sample]:
+        """Every size that prefills once, and before each of them some that only decode, all in random order."""
         prefills, decodes = ([key for key in self._steps if key[0] == kind] for kind in ("mixed", "decode"))
-        decodes = decodes[: max(1, round(part * len(decodes)))]
-        decodes *= -(-rests * len(prefills) // len(decodes))
+        decodes *= -(-RESTS * len(prefills) // len(decodes))
         self._orders.shuffle(prefills)
         self._orders.shuffle(decodes)
-        keys = [key for turn, key in enumerate(prefills) for key in (*decodes[rests * turn :][:rests], key)]
+        keys = [key for turn, key in enumerate(prefills) for key in (*decodes[RESTS * turn :][:RESTS], key)]
         times = self._meter.stream_us([self._steps[key] for key in keys])
-        places = [(place, *key) for place, key in enumerate(keys)]
-        return [Sample("stream", place, time_us) for place, time_us in zip(places, times, strict=True)]
+        return [Sample("graph", key, time_us) for key, time_us in zip(keys, times, strict=True)]
 
-    def facts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The captured sizes, the memory, the power limit, and how often a point was measured."""
-        facts = {
+    def facts(self) -> dict[str, Any]:
+        """The captured sizes, the memory, and how often a point was measured."""
+        return {
             "graphs": {
                 name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self._sizes).items()
             },
             "memory": self._meter.memory(),
-            "repeats": f"{STREAM_ROUNDS * len(STREAMS)} streams of captured steps, "
-            f"{ROUNDS} rounds of operations and attention",
+            "repeats": f"{STREAMS} streams of captured steps, {ROUNDS} rounds of operations and attention",
         }
-        power = fit_power(_streams(samples, fit_power(_streams(samples))))
-        return facts | ({"power": power} if power else {})
 
-    def tables(self, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, list[Row]]:
-        """A captured step at full speed, without the attention of those that were measured."""
-        power, attended = facts.get("power"), _attended_us(samples)
-        steps = at_full_speed(_streams(samples, power), power)
-        graph = [Sample("graph", step.key, step.time_us - attended[step.key]) for step in steps]
-        return rows_of([*(sample for sample in samples if sample.table not in ("stream", "attended")), *graph])
+    def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
+        """A captured step without the attention of those that were measured."""
+        tables = rows_of(samples)
+        attended = {(row["kind"], row["rows"]): row["time_us"] for row in tables.pop("attended")}
+        tables["graph"] = [
+            row | {"time_us": row["time_us"] - attended[row["kind"], row["rows"]]} for row in tables["graph"]
+        ]
+        return tables
 
     def held_out(self) -> Iterator[Batch]:
         """Batches as serving makes them, over and over; those that prefill between steps of their decodes alone."""
@@ -330,39 +317,6 @@ class CapturedSteps:
         steps, counted = burst_steps(one, self._config.block_size)
         requests = one.requests(self._executor.model.vocab_size, len(steps))
         return Batch(steps, counted, fmean(self._meter.steps_us(requests, steps)[counted]))
-
-
-def _streams(samples: Sequence[Sample], power: Mapping[str, Any] | None = None) -> list[list[Timed]]:
-    """The streams among samples. Their steps compute what they take beyond the smallest, at full speed if known."""
-    streams: list[list[Timed]] = []
-    for table, (place, *key), time_us in samples:
-        if table == "stream":
-            streams += [[]] if place == 0 else []
-            streams[-1].append(Timed(tuple(key), time_us, 0.0))
-    for known in (None, power) if power else (None,):
-        compute_us = _compute_us(at_full_speed(streams, known), _attended_us(samples))
-        streams = [[step._replace(compute_us=compute_us[step.key]) for step in stream] for stream in streams]
-    return streams
-
-
-def _compute_us(steps: Sequence[Timed], attended: Mapping[Key, float]) -> dict[Key, float]:
-    """What steps take beyond the smallest of their kind. The attention of decodes reads; that of prefills computes."""
-    times = _by_key((step.key, step.time_us) for step in steps)
-    beyond = {key: typical(of_key) - attended[key] * (key[0] == "decode") for key, of_key in times.items()}
-    least = {kind: min(time for key, time in beyond.items() if key[0] == kind) for kind, _ in beyond}
-    return {key: time - least[key[0]] for key, time in beyond.items()}
-
-
-def _attended_us(samples: Sequence[Sample]) -> dict[Key, float]:
-    times = _by_key((tuple(key), time_us) for table, key, time_us in samples if table == "attended")
-    return {key: typical(of_key) for key, of_key in times.items()}
-
-
-def _by_key(times: Iterable[tuple[Key, float]]) -> dict[Key, list[float]]:
-    by_key: defaultdict[Key, list[float]] = defaultdict(list)
-    for key, time_us in times:
-        by_key[key].append(time_us)
-    return by_key
 
 
 def held_out_passes(config: ServingConfig) -> list[Pass]:

@@ -21,13 +21,14 @@ class Sample(NamedTuple):
 
 
 def rows_of(samples: Iterable[Sample]) -> dict[str, list[Row]]:
-    """The rows of each table, sorted by their keys."""
+    """The rows of each table, sorted by their keys; `attended` is what a rig takes away from `graph`."""
     times: defaultdict[str, defaultdict[tuple[Any, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for table, key, time_us in samples:
         times[table][tuple(key)].append(time_us)
     return {
         table: [
-            dict(zip(KEYS[table], key, strict=True)) | {"time_us": typical(of_key), "spread": spread(of_key)}
+            dict(zip(KEYS.get(table, KEYS["graph"]), key, strict=True))
+            | {"time_us": typical(of_key), "spread": spread(of_key)}
             for key, of_key in sorted(points.items())
         ]
         for table, points in times.items()

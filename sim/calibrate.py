@@ -1,0 +1,165 @@
+"""What captured steps take while serving, learned from a served run and a profile that was measured step by step.
+
+A step takes `time + slowed x load`, load being what the device computed in the last tens of milliseconds
+(`sim.power`). The profiler's streams tell neither the two apart, nor what serving does that they do not; a run that
+was served at all loads does. Attention is taken to be as the profile says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import ServingConfig
+from engine.graph_sizes import GraphSizes
+from engine.records import RunRecords
+from sim.power import Load
+from sim.profile import Curve, Profile, Row
+from sim.samples import OUTLIER
+from sim.simulate import replay_parts
+from traces.errors import TandemError
+
+MEMORIES_US = (10e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3)  # time constants of the load to choose from
+ENOUGH = 24  # steps of a captured size that tell its time; what others take is read off between those
+# How certain the slope of all sizes together is for one of them, in sums of squares of the load: a size that ran at
+# loads that vary by less takes that slope, by more its own.
+CERTAINTY = 0.04
+
+Floats = NDArray[np.float64]
+
+
+class Served(NamedTuple):
+    """The captured steps of a run, an entry of every array each.
+
+    Attributes:
+        prefills: whether it prefills.
+        rows: of its captured size.
+        ratio: what it took but for attention, over what the profile says.
+        best_us: what the device would have needed at its best for what the step computes.
+        start_us: when it began.
+        time_us: how long it took.
+    """
+
+    prefills: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    ratio: Floats
+    best_us: Floats
+    start_us: Floats
+    time_us: Floats
+
+    def loads(self, memory_us: float) -> Floats:
+        """The load as each step began, (steps,)."""
+        load, end_us, shares = Load(memory_us), self.start_us[0], []
+        for start_us, time_us, best_us in zip(self.start_us, self.time_us, self.best_us, strict=True):
+            load.rested(max(0.0, start_us - end_us))
+            shares.append(load.share)
+            load.worked(time_us, best_us)
+            end_us = start_us + time_us
+        return np.array(shares)
+
+
+class Fit(NamedTuple):
+    """Of one captured size, as shares of what the profile says: the time at no load, and what full load adds."""
+
+    rows: int
+    time: float
+    slowed: float
+    spread: float
+
+
+def calibrate(profile: Profile, run: RunRecords, config: ServingConfig) -> Profile:
+    """A measured profile with what a served run tells of it: table `served`, and the load's memory in its `meta`.
+
+    Args:
+        profile: of a device whose steps are captured.
+        run: served on that device, at loads from little to all that it can do.
+        config: the run's limits and policy.
+
+    Raises:
+        TandemError: the profile has no captured steps, or the run too few.
+    """
+    if "graph" not in profile.tables:
+        raise TandemError("only a profile of captured steps can be calibrated, as tandem profile measures on a GPU")
+    bare = without_served(profile)
+    row_us = min(row["time_us"] / row["rows"] for row in bare.tables["graph"] if row["kind"] == "mixed")
+    served = _served(bare, run, config, row_us)
+    fits = {memory_us: _fit(served, served.loads(memory_us)) for memory_us in MEMORIES_US}
+    memory_us = min(fits, key=lambda memory_us: fits[memory_us][1])
+    table = [row for kind, of_kind in fits[memory_us][0].items() for row in _rows(bare.tables["graph"], kind, of_kind)]
+    meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us}}
+    return Profile(meta, bare.tables | {"served": table})
+
+
+def without_served(profile: Profile) -> Profile:
+    """As it was before it was calibrated."""
+    meta = {name: value for name, value in profile.meta.items() if name != "load"}
+    return replace(profile, meta=meta, tables={name: rows for name, rows in profile.tables.items() if name != "served"})
+
+
+def _served(profile: Profile, run: RunRecords, config: ServingConfig, row_us: float) -> Served:
+    sizes, steps = GraphSizes(**profile.meta["graphs"]), run.tables["steps"].to_pylist()
+    taken = []
+    for step, parts in zip(steps, replay_parts(run, config, profile), strict=False):  # a replay may end early
+        tokens = step["prefill_tokens"] + step["decode_tokens"]
+        rows = sizes.rows(tokens, step["chunks"]) if tokens else None
+        if rows is not None:
+            time_us = step["device_ns"] / 1e3
+            pass_us = parts["dense"] + parts["head"] + parts["padding"]
+            attention_us = sum(parts.values()) - pass_us
+            best_us = row_us * tokens + parts["prefill_attention"]
+            ratio = (time_us - attention_us) / pass_us
+            taken.append((step["chunks"] > 0, rows, ratio, best_us, step["device_start_ns"] / 1e3, time_us))
+    if len(taken) < ENOUGH:
+        raise TandemError(f"the run has {len(taken)} captured steps, too few to calibrate a profile on")
+    return Served(*map(np.array, zip(*taken, strict=True)))
+
+
+def _fit(served: Served, loads: Floats) -> tuple[dict[str, list[Fit]], float]:
+    """The fits by kind of step, and the sum of their squared residuals."""
+    fits, squares = {}, 0.0
+    for kind, prefills in (("decode", False), ("mixed", True)):
+        chosen = served.prefills == prefills
+        fits[kind], of_kind = _fit_kind(served.rows[chosen], served.ratio[chosen], loads[chosen])
+        squares += of_kind
+    return fits, squares
+
+
+def _fit_kind(rows: NDArray[np.int64], ratios: Floats, loads: Floats) -> tuple[list[Fit], float]:
+    sizes = [(size, ratios[rows == size], loads[rows == size]) for size in np.unique(rows)]
+    sizes = [(size, np.minimum(of_size, OUTLIER * np.median(of_size)), at) for size, of_size, at in sizes]
+    moments = [_moments(of_size, at) for _, of_size, at in sizes]
+    slope = max(0.0, sum(xy for xy, _ in moments) / (sum(xx for _, xx in moments) or 1.0))
+    fits, squares = [], 0.0
+    for (size, of_size, at), (xy, xx) in zip(sizes, moments, strict=True):
+        own = max(0.0, (xy + CERTAINTY * slope) / (xx + CERTAINTY))
+        rest = of_size - own * at
+        squares += float(((rest - rest.mean()) ** 2).sum())
+        if len(of_size) >= ENOUGH:
+            fits.append(Fit(int(size), float(rest.mean()), own, float(rest.std())))
+    return fits, squares
+
+
+def _moments(values: Floats, at: Floats) -> tuple[float, float]:
+    off = at - at.mean()
+    return float(off @ values), float(off @ off)
+
+
+def _rows(graph: Sequence[Mapping[str, Any]], kind: str, fits: Sequence[Fit]) -> Iterator[Row]:
+    """The captured steps of a kind, those too rarely served as those next to them."""
+    if not fits:
+        fits = [Fit(1, 1.0, 0.0, 0.0)]
+    time, slowed, spread = (Curve({fit.rows: fit[place] for fit in fits}) for place in (1, 2, 3))
+    for row in graph:
+        if row["kind"] == kind:
+            at = min(max(row["rows"], fits[0].rows), fits[-1].rows)
+            yield {
+                "kind": kind,
+                "rows": row["rows"],
+                "time_us": row["time_us"] * time(at),
+                "slowed_us": row["time_us"] * slowed(at),
+                "spread": spread(at),
+            }
