@@ -1,5 +1,6 @@
-"""Times the engine on this machine as other engines are timed: batches handed in at once, and requests that arrive.
+"""Times the engine on this machine as other engines are timed: what its benchmarks share.
 
+They are `analysis.bench_forward`, batches handed in at once, and `analysis.bench_online`, requests that arrive.
 Everything comes from the records of real runs, none of it from a stopwatch beside them. A benchmark yields its rows
 while it measures, so that whatever ends it early leaves what is known by then.
 """

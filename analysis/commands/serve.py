@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from engine.server.app import Manners
     from engine.server.text import Text
 
-
 app = typer.Typer()
 
 
