@@ -74,6 +74,15 @@ class Offered:
         )
 
 
+def read_load(text: str) -> tuple[int, float]:
+    """Read STREAMSxRATE. Raises ValueError if it is not a number of 1 or more and one above 0, to 1,000."""
+    streams, _, rate = text.partition("x")
+    read = int(streams), float(rate)
+    if read[0] < 1 or not 0 < read[1] <= 1000:
+        raise ValueError(text)
+    return read
+
+
 def measure_load(offered: Offered, model: str, console: Console) -> dict[str, Any]:
     """Serve the load and account for every token.
 

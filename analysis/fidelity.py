@@ -20,7 +20,7 @@ from rich.console import Console
 from analysis.attribution import LATENCIES
 from analysis.compare import STATISTICS
 from analysis.ranking import rank, ranking_tables
-from analysis.tables import TextTable, number, percent, print_tables, signed
+from analysis.tables import TextTable, number, percent, signed
 from analysis.workflow import (
     check_before,
     check_profile,
@@ -236,13 +236,13 @@ def _verdict(case: str, what: str, error: float | None, allowed: float, spread: 
     return {"case": case, "what": what, "error": error, "allowed": allowed, "spread": spread, "within": within}
 
 
-def print_study(study: Mapping[str, Any], console: Console) -> None:
+def study_tables(study: Mapping[str, Any]) -> list[TextTable]:
     """The latency model and the closed loop of every case, the rankings, and what is not within its target."""
     cases = sorted(study["cases"].values(), key=lambda case: (case["policy"], case["load"]))
     tables = [_model_table(cases), *(_closed_loop_table(cases, latency) for latency in LATENCIES)]
     for load, ranking in study["rankings"].items():
         tables += [replace(table, title=f"{load} load: {table.title}") for table in ranking_tables(ranking)]
-    print_tables([*tables, _verdict_table(study["verdicts"])], console)
+    return [*tables, _verdict_table(study["verdicts"])]
 
 
 def _model_table(cases: Sequence[Mapping[str, Any]]) -> TextTable:

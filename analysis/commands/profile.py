@@ -1,0 +1,149 @@
+"""`tandem profile`: how long a machine takes, measured, derived or imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from analysis import options
+from analysis.commands.output import console, print_facts, print_result
+from analysis.options import Limits, Loading
+from traces.errors import TandemError
+
+if TYPE_CHECKING:
+    from engine.config import ServingConfig
+    from engine.executor.executor import Executor
+
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback()
+@options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
+@options.takes_loading(device="cpu")
+def profile(
+    limits: Limits,
+    loading: Loading,
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; needed to measure.")] = None,
+    roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
+    ] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="Is this profile still true? Measures some of its points again on this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print JSON instead of a table.")] = False,
+) -> None:
+    """Measure how long this machine takes for every kind of step: what a simulation runs on.
+
+    Interrupted, it goes on from there when it is called again. The commands below measure nothing.
+    --check ends with status 0 where the profile is to be trusted, else 1.
+    """
+    from analysis.workflow import load_executor, measure, real_config
+
+    if context.invoked_subcommand:
+        return
+    if check is not None:
+        raise typer.Exit(_check_profile(check, limits, loading, as_json))
+    if out is None:
+        raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
+    if roofline is not None:
+        from engine.model_config import load_model_config
+        from sim.profile import write_profile
+        from sim.roofline import roofline_profile
+
+        write_profile(roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16), out)
+    else:
+        executor = load_executor(loading, console)
+        config = real_config(executor, limits)
+        if plan:
+            return _print_plan(executor, config)
+        measure(executor, config, out, console)
+    console.print(f"{out}: profile written", highlight=False)
+
+
+@app.command("import")
+def profile_import(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="As published; where several have a table, the first's is taken."),
+    ],
+    out: options.Out,
+    model: options.ModelShape,
+    hardware: Annotated[str | None, typer.Option(help="The card, if no source names it: a100-80gb, …")] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--format", help="llmservingsim, aiconfigurator or vidur; default: by its files.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
+) -> None:
+    """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
+
+    Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
+    .csv of dense operations. What they lack comes from the card's data sheet; meta.yaml says what that is.
+    """
+    from engine.model_config import load_model_config
+    from sim.importers import import_profile
+    from sim.profile import write_profile
+
+    made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
+    write_profile(made, out)
+    for table, origin in made.meta["tables"].items():
+        console.print(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip(), highlight=False)
+    console.print(f"{out}: profile written", highlight=False)
+
+
+@app.command("derive")
+def profile_derive(
+    source: Annotated[Path, typer.Option("--from", help="A profile's folder, or one that ships.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The other model's shape: llama-2-7b, …")],
+    out: options.Out,
+) -> None:
+    """Make a profile of another model on a profiled card.
+
+    What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
+    says of every table which and how. --check measures such a profile's points where the card is at hand.
+    """
+    from engine.model_config import load_model_config
+    from sim.derive import derive_profile
+    from sim.profile import find_profile, read_profile, write_profile
+
+    made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
+    write_profile(made, out)
+    for table, origin in made.meta["tables"].items():
+        for rule in origin["rules"]:
+            console.print(f"{table} {origin['how']}: {rule}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: profile written", highlight=False)
+
+
+@app.command("list")
+def profile_list(as_json: options.AsJson = False) -> None:
+    """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
+    from analysis.shelf import shelf, shelf_tables
+
+    print_result(shelf(), as_json, shelf_tables, width=120)
+
+
+def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool) -> int:
+    from analysis.card import drift_table
+    from analysis.workflow import check_drift, load_executor
+    from sim.profile import find_profile, read_profile
+
+    if limits.said():
+        raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
+    profile = read_profile(find_profile(folder))
+    report = check_drift(profile, load_executor(loading, console), console)
+    print_result(report, as_json, lambda found: [drift_table(found)], width=120)
+    return 0 if report["verdict"] == "trusted" else 1
+
+
+def _print_plan(executor: Executor, config: ServingConfig) -> None:
+    from sim.profiler import estimate
+
+    with console.status("timing a few measurements"):
+        points, seconds = estimate(executor, config)
+    facts = {f"points of {table}": count for table, count in points.items()}
+    print_facts(
+        facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"
+    )
