@@ -21,7 +21,7 @@ from sim.simulate import predict, recorded_requests, replay
 from traces.errors import TandemError
 
 KV_BLOCKS = "kv-blocks"
-TERMS = {"host": "host", "skew": "skew", "head": "head", "graph-padding": "padding", KV_BLOCKS: None}
+TERMS = {"host": "host", "skew": "skew", "head": "head", "graph-padding": "padding", "power": "power", KV_BLOCKS: None}
 """What can be left out -> what `sim.simulate` calls it. `kv-blocks` is no term of the latency model: without it, the
 number of KV blocks is not the recorded one but what a naive model of memory says."""
 

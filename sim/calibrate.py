@@ -1,4 +1,4 @@
-"""What captured steps take while serving, learned from a served run and a profile that was measured step by step.
+"""What captured steps take while serving, learned from a run that is served on a machine whose steps were measured.
 
 A step takes `time + slowed x load`, load being what the device computed in the last tens of milliseconds
 (`sim.power`). The profiler's streams tell neither the two apart, nor what serving does that they do not; a run that
@@ -7,22 +7,34 @@ was served at all loads does. Attention is taken to be as the profile says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ServingConfig
 from engine.graph_sizes import GraphSizes
-from engine.records import RunRecords
+from engine.recorder import Recorder
+from engine.records import RunRecords, tables_from_rows
 from sim.power import Load
 from sim.profile import Curve, Profile, Row
 from sim.samples import OUTLIER
-from sim.simulate import replay_parts
+from sim.simulate import predict, replay_parts
+from traces.arrivals import poisson
 from traces.errors import TandemError
+from traces.request import TraceRequest
+from traces.synthetic import synthetic
 
+if TYPE_CHECKING:
+    from engine.executor.executor import Executor
+
+# The served run: shares of what the machine can do, each for as long; and the most requests, if it can do much.
+LEVELS, LEVEL_S, MOST = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.8, 0.6, 0.4, 0.2), 6.0, 10_000
+MEAN_PROMPT, MEAN_OUTPUT, SIGMA, LONGEST = 230, 200, 1.1, 1024  # of lengths, much as ShareGPT's
 MEMORIES_US = (10e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3)  # time constants of the load to choose from
 ENOUGH = 24  # steps of a captured size that tell its time; what others take is read off between those
 # How certain the slope of all sizes together is for one of them, in sums of squares of the load: a size that ran at
@@ -32,8 +44,66 @@ CERTAINTY = 0.04
 Floats = NDArray[np.float64]
 
 
+def serve_levels(
+    executor: Executor, config: ServingConfig, profile: Profile, show: Callable[[float], None]
+) -> RunRecords:
+    """Serve made-up requests on the machine at all loads, up and down again, for a minute at most.
+
+    Args:
+        config: limits and policy.
+        profile: of the machine, to know what it can do.
+        show: told what part of the requests has ended.
+    """
+    requests = levels(profile, config)
+    rows: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+
+    def keep(table: str, new: list[tuple[Any, ...]]) -> None:
+        rows[table] += new
+        show(len(rows["requests"]) / len(requests))
+
+    recorder = Recorder(keep)
+    executor.serve(requests, config, recorder)
+    recorder.close()
+    return RunRecords({}, tables_from_rows(rows))
+
+
+def levels(profile: Profile, config: ServingConfig) -> list[TraceRequest]:
+    """Requests that arrive at random, at each of `LEVELS` of what simulation on a profile says its machine can do."""
+    capacity = _capacity(_lengths(8 * config.max_seqs, config), config, profile)  # requests a second
+    seconds = min(LEVEL_S, MOST / (capacity * sum(LEVELS)))
+    counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
+    arrivals = [
+        round(1e9 * turn * seconds) + arrival
+        for turn, (level, count) in enumerate(zip(LEVELS, counts, strict=True))
+        for arrival in poisson(count, level * capacity, seed=turn).tolist()
+    ]
+    requests = _lengths(sum(counts), config)
+    return [replace(each, arrival_ns=at) for each, at in zip(requests, sorted(arrivals), strict=True)]
+
+
+def _lengths(count: int, config: ServingConfig) -> list[TraceRequest]:
+    """Requests at time 0 whose lengths are lognormal, but for the longest."""
+    longest = min(LONGEST, config.max_model_len // 2)
+
+    def drawn(mean: int) -> str:
+        return f"lognormal:{math.log(max(1, min(mean, longest / 4))) - SIGMA**2 / 2}:{SIGMA}"
+
+    def cut(request: TraceRequest) -> TraceRequest:
+        prompt, output = (min(length, longest) for length in (request.prompt_len, request.output_len))
+        return replace(request, prompt_len=prompt, output_len=output, max_tokens=output)
+
+    return [cut(each) for each in synthetic(count, 0, drawn(MEAN_PROMPT), drawn(MEAN_OUTPUT)).requests]
+
+
+def _capacity(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile) -> float:
+    recorder = Recorder()
+    predict(requests, config, profile, recorder)
+    end_ns: int = recorder.tables()["steps"]["completed_ns"][-1].as_py()
+    return 1e9 * len(requests) / end_ns
+
+
 class Served(NamedTuple):
-    """The captured steps of a run, an entry of every array each.
+    """The captured steps of one run, an entry of every array each.
 
     Attributes:
         prefills: whether it prefills.
@@ -71,23 +141,22 @@ class Fit(NamedTuple):
     spread: float
 
 
-def calibrate(profile: Profile, run: RunRecords, config: ServingConfig) -> Profile:
-    """A measured profile with what a served run tells of it: table `served`, and the load's memory in its `meta`.
+def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]) -> Profile:
+    """A measured profile with what served runs tell of it: table `served`, and the load's memory in its `meta`.
 
     Args:
         profile: of a device whose steps are captured.
-        run: served on that device, at loads from little to all that it can do.
-        config: the run's limits and policy.
+        runs: served on that device, at loads from little to all that it can do, with their limits and policies.
 
     Raises:
-        TandemError: the profile has no captured steps, or the run too few.
+        TandemError: the profile has no captured steps, or a run too few.
     """
     if "graph" not in profile.tables:
         raise TandemError("only a profile of captured steps can be calibrated, as tandem profile measures on a GPU")
     bare = without_served(profile)
     row_us = min(row["time_us"] / row["rows"] for row in bare.tables["graph"] if row["kind"] == "mixed")
-    served = _served(bare, run, config, row_us)
-    fits = {memory_us: _fit(served, served.loads(memory_us)) for memory_us in MEMORIES_US}
+    served = [_served(bare, run, config, row_us) for run, config in runs]
+    fits = {memory_us: _fit(served, memory_us) for memory_us in MEMORIES_US}
     memory_us = min(fits, key=lambda memory_us: fits[memory_us][1])
     table = [row for kind, of_kind in fits[memory_us][0].items() for row in _rows(bare.tables["graph"], kind, of_kind)]
     meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us}}
@@ -112,18 +181,19 @@ def _served(profile: Profile, run: RunRecords, config: ServingConfig, row_us: fl
             attention_us = sum(parts.values()) - pass_us
             best_us = row_us * tokens + parts["prefill_attention"]
             ratio = (time_us - attention_us) / pass_us
-            taken.append((step["chunks"] > 0, rows, ratio, best_us, step["device_start_ns"] / 1e3, time_us))
+            taken.append((bool(step["chunks"]), rows, ratio, best_us, step["device_start_ns"] / 1e3, time_us))
     if len(taken) < ENOUGH:
         raise TandemError(f"the run has {len(taken)} captured steps, too few to calibrate a profile on")
     return Served(*map(np.array, zip(*taken, strict=True)))
 
 
-def _fit(served: Served, loads: Floats) -> tuple[dict[str, list[Fit]], float]:
+def _fit(served: Sequence[Served], memory_us: float) -> tuple[dict[str, list[Fit]], float]:
     """The fits by kind of step, and the sum of their squared residuals."""
+    prefills, rows, ratios = (np.concatenate([run[place] for run in served]) for place in range(3))
+    loads = np.concatenate([run.loads(memory_us) for run in served])
     fits, squares = {}, 0.0
-    for kind, prefills in (("decode", False), ("mixed", True)):
-        chosen = served.prefills == prefills
-        fits[kind], of_kind = _fit_kind(served.rows[chosen], served.ratio[chosen], loads[chosen])
+    for kind, chosen in (("decode", ~prefills), ("mixed", prefills)):
+        fits[kind], of_kind = _fit_kind(rows[chosen], ratios[chosen], loads[chosen])
         squares += of_kind
     return fits, squares
 

@@ -15,8 +15,8 @@ from traces.errors import TandemError
 
 PARTS = ("dense", "head", "padding", "prefill_attention", "decode_attention", "skew", "power")
 """What a step's time is made of: layers by tokens, the head by samples, what padding to a captured size adds, attention
-of prefill chunks, of decodes were their contexts all alike, what their unevenness adds, and what the power limit adds, by
-what the device has computed of late."""
+of prefill chunks, of decodes were their contexts all alike, what their unevenness adds, and what the power limit adds,
+by what the device has computed of late."""
 
 
 _Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
@@ -73,9 +73,8 @@ class LatencyModel:
         self._row_us = load["row_us"] if load else 0.0
         self._end_ns = 0  # of the last step
         largest = max(tables.get("served", ()), key=lambda row: row["rows"], default=None)
-        self._most_slowed = (
-            largest["slowed_us"] / largest["time_us"] if largest else 0.0
-        )  # of steps larger than captured
+        # Steps larger than captured are taken to slow down as the largest of those.
+        self._most_slowed = largest["slowed_us"] / largest["time_us"] if largest else 0.0
 
     @property
     def lookups(self) -> Counter[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
 from engine.recorder import Recorder
+from sim.calibrate import LEVEL_S, LEVELS, calibrate, serve_levels
 from sim.latency import LatencyModel
 from sim.profile import Profile, Row
 from sim.rigs import Batch, Rig, rig_for
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 SINGLES, BURSTS, BURST_REPEATS = 8, (8, 32, 64, 256), 3  # requests, alone and at once, that the host is timed with
+SERVED = 400  # measurements that the served run counts for, by its time
 GAP_NS = 400_000_000
 TIMED = 3  # a plan of a profile is timed by as many measurements of each table
 
@@ -67,9 +69,12 @@ def measure_profile(
         ]
     meta = _identity(executor, config) | facts | {"machine_state": state, "date": time.strftime("%Y-%m-%d")}
     profile = Profile(meta, tables)
-    latency = LatencyModel(profile)
+    if executor.captures:
+        before = len(rig.work) + len(held_out)
+        run = serve_levels(executor, config, profile, lambda part: show(before + round(part * SERVED)))
+        profile = calibrate(profile, [(run, config)])
     kept.close()
-    return replace(profile, meta=meta | {"held_out": _held_out_error(latency, held_out)})
+    return replace(profile, meta=profile.meta | {"held_out": _held_out_error(LatencyModel(profile), held_out)})
 
 
 def measure_drift(
@@ -88,7 +93,7 @@ def measure_drift(
 def count_work(executor: Executor, config: ServingConfig) -> int:
     """How many measurements `measure_profile` makes."""
     rig = rig_for(executor, config)
-    return len(rig.work) + rig.num_held_out
+    return len(rig.work) + rig.num_held_out + SERVED * executor.captures
 
 
 def count_drift(executor: Executor, profile: Profile) -> int:
@@ -103,8 +108,8 @@ def estimate(executor: Executor, config: ServingConfig) -> tuple[dict[str, int],
         for item in rig.work:
             work[rig.table_of(item)].append(item)
         seconds = sum(len(items) * _seconds_each(rig, items) for items in work.values())
-        held_out_s = seconds / len(rig.work) * rig.num_held_out
-        return {table: len(set(items)) for table, items in work.items()}, seconds + held_out_s
+        rest_s = seconds / len(rig.work) * rig.num_held_out + len(LEVELS) * LEVEL_S * executor.captures
+        return {table: len(set(items)) for table, items in work.items()}, seconds + rest_s
 
 
 def _seconds_each(rig: Rig, items: Sequence[Any]) -> float:

@@ -185,7 +185,7 @@ GPU_HELD_OUT = 48
 
 
 class Point(NamedTuple):
-    """Something to measure: a point of a table, all of table `graph` at once, or what its steps attend to (`attended`)."""
+    """Something to measure: a point of a table, all of table `graph` at once, or all that its steps attend to."""
 
     table: str
     key: tuple[Any, ...] = ()
@@ -199,7 +199,7 @@ class CapturedSteps:
     random order, one behind the other, those that prefill between others that do not: a GPU at its power limit is the
     slower the more it has computed in the last tens of milliseconds, so that a step alone, or many of its kind, would
     not take what it takes in serving. How much slower is told by a run that is served (`sim.calibrate`). Operations are
-    timed alone as well: steps too large to be captured are made of them, and they say where the time of the others goes.
+    timed alone as well: steps too large to be captured are made of them, and they say where the time of others goes.
     """
 
     num_held_out = GPU_HELD_OUT

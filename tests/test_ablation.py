@@ -118,7 +118,7 @@ def test_terms_are_read_with_commas_or_one_by_one_and_each_counts_once():
 
 @pytest.mark.parametrize("said", ["tail", "host,", ""])
 def test_an_unknown_term_is_refused_with_those_there_are(said):
-    with pytest.raises(TandemError, match="choose from host, skew, head, graph-padding, kv-blocks"):
+    with pytest.raises(TandemError, match="choose from host, skew, head, graph-padding, power, kv-blocks"):
         read_terms([said], small_profile())
 
 

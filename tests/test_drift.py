@@ -70,11 +70,8 @@ def checked(profile: Profile, **factors: float) -> dict[str, TableDrift]:
 def test_a_card_that_has_not_moved_is_trusted_and_every_table_was_asked(known):
     found = checked(known)
     assert found.keys() == known.tables.keys() - {"host"} | {"held-out batches"}
-    assert (
-        abs(found.pop("graph").worst) < 2e-3
-    )  # other streams, the slowdown in which is taken away as the profile says
     assert all(abs(each.worst) < 1e-9 for each in found.values())
-    verdict, why = judge([*checked(known).values()])
+    verdict, why = judge(list(found.values()))
     assert verdict == "trusted" and why.startswith("To be trusted: every table is within 3%")
 
 
@@ -84,25 +81,25 @@ def test_slower_attention_shows_as_the_share_of_the_step_that_it_is(known):
     at = drift.at
     attention_us = at["kv_tokens"] / 20
     expected = 0.5 * attention_us / (attention_us + whole_us("decode", at["sequences"]))
-    assert drift.worst == pytest.approx(expected, rel=1e-3) and drift.worst > drift.median > 0
+    assert drift.worst == pytest.approx(expected) and drift.worst > drift.median > 0
     assert found["graph"].verdict == found["dense"].verdict == "trusted"
 
 
 def test_slower_captured_steps_are_found_and_attention_is_not_blamed(known):
     found = checked(known, whole=1.1)
-    assert found["graph"].median == pytest.approx(0.1, rel=0.01)
+    assert found["graph"].median == pytest.approx(0.1)
     assert found["decode_attention"].median == pytest.approx(0)
     assert 0.05 < found["held-out batches"].median < 0.1
     verdict, why = judge(list(found.values()))
-    assert verdict == "replace" and "graph takes 10.0% longer in the median of" in why
+    assert verdict == "replace" and "graph takes 10.0% longer in the median of " in why
 
 
 def test_the_sample_is_spread_over_every_table_and_the_same_again(known):
     first, again, other = (DriftCheck(KnownExecutor(), known, seed)._sample for seed in (0, 0, 1))
     assert first == again != other and len(first) == len(set(first))
     assert {table: [point.table for point in first].count(table) for table in {point.table for point in first}} == {
-        "stream": 4,
-        "attended": 1,  # all that streams attend to
+        "graph": 1,  # a stream of all
+        "attended": 1,  # all that they attend to
         "dense": 16,
         "head": 11,
         "prefill_attention": 16,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import exp
 from types import SimpleNamespace
 
 import pytest
@@ -27,19 +26,11 @@ def whole_us(kind: str, rows: int) -> float:
     return 5000 + 20.0 * rows + (100 if kind == "mixed" else 50)
 
 
-MEMORY_US, FREE, SLOPE = 40e3, 0.1, 0.3  # beyond a tenth of its time spent computing, the GPU slows down
-
-
 class KnownMeter:
-    """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond.
-
-    `whole` is a factor for captured steps.
-    """
-
-    whole = 1.0
+    """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond."""
 
     def stream_us(self, batches: list[Pass]) -> list[float]:
-        return self.steps_us(None, [batch.steps(CONFIG.block_size)[0] for batch in batches])
+        return [self.step_us(batch.steps(CONFIG.block_size)[0]) for batch in batches]
 
     def operations_us(self, tokens: int) -> dict[str, float]:
         return dict.fromkeys(OPERATIONS, 2000 + 10.0 * tokens)
@@ -51,29 +42,13 @@ class KnownMeter:
         pairs = sum(tokens * (start + tokens / 2) for start, tokens, _ in step.chunks.values())
         return (step.kv_tokens + step.decodes) / 20 + (200 if step.chunks else 0) + pairs / 1000
 
-    def memory(self) -> dict[str, int]:
-        return {}
-
     def head_us(self, samples: int) -> float:
         return 300 + samples
 
     def steps_us(self, requests: object, steps: list[Step]) -> list[float]:
-        times, load = [], 0.0
-        for step in steps:
-            compute_us = self.compute_us(step)
-            times.append(self.step_us(step) + compute_us * SLOPE * max(0.0, load - FREE))
-            forgotten = 1 - exp(-times[-1] / MEMORY_US)
-            load += forgotten * (compute_us / times[-1] - load)
-        return times
-
-    def compute_us(self, step: Step) -> float:
-        """Beyond the weights and the KV cache, which are read."""
-        kind = "mixed" if step.chunks else "decode"
-        read_us = (step.kv_tokens + step.decodes) / 20 + 200 * (kind == "mixed")
-        return self.step_us(step) - read_us - self.whole * whole_us(kind, 1)
+        return [self.step_us(step) for step in steps]
 
     def step_us(self, step: Step) -> float:
-        """At full speed."""
         tokens = step.prefill_tokens + step.decodes
         rows = SIZES.rows(tokens, len(step.chunks))
         if rows is None:
@@ -99,11 +74,12 @@ def measured() -> tuple[Profile, CapturedSteps]:
 
 def known_profile() -> tuple[Profile, CapturedSteps]:
     rig = CapturedSteps(KnownGpu(), CONFIG)
+    rig.facts = lambda: {}  # asks the GPU for its memory
     with rig:
-        samples = [sample for item in rig.work for sample in rig.measure(item)]
-        facts = rig.facts(samples)
-        tables = rig.tables(samples, facts) | {"host": small_profile().tables["host"]}
-        profile = Profile(small_profile().meta | facts, tables)
+        tables = rig.tables([sample for item in rig.work for sample in rig.measure(item)])
+        tables["host"] = small_profile().tables["host"]
+        graphs = {name: getattr(SIZES, name) for name in SIZES.__slots__}
+        profile = Profile(small_profile().meta | {"graphs": graphs}, tables)
         error = _held_out_error(LatencyModel(profile), list(rig.held_out()))
     return Profile(profile.meta | {"held_out": error}, tables), rig
 
@@ -120,15 +96,7 @@ def test_every_captured_size_is_a_point_of_the_table(measured):
     profile, _ = measured
     points = {(row["kind"], row["rows"]): row["time_us"] for row in profile.tables["graph"]}
     sizes = [("decode", rows) for rows in SIZES.decode] + [("mixed", rows) for rows in SIZES.mixed]
-    assert points == pytest.approx({size: whole_us(*size) for size in sizes}, rel=0.002)
-
-
-def test_the_power_limit_is_told_from_what_steps_take_at_full_speed(measured):
-    profile, _ = measured
-    power = profile.meta["power"]
-    assert power["memory_us"] == MEMORY_US
-    for load in (0.2, 0.3, 0.4):
-        assert power["slowdown"][load] - power["slowdown"][0.1] == pytest.approx(SLOPE * (load - FREE), rel=0.1)
+    assert points == pytest.approx({size: whole_us(*size) for size in sizes})
 
 
 def test_attention_is_what_a_pass_takes_beyond_its_captured_step(measured):
@@ -147,7 +115,6 @@ def test_a_step_too_large_to_be_captured_is_made_of_its_operations(measured):
     step = Step(0, chunks={0: Chunk(0, 1500, True), 1: Chunk(0, 1500, True)})
     latency = LatencyModel(profile)
     assert latency.parts_us(step)["padding"] == 0
-    latency.rest()
     assert latency.device_ns(step) / 1000 == pytest.approx(KnownMeter().step_us(step), rel=0.02)
 
 

@@ -31,7 +31,9 @@ def compare(
     allow_different: Annotated[list[str] | None, typer.Option(help="A manifest field that may differ.")] = None,
     ablate: Annotated[
         list[str] | None,
-        typer.Option(help="Predict without these terms too: host, skew, head, graph-padding, kv-blocks, by commas."),
+        typer.Option(
+            help="Predict without these terms too: host, skew, head, graph-padding, power, kv-blocks, by commas."
+        ),
     ] = None,
     rank: Annotated[
         bool,

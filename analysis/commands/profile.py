@@ -117,6 +117,32 @@ def profile_derive(
     console.print(f"{out}: profile written", highlight=False)
 
 
+@app.command("calibrate")
+def profile_calibrate(
+    source: Annotated[Path, typer.Option("--from", help="A profile's folder, measured on a GPU.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Served there, from little load to all that the machine can do."),
+    ],
+    out: options.Out,
+) -> None:
+    """Make a profile that knows what captured steps take while serving, from runs that were served.
+
+    A GPU at its power limit is the slower the more it has computed just before. tandem profile serves a run of its own
+    to learn this; here others take its place.
+    """
+    from engine.manifest import config_of
+    from engine.records import read_run
+    from sim.calibrate import calibrate
+    from sim.profile import find_profile, read_profile, write_profile
+
+    served = [read_run(run) for run in runs]
+    with console.status("replaying"):
+        made = calibrate(read_profile(find_profile(source)), [(run, config_of(run.manifest)) for run in served])
+    write_profile(made, out)
+    console.print(f"{out}: profile written", highlight=False)
+
+
 @app.command("list")
 def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""

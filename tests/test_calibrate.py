@@ -1,0 +1,141 @@
+"""A served run tells what captured steps take while serving: where the truth is known, calibration gives it back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.config import ServingConfig
+from engine.recorder import Recorder
+from engine.records import RunRecords
+from engine.step import Chunk, Step
+from sim.calibrate import LEVELS, calibrate, levels, without_served
+from sim.latency import LatencyModel
+from sim.power import Load
+from sim.profile import Profile, read_profile, shipped_profiles, write_profile
+from sim.simulate import predict
+from traces.errors import TandemError
+
+MEMORY_US, ROW_US = 40e3, 21.0
+SLOWED = {"decode": 0.08, "mixed": 0.25}  # what full load adds, as a share of the time at none
+
+
+@pytest.fixture(scope="module")
+def measured() -> Profile:
+    """As it comes from measuring step by step."""
+    return without_served(read_profile(shipped_profiles()["h100-80gb/llama-3-8b"]))
+
+
+@pytest.fixture(scope="module")
+def truth(measured) -> Profile:
+    """The card while it serves: decodes a little slower than measured, mixed steps faster, and slower under load."""
+    factors = {"decode": 1.01, "mixed": 0.95}
+    served = [
+        row | {"time_us": row["time_us"] * factors[row["kind"]], "slowed_us": row["time_us"] * SLOWED[row["kind"]]}
+        for row in measured.tables["graph"]
+    ]
+    return replace(
+        measured,
+        meta=measured.meta | {"load": {"memory_us": MEMORY_US, "row_us": ROW_US}},
+        tables=measured.tables | {"served": served},
+    )
+
+
+@pytest.fixture(scope="module")
+def config(measured) -> ServingConfig:
+    return ServingConfig(**measured.meta["limits"])
+
+
+@pytest.fixture(scope="module")
+def calibrated(measured, truth, config) -> Profile:
+    recorder = Recorder()
+    predict(levels(measured, config), config, truth, recorder)
+    return calibrate(measured, [(RunRecords({}, recorder.tables()), config)])
+
+
+def test_time_and_slowdown_of_every_captured_size_are_found(calibrated, truth):
+    assert calibrated.meta["load"]["memory_us"] == MEMORY_US
+    for found, true in zip(calibrated.tables["served"], truth.tables["served"], strict=True):
+        assert (found["kind"], found["rows"]) == (true["kind"], true["rows"])
+        assert found["time_us"] == pytest.approx(true["time_us"], rel=0.01)
+        assert found["slowed_us"] == pytest.approx(true["slowed_us"], rel=0.1)
+
+
+def test_what_was_measured_stays_as_it_was(calibrated, measured):
+    assert without_served(calibrated) == measured
+    assert calibrated.tables["graph"] == measured.tables["graph"]
+
+
+def test_a_calibrated_profile_can_be_written_and_read(calibrated, tmp_path):
+    write_profile(calibrated, tmp_path / "p")
+    assert read_profile(tmp_path / "p").tables["served"] == calibrated.tables["served"]
+
+
+def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
+    requests = levels(measured, config)
+    seconds = requests[-1].arrival_ns / 1e9 / len(LEVELS)
+    counts = [sum(int(each.arrival_ns / 1e9 / seconds) == turn for each in requests) for turn in range(len(LEVELS))]
+    assert [count / max(counts) for count in counts] == pytest.approx(LEVELS, abs=0.02)
+    assert all(each.prompt_len + each.output_len <= config.max_model_len for each in requests)
+
+
+def test_a_machine_that_can_do_much_is_asked_for_a_shorter_time(measured, config, monkeypatch):
+    monkeypatch.setattr("sim.calibrate.MOST", 500)
+    requests = levels(measured, config)
+    assert len(requests) == pytest.approx(500, rel=0.01) and 5e9 < requests[-1].arrival_ns < 30e9
+
+
+def test_a_profile_without_captured_steps_cannot_be_calibrated(measured, config):
+    tables = {name: rows for name, rows in measured.tables.items() if name != "graph"}
+    with pytest.raises(TandemError, match="only a profile of captured steps can be calibrated"):
+        calibrate(replace(measured, tables=tables), [(RunRecords({}, Recorder().tables()), config)])
+
+
+# -- the load --------------------------------------------------------------------------------------------------
+
+
+def prefill(tokens: int) -> Step:
+    return Step(0, chunks={0: Chunk(0, tokens, True)})
+
+
+def test_a_step_takes_longer_the_more_was_computed_just_before(truth):
+    model = LatencyModel(truth)
+    rested = model.device_ns(prefill(512))
+    times = [model.device_ns(prefill(512)) for _ in range(30)]
+    assert rested < times[0] < times[1] and times == sorted(times)
+    parts = model.parts_us(prefill(512))
+    at_most = SLOWED["mixed"] * (parts["dense"] + parts["head"] + parts["padding"])
+    assert 0.5 * at_most < parts["power"] < 1.1 * at_most
+
+
+def test_a_device_that_waits_recovers(truth):
+    model = LatencyModel(truth)
+    rested = model.device_ns(prefill(512), start_ns=0)
+    again = model.device_ns(prefill(512), start_ns=rested + round(1000 * MEMORY_US))
+    last = model.device_ns(prefill(512), start_ns=10**12)
+    assert rested < again and last == pytest.approx(rested, abs=1)
+    model.rest()
+    assert model.device_ns(prefill(512)) == rested
+
+
+def test_a_step_too_large_to_be_captured_slows_down_too(truth):
+    model = LatencyModel(truth)
+    rested = model.device_ns(prefill(4096))
+    assert model.device_ns(prefill(4096)) > 1.05 * rested
+
+
+def test_the_power_limit_can_be_left_out(truth, measured):
+    model, ignoring = LatencyModel(truth), LatencyModel(truth, ["power"])
+    first, second = (ignoring.device_ns(prefill(512)) for _ in range(2))
+    assert first == second == model.device_ns(prefill(512))
+    assert LatencyModel(measured).parts_us(prefill(512))["power"] == 0
+
+
+def test_the_load_is_the_share_of_the_recent_past():
+    load = Load(MEMORY_US)
+    for _ in range(200):
+        load.worked(10_000, 3_000)
+    assert load.share == pytest.approx(0.3)
+    load.rested(MEMORY_US)
+    assert load.share == pytest.approx(0.3 / 2.718281828)
