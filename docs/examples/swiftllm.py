@@ -54,7 +54,7 @@ class Experiment:
         step_tokens: token budget of a step.
         graphs: whether memory is taken as Tandem's executor takes it, not as swiftLLM does.
         host_us: of the host after every step, beside what the profile says (nothing).
-        times: as how long tables of the profile are taken to be as they are; 1 where nothing is said.
+        times: by table of the profile, a factor on its times; 1 where nothing is said.
     """
 
     lengths: str = "sharegpt-turns"
