@@ -92,7 +92,7 @@ def test_the_commands_of_the_page_judge_a_study_print_its_residuals_and_draw_it(
             assert "chunked_prefill-20" in done.stdout and "The device between steps" in done.stdout
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     shown = re.findall(r"\]\(figures/(.*?)\)", (ROOT / "docs/fidelity.md").read_text())
-    assert drawn == set(shown) == {path.name for path in (ROOT / "docs/figures").iterdir()}
+    assert drawn == set(shown) <= {path.name for path in (ROOT / "docs/figures").iterdir()}
 
 
 def test_a_folder_without_a_study_is_named(tmp_path, monkeypatch, capsys):
