@@ -97,9 +97,9 @@ def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]
     return _takes("limits", Limits, omitted, defaults)
 
 
-def takes_loading(**defaults: str) -> Callable[[Command], Command]:
-    """Give a command with a parameter `loading` an option for each field of `Loading`; `defaults` as there."""
-    return _takes("loading", Loading, (), defaults)
+def takes_loading() -> Callable[[Command], Command]:
+    """Give a command with a parameter `loading` an option for each field of `Loading`."""
+    return _takes("loading", Loading, (), {})
 
 
 def _takes(

@@ -1,8 +1,8 @@
 """What captured steps take while serving, learned from a run that is served on a machine whose steps were measured.
 
-A step takes `time + slowed x load`, load being what the device computed in the last tens of milliseconds
-(`sim.power`). The profiler's streams tell neither the two apart, nor what serving does that they do not; a run that
-was served at all loads does. Attention is taken to be as the profile says.
+A step takes `time + slowed x excess`: by how much the load, which is what the device computed in the last tens of
+milliseconds (`sim.power`), exceeds a limit. The profiler's streams tell the two no more apart than they tell what
+serving does and they do not; a run that was served at all loads does. Attention is taken to be as the profile says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 # The served run: shares of what the machine can do, each for as long; and the most requests, if it can do much.
 LEVELS, LEVEL_S, MOST = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.8, 0.6, 0.4, 0.2), 6.0, 10_000
 MEAN_PROMPT, MEAN_OUTPUT, SIGMA, LONGEST = 230, 200, 1.1, 1024  # of lengths, much as ShareGPT's
-MEMORIES_US = (10e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3)  # time constants of the load to choose from
+MEMORIES_US = (10e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3)  # time constants of the load, to choose from
+LIMITS = tuple(twentieth / 20 for twentieth in range(13))  # loads up to which nothing slows down, to choose from
 ENOUGH = 24  # steps of a captured size that tell its time; what others take is read off between those
 # How certain the slope of all sizes together is for one of them, in sums of squares of the load: a size that ran at
 # loads that vary by less takes that slope, by more its own.
@@ -133,7 +135,7 @@ class Served(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Of one captured size, as shares of what the profile says: the time at no load, and what full load adds."""
+    """Of one captured size, as shares of what the profile says: the time below the limit, what an excess of 1 adds."""
 
     rows: int
     time: float
@@ -156,10 +158,15 @@ def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]
     bare = without_served(profile)
     row_us = min(row["time_us"] / row["rows"] for row in bare.tables["graph"] if row["kind"] == "mixed")
     served = [_served(bare, run, config, row_us) for run, config in runs]
-    fits = {memory_us: _fit(served, memory_us) for memory_us in MEMORIES_US}
-    memory_us = min(fits, key=lambda memory_us: fits[memory_us][1])
-    table = [row for kind, of_kind in fits[memory_us][0].items() for row in _rows(bare.tables["graph"], kind, of_kind)]
-    meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us}}
+    loads = {memory_us: np.concatenate([run.loads(memory_us) for run in served]) for memory_us in MEMORIES_US}
+    fits = {
+        (memory_us, limit): _fit(served, np.maximum(0.0, loads[memory_us] - limit))
+        for memory_us, limit in product(MEMORIES_US, LIMITS)
+    }
+    memory_us, limit = min(fits, key=lambda chosen: fits[chosen][1])
+    by_kind, _ = fits[memory_us, limit]
+    table = [row for kind, of_kind in by_kind.items() for row in _rows(bare.tables["graph"], kind, of_kind)]
+    meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us, "limit": limit}}
     return Profile(meta, bare.tables | {"served": table})
 
 
@@ -187,19 +194,18 @@ def _served(profile: Profile, run: RunRecords, config: ServingConfig, row_us: fl
     return Served(*map(np.array, zip(*taken, strict=True)))
 
 
-def _fit(served: Sequence[Served], memory_us: float) -> tuple[dict[str, list[Fit]], float]:
+def _fit(served: Sequence[Served], excess: Floats) -> tuple[dict[str, list[Fit]], float]:
     """The fits by kind of step, and the sum of their squared residuals."""
     prefills, rows, ratios = (np.concatenate([run[place] for run in served]) for place in range(3))
-    loads = np.concatenate([run.loads(memory_us) for run in served])
     fits, squares = {}, 0.0
     for kind, chosen in (("decode", ~prefills), ("mixed", prefills)):
-        fits[kind], of_kind = _fit_kind(rows[chosen], ratios[chosen], loads[chosen])
+        fits[kind], of_kind = _fit_kind(rows[chosen], ratios[chosen], excess[chosen])
         squares += of_kind
     return fits, squares
 
 
-def _fit_kind(rows: NDArray[np.int64], ratios: Floats, loads: Floats) -> tuple[list[Fit], float]:
-    sizes = [(size, ratios[rows == size], loads[rows == size]) for size in np.unique(rows)]
+def _fit_kind(rows: NDArray[np.int64], ratios: Floats, excess: Floats) -> tuple[list[Fit], float]:
+    sizes = [(size, ratios[rows == size], excess[rows == size]) for size in np.unique(rows)]
     sizes = [(size, np.minimum(of_size, OUTLIER * np.median(of_size)), at) for size, of_size, at in sizes]
     moments = [_moments(of_size, at) for _, of_size, at in sizes]
     slope = max(0.0, sum(xy for xy, _ in moments) / (sum(xx for _, xx in moments) or 1.0))

@@ -70,7 +70,8 @@ class LatencyModel:
         self._pair_us = _least_pair_us(tables["prefill_attention"]) if self._graph else None
         load = profile.meta.get("load")
         self._load = Load(load["memory_us"]) if load else None
-        self._row_us = load["row_us"] if load else 0.0
+        self._row_us: float = load["row_us"] if load else 0.0
+        self._limit: float = load["limit"] if load else 0.0
         self._end_ns = 0  # of the last step
         largest = max(tables.get("served", ()), key=lambda row: row["rows"], default=None)
         # Steps larger than captured are taken to slow down as the largest of those.
@@ -125,7 +126,7 @@ class LatencyModel:
         """What the load adds to a step that takes `time_us` at none; the step is then part of the load."""
         begin_ns = max(self._end_ns, start_ns or 0)
         load.rested((begin_ns - self._end_ns) / 1000)
-        extra_us = slowed * load.share
+        extra_us = slowed * max(0.0, load.share - self._limit)
         load.worked(time_us + extra_us, best_us)
         self._end_ns = begin_ns + round(1000 * (time_us + extra_us))
         return extra_us

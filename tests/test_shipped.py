@@ -90,8 +90,7 @@ def test_twice_as_many_rows_take_no_less_time(h100):
     for kind in ("decode", "mixed"):
         of_kind = {row["rows"]: row["time_us"] for row in h100.tables["graph"] if row["kind"] == kind}
         assert all(rises([of_kind[rows], of_kind[2 * rows]], slack=0.01) for rows in of_kind if 2 * rows in of_kind)
-        if kind == "mixed":
-            assert of_kind[448] > 1.3 * of_kind[480]  # 448 rows are a hole
+        assert rises([*of_kind.values()], slack=0.02)  # no size is captured that takes longer than a larger one
 
 
 def test_steps_within_the_limits_are_covered_and_others_counted(h100):

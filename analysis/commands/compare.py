@@ -97,7 +97,7 @@ def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_jso
 
 @app.command()
 @options.takes_limits("max_model_len", max_seqs=16, max_batched_tokens=128)
-@options.takes_loading(device="cpu")
+@options.takes_loading()
 def validate(
     limits: Limits,
     loading: Loading,

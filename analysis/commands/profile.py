@@ -21,7 +21,7 @@ app = typer.Typer(invoke_without_command=True)
 
 @app.callback()
 @options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
-@options.takes_loading(device="cpu")
+@options.takes_loading()
 def profile(
     limits: Limits,
     loading: Loading,
