@@ -66,5 +66,7 @@ class DecodeSet:
     def advance(self) -> dict[int, int]:
         """Every member makes one token. Returns the contexts of those whose alarm rings."""
         tick = self._tick = self._tick + 1
+        if not (ringing := self._alarms.pop(tick, None)):
+            return {}
         base = self._base
-        return {each: base[each] + tick for each in self._alarms.pop(tick, ()) if each in base}
+        return {each: base[each] + tick for each in ringing if each in base}

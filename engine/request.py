@@ -83,6 +83,11 @@ class Request:
         return self.arrival_ns + min(due) if due else None
 
     @property
+    def last_context(self) -> int:
+        """Tokens in the cache once its last token, by `max_tokens`, is made: all but that one, which is not fed back."""
+        return self.prompt_len + self.max_tokens - 1
+
+    @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the cache once all planned steps have run."""
         return self._computed if self._decoding is None else self._decoding.context(self.id)
