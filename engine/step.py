@@ -74,7 +74,7 @@ class Step:
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
-        return sum(chunk.tokens for chunk in self.chunks.values()) if self.chunks else 0
+        return sum([chunk.tokens for chunk in self.chunks.values()]) if self.chunks else 0
 
     @property
     def is_steady(self) -> bool:

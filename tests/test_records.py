@@ -12,6 +12,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from analysis.metrics import metrics
 from engine.config import ServingConfig
 from engine.graph_sizes import GraphSizes
 from engine.recorder import Recorder
-from engine.records import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, tables_from_rows
+from engine.records import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, table_from_rows
 from sim.profile import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate
 from sim.timing import ProfiledTiming
@@ -116,14 +117,13 @@ def test_a_simulation_records_what_it_always_did(case):
 @given(workloads(), configs(), st.integers(1, 9))
 def test_rows_that_are_written_as_they_come_are_those_of_a_run_held_whole(requests, config, flush):
     whole = serve(requests, config)[0].tables()
-    rows = defaultdict(list)
+    written = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.recorder.FLUSH", flush)
-        recorder = Recorder(lambda table, new: rows[table].extend(new))
+        recorder = Recorder(lambda table, rows: written[table].append(table_from_rows(table, rows)))
         simulate(requests, config, ProfiledTiming(small_profile()), recorder)
         recorder.close()
-    streamed = tables_from_rows(rows)
-    assert all(streamed[name].equals(whole[name]) for name in COLUMNS)
+    assert all(pa.concat_tables(written[name]).equals(whole[name]) for name in COLUMNS)
 
 
 def test_what_is_held_grows_with_the_requests_in_flight_not_with_the_trace(monkeypatch):

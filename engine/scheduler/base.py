@@ -134,9 +134,9 @@ class Scheduler(ABC):
         if request.cpu_blocks:
             return self._swap_in(request)
         hits = self._hits(request)
-        left = request.to_prefill - len(hits) * self.config.block_size
-        tokens = min(left, self.budget) if self.chunked else left
-        if not 0 < tokens <= self.budget or request.id in self._step.chunks:
+        left, budget = request.to_prefill - len(hits) * self.config.block_size, self.budget
+        tokens = min(left, budget) if self.chunked else left
+        if not 0 < tokens <= budget or request.id in self._step.chunks:
             return False
         if request.id not in self.prefilling and not self._admit(request, hits, tokens):
             return False
@@ -209,9 +209,10 @@ class Scheduler(ABC):
         """The client gave up. Nothing happens if the request has ended."""
         self._drop(request, CANCELLED)
 
-    def stopped(self, request: Request) -> None:
+    def stopped(self, request_id: int) -> None:
         """A completed step found the request's stop token. Nothing happens if the request has ended."""
-        self._drop(request, STOP)
+        if request := self.running.get(request_id) or self.waiting.get(request_id):
+            self._drop(request, STOP)
 
     def schedule(self, now: int) -> Step | None:
         """Plan the next step, or None if there is nothing to run."""
@@ -344,10 +345,10 @@ class Scheduler(ABC):
     def _start_decoding(self) -> None:
         for request in self._ready:
             if request.id in self.running:
+                context = self._step.joined[request.id] = request.computed
                 request.start_decoding(self.decoding)
-                self._step.joined[request.id] = request.computed
-                self.decoding.wake(request.id, request.max_tokens - request.generated)
-                if room := len(request.blocks) * self.config.block_size - request.computed:
+                self.decoding.wake(request.id, request.last_context - context)
+                if room := len(request.blocks) * self.config.block_size - context:
                     self.decoding.wake(request.id, room)
                 else:
                     self._out_of_block[request.id] = request
