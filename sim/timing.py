@@ -57,8 +57,21 @@ class ProfiledTiming:
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The device starts once the step is launched, and its predecessor and the copies that it needs are done."""
         plan_ns, launch_ns, notice_ns, turn_ns, _ = self._host.of(step)
-        planned, launched = now + plan_ns, now + plan_ns + launch_ns
+        planned = now + plan_ns
+        launched = planned + launch_ns
         device_ns = self.latency.device_ns(step)
+        if step.swapped_out or step.swapped_in or self._copied_ns:
+            self._copy(step, launched)
+        if step.decodes or step.chunks:
+            start = max(launched, self._device_free_ns)
+            self._device_free_ns = start + device_ns
+        else:
+            start = self._copies_free_ns - device_ns
+        self._in_flight.append((start, device_ns, notice_ns, turn_ns))
+        return Launch(planned, launched), launched
+
+    def _copy(self, step: Step, launched: int) -> None:
+        """Let the step's copies run, and the device wait for those that its compute needs."""
         if step.swapped_out or step.swapped_in:
             copy_start = max(launched, self._device_free_ns, self._copies_free_ns)
             self._copied_ns[step.index] = self._copies_free_ns = copy_start + self.latency.copies_ns(step)
@@ -66,13 +79,6 @@ class ProfiledTiming:
             # Later compute is held up too, should this step have none: `CopyOrder` names what to wait for once.
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
-        if not step.decodes and step.kind == "swap":
-            start = self._copies_free_ns - device_ns
-        else:
-            start = max(launched, self._device_free_ns)
-            self._device_free_ns = start + device_ns
-        self._in_flight.append((start, device_ns, notice_ns, turn_ns))
-        return Launch(planned, launched), launched
 
     def complete(self, now: int) -> tuple[Work, int]:
         """The host notices a little after the device's end, or at once if that is past."""
