@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FLUSH = 16384  # turns of the loop whose rows are held before they are written
-_NO_LAUNCH, _NO_COMPLETION = (NULL, NULL, NULL), (NULL, NULL)
+_NOTHING = NULL, NULL  # launched, or completed
 _pack_step, _pack_iteration = packer("steps"), packer("iterations")
 
 
@@ -152,8 +152,10 @@ class Recorder:
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
         """One turn of the loop is over."""
-        launched = (step.index, *launch) if step and launch else _NO_LAUNCH
-        self._iterations += _pack_iteration(now, events, *launched, *(completion[:2] if completion else _NO_COMPLETION))
+        planned_ns, launched_ns = launch or _NOTHING
+        completed, completed_ns = completion[:2] if completion else _NOTHING
+        index = step.index if step else NULL
+        self._iterations += _pack_iteration(now, events, index, planned_ns, launched_ns, completed, completed_ns)
         self._turns += 1
         if self._write and self._turns == FLUSH:
             self._flush(self._over)

@@ -61,8 +61,8 @@ class SimBackend:
         """Waits for the oldest step in flight."""
         index, stops = self._in_flight.popleft()
         now = self._env.now
-        work, resume_ns = self._timing.complete(now)
-        return self._env.timeout(resume_ns - now, Completion(index, *work, stops))
+        completed_ns, start_ns, device_ns, resume_ns = self._timing.complete(now)
+        return self._env.timeout(resume_ns - now, Completion(index, completed_ns, start_ns, device_ns, stops))
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from engine.backend import Launch
 from engine.copies import CopyOrder
@@ -17,22 +17,14 @@ from sim.latency import LatencyModel
 from sim.profile import HOST_TERMS, HOST_TERMS_BY_KIND, Profile
 
 
-class Work(NamedTuple):
-    """A completed step: when the host noticed, and when and how long the device worked."""
-
-    completed_ns: int
-    device_start_ns: int
-    device_ns: int
-
-
 class Timing(Protocol):
-    """What a simulated backend asks. The second value of each pair is when the loop goes on."""
+    """What a simulated backend asks. The last value of what it is told is when the loop goes on."""
 
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The host launches a step."""
 
-    def complete(self, now: int) -> tuple[Work, int]:
-        """The host waits for the oldest step in flight."""
+    def complete(self, now: int) -> tuple[int, int, int, int]:
+        """The host waits for the oldest step in flight: when it notices, when the device began, how long it worked."""
 
     def wake(self, due_ns: int) -> int:
         """The host, idle, is woken by an event that is due at `due_ns`; returns when the loop goes on."""
@@ -80,11 +72,11 @@ class ProfiledTiming:
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
 
-    def complete(self, now: int) -> tuple[Work, int]:
+    def complete(self, now: int) -> tuple[int, int, int, int]:
         """The host notices a little after the device's end, or at once if that is past."""
         start, device_ns, notice, turn = self._in_flight.popleft()
         completed = max(now, start + device_ns + notice)
-        return Work(completed, start, device_ns), completed + turn
+        return completed, start, device_ns, completed + turn
 
     def wake(self, due_ns: int) -> int:
         """Timers are late."""
@@ -170,14 +162,14 @@ class RecordedTiming:
         self.parts_us.append(self._latency.parts_us(step) if step.kind != "swap" else {})
         return self._latency.device_ns(step)
 
-    def complete(self, now: int) -> tuple[Work, int]:
+    def complete(self, now: int) -> tuple[int, int, int, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
         completed = self._row["completed_ns"]
         if completed is None:
             raise ReplayOver
         predicted_ns = self._in_flight.popleft()
         start, recorded_ns = next(self._completed)
-        return Work(completed, start, predicted_ns if self._latency else recorded_ns), self._next_read(completed)
+        return completed, start, predicted_ns if self._latency else recorded_ns, self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up."""
