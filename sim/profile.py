@@ -249,7 +249,7 @@ class Surface:
         xs, curves = self.xs, self._curves
         if len(xs) == 1:
             return curves[0], curves[0], 0.0
-        right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+        right = bisect_right(xs, x, 1, len(xs) - 1)
         return curves[right - 1], curves[right], (x - xs[right - 1]) / (xs[right] - xs[right - 1])
 
     def covers(self, x: float, y: float) -> bool:
