@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.backend import Completion, Launch
+from engine.backend import Completion, Launch, Stop
 from engine.events import Event
 from engine.records import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
@@ -134,6 +134,11 @@ class Recorder:
             len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
             completed_ns, start_ns, device_ns,
         )  # fmt: skip
+        if step.chunks or step.finishing or stops:
+            self._note_tokens(step, completed_ns, stops)
+
+    def _note_tokens(self, step: Step, completed_ns: int, stops: Sequence[Stop]) -> None:
+        """Note whose first and last tokens the step made."""
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
             if chunk.samples and life.first_token_ns is None:
