@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
@@ -152,6 +153,19 @@ def test_the_metrics_of_a_stored_run_are_those_of_the_run_in_memory(tmp_path, li
     run.write(tmp_path / "run")
     assert metrics(RunRecords({}, StoredTables(tmp_path / "run"))) == metrics(run)
     assert metrics(run)["completed"] == (0 if limit == 1 else 200)
+
+
+@settings(max_examples=50, deadline=None)
+@given(workloads(), configs(), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
+def test_the_metrics_of_a_run_are_those_that_it_has_when_looked_at_piece_by_piece(requests, config, part, some, rows):
+    run = RunRecords({}, serve(requests, config)[0].tables())
+    whole = metrics(run)
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        run.write(Path(folder) / "run")
+        patch.setattr("analysis.metrics.PART", part)
+        patch.setattr("analysis.metrics.SORTED", some)
+        patch.setattr("engine.records.BATCH", rows)
+        assert metrics(RunRecords({}, StoredTables(Path(folder) / "run"))) == pytest.approx(whole, nan_ok=True)
 
 
 if __name__ == "__main__":
