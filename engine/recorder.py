@@ -17,7 +17,7 @@ from engine.step import Copies, Step
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FLUSH = 16384  # turns of the loop whose rows are held before they are written
+FLUSH = 65536  # turns of the loop whose rows are held before they are written
 _NOTHING = NULL, NULL  # launched, or completed
 _pack_step, _pack_iteration = packer("steps"), packer("iterations")
 
