@@ -372,12 +372,12 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     Raises:
         TandemError: an SLO is on something unknown.
     """
-    totals = _request_totals(run) | _step_totals(run)
-    goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
     values = _per_request(run)
     table, several = latency_statistics(values), len(values.pop("tpot"))
     values.clear()  # gaps take as much memory
     table["itl"] = _shared_statistics(shared_itl(run), several)
+    totals = _request_totals(run) | _step_totals(run)
+    goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
 
 
