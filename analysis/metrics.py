@@ -6,8 +6,10 @@ may not know which rider wrote the records. Everything is an array operation: no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+_Gaps = tuple[Floats, NDArray[np.unsignedinteger]]  # milliseconds, and how many saw each, in as few bytes as these need
 
 NS_PER_MS = 1e6
 NS_PER_S = 1e9
 _SPAN_COLUMNS = ("request", "first_step", "last_step")
-PART = 100_000  # requests whose tokens are looked at together, for the sake of memory
+PART = 50_000  # requests whose tokens are looked at together, for the sake of memory
+SORTED = 250_000  # gaps that are sorted together, likewise
+SAMPLE = 1000  # gaps that tell where all the others lie
 P99_REQUESTS = 200  # below this many requests, P99 is the luck of one or two of them
 
 REQUEST_LATENCIES = {
@@ -117,9 +122,11 @@ class _Stretches:
 
 def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
     """Of all requests, or those among `ids`."""
-    steps = run.select("steps", "completed_ns", "decode_tokens")
-    completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
     is_prefill, request, first, last = _sampling_spans(run, ids)
+    begun, over = (int(first.min()), int(last.max()) + 1) if len(first) else (0, 0)
+    steps = _rows(run, begun, over, "completed_ns", "decode_tokens")
+    first, last = first - begun, last - begun  # steps count from the first that matters
+    completed_ns, decode_steps = column(steps, "completed_ns"), np.flatnonzero(column(steps, "decode_tokens"))
     prefilled = first[is_prefill & (first < len(completed_ns))]
     number = len(decode_steps) + np.cumsum(is_prefill) - 1  # of a prefill's token in `time_ns`
     begin = np.where(is_prefill, number, np.searchsorted(decode_steps, first, "left"))
@@ -132,6 +139,21 @@ def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
     some = end > begin
     time_ns = completed_ns[np.concatenate([decode_steps, prefilled])]
     return _Stretches(time_ns, len(decode_steps), request[some], begin[some], end[some])
+
+
+def _rows(run: RunRecords, begin: int, end: int, *columns: str) -> pa.Table:
+    """Some of the rows of `steps`, with no more in memory than these."""
+    import pyarrow as pa
+
+    pieces: list[pa.Table] = []
+    at = 0
+    for batch in run.batches("steps", *columns):
+        skip = max(0, begin - at)
+        piece = batch.slice(skip, max(0, end - at - skip))
+        if len(piece) or not pieces:  # the first has the columns, if nothing else
+            pieces.append(piece)
+        at += len(batch)
+    return pa.concat_tables(pieces)
 
 
 def _sampling_spans(run: RunRecords, ids: Ints | None) -> tuple[NDArray[Any], ...]:
@@ -232,18 +254,16 @@ def _pooled_gaps_ms(run: RunRecords, ids: Ints) -> Floats:
     return np.asarray(np.diff(tokens.time_ns)[same_request] / NS_PER_MS)
 
 
-def shared_itl(run: RunRecords) -> tuple[Floats, Ints]:
-    """`itl`, each gap that requests share once: milliseconds, (gaps,), and how many requests saw it, (gaps,).
+def shared_itl(run: RunRecords) -> list[_Gaps]:
+    """`itl`, each gap that requests share once: milliseconds, (gaps,), and how many requests saw it, (gaps,), in parts.
 
     All that decode beside each other wait alike, so that these are as many as the steps, however many the tokens.
     """
     ids = _completed_ids(run)
-    parts = [_shared_gaps(run, part) for part in np.array_split(ids, max(1, len(ids) // PART))]
-    gaps_ns, seen = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return gaps_ns / NS_PER_MS, seen
+    return [_shared_gaps(run, part) for part in np.array_split(ids, max(1, len(ids) // PART))]
 
 
-def _shared_gaps(run: RunRecords, ids: Ints) -> tuple[Ints, Ints]:
+def _shared_gaps(run: RunRecords, ids: Ints) -> _Gaps:
     made = _stretches(run, ids)
     starts, ends = (np.bincount(each, minlength=made.decodes)[: made.decodes] for each in (made.begin, made.end - 1))
     beside = np.cumsum(starts - ends)  # how many make a token in a decode step, and in the next
@@ -253,7 +273,8 @@ def _shared_gaps(run: RunRecords, ids: Ints) -> tuple[Ints, Ints]:
         made.time_ns[shared + 1] - made.time_ns[shared],
         made.time_ns[made.begin[across + 1]] - made.time_ns[made.end[across] - 1],
     )
-    return np.concatenate(gaps_ns), np.concatenate([beside[shared], np.ones_like(across)])
+    seen = np.concatenate([beside[shared], np.ones_like(across)])
+    return np.concatenate(gaps_ns) / NS_PER_MS, seen.astype(np.min_scalar_type(seen.max(initial=0)))
 
 
 def latencies(run: RunRecords, ids: Ints | None = None) -> dict[str, Floats]:
@@ -280,17 +301,40 @@ def _statistics(values: Floats, requests: int) -> dict[str, float | None]:
     return _named(values.mean(), values.std(), np.percentile(values, PERCENTILES), requests)
 
 
-def _shared_statistics(values: Floats, seen: Ints, requests: int) -> dict[str, float | None]:
-    """As `_statistics` of `np.repeat(values, seen)`, without making it."""
-    if not values.size:
+def _shared_statistics(parts: Sequence[_Gaps], requests: int) -> dict[str, float | None]:
+    """As `_statistics` of `np.repeat(*part)` of all parts, without making it."""
+    total = sum(int(seen.sum(dtype=np.int64)) for _, seen in parts)
+    if not total:
         return dict.fromkeys(STATISTICS)
-    mean = np.average(values, weights=seen)
-    std = np.sqrt(np.average((values - mean) ** 2, weights=seen))
-    order = np.argsort(values)
-    values, up_to = values[order], np.cumsum(seen[order])
-    place = np.asarray(PERCENTILES) / 100 * (up_to[-1] - 1)
-    below, above = (values[np.searchsorted(up_to, edge(place), "right")] for edge in (np.floor, np.ceil))
+    mean = sum((values * seen).sum() for values, seen in parts) / total
+    std = np.sqrt(sum(((values - mean) ** 2 * seen).sum() for values, seen in parts) / total)
+    place = np.asarray(PERCENTILES) / 100 * (total - 1)
+    below, above = np.split(_ranked(parts, np.concatenate([np.floor(place), np.ceil(place)])), 2)
     return _named(mean, std, below + (above - below) * (place % 1), requests)
+
+
+def _ranked(parts: Sequence[_Gaps], ranks: Floats) -> Floats:
+    """What lies at these ranks of `np.repeat(*part)` of all parts, with about `SORTED` gaps sorted at a time."""
+    sample = np.concatenate([values[:: 1 + len(values) // SAMPLE] for values, _ in parts])
+    shares = np.linspace(0, 1, 2 + sum(len(values) for values, _ in parts) // SORTED)[1:-1]
+    found, before = np.empty(len(ranks)), 0
+    for low, high in pairwise([-np.inf, *np.unique(np.quantile(sample, shares)), np.inf]):
+        values, seen = _between(parts, low, high)
+        order = np.argsort(values)
+        up_to = before + np.cumsum(seen[order], dtype=np.int64)
+        after = up_to[-1] if len(up_to) else before
+        here = (before <= ranks) & (ranks < after)
+        found[here] = values[order[np.searchsorted(up_to, ranks[here], "right")]]
+        before = after
+    return found
+
+
+def _between(parts: Sequence[_Gaps], low: float, high: float) -> _Gaps:
+    """The gaps from `low` to below `high`."""
+    inside = [(low <= values) & (values < high) for values, _ in parts]
+    chosen = [(values[those], seen[those]) for (values, seen), those in zip(parts, inside, strict=True)]
+    values, seen = (np.concatenate(each) for each in zip(*chosen, strict=True))
+    return values, seen
 
 
 def _named(mean: float, std: float, percentiles: Floats, requests: int) -> dict[str, float | None]:
@@ -328,12 +372,12 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     Raises:
         TandemError: an SLO is on something unknown.
     """
-    totals = _request_totals(run) | _step_totals(run)
-    goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
-    values = _per_request(run)
+    steps, values = _step_totals(run), _per_request(run)
     table, several = latency_statistics(values), len(values.pop("tpot"))
     values.clear()  # gaps take as much memory
-    table["itl"] = _shared_statistics(*shared_itl(run), several)
+    table["itl"] = _shared_statistics(shared_itl(run), several)
+    totals = _request_totals(run) | steps
+    goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
 
 
@@ -375,7 +419,8 @@ def _own_slo_attainment(run: RunRecords) -> float | None:
 
 def _prefix_cache(run: RunRecords) -> dict[str, Any]:
     cached = int(column(run.select("requests", "cached_tokens"), "cached_tokens").sum())
-    prefilled = cached + int(column(run.select("steps", "prefill_tokens"), "prefill_tokens").sum())
+    batches = run.batches("steps", "prefill_tokens")
+    prefilled = cached + sum(int(column(steps, "prefill_tokens").sum()) for steps in batches)
     return {"cached_tokens": cached, "prefix_cache_hit_rate": cached / prefilled if prefilled else None}
 
 
@@ -390,15 +435,26 @@ def _per_second(count: int, duration_s: float | None) -> float | None:
 
 
 def _step_totals(run: RunRecords) -> dict[str, Any]:
-    times = ("scheduled_ns", "planned_ns", "launched_ns")
-    steps = run.select("steps", *times, "prefill_tokens", "chunks", "decode_tokens")
-    scheduled, planned, launched = (column(steps, name) for name in times)
-    some = len(steps) > 0
-    return {f"steps_{kind}": int(np.count_nonzero(those)) for kind, those in _of_kind(steps).items()} | {
-        "mean_batch": float((column(steps, "chunks") + column(steps, "decode_tokens")).mean()) if some else None,
-        "median_schedule_us": float(np.median(planned - scheduled)) / 1e3 if some else None,
-        "median_launch_us": float(np.median(launched - planned)) / 1e3 if some else None,
+    kinds: Counter[str] = Counter()
+    steps = sequences = 0
+    for batch in run.batches("steps", "prefill_tokens", "chunks", "decode_tokens"):
+        kinds.update({f"steps_{kind}": int(np.count_nonzero(those)) for kind, those in _of_kind(batch).items()})
+        steps += len(batch)
+        sequences += int(column(batch, "chunks").sum() + column(batch, "decode_tokens").sum())
+    return dict(kinds) | {
+        "mean_batch": sequences / steps if steps else None,
+        "median_schedule_us": _median_us(run, steps, "scheduled_ns", "planned_ns"),
+        "median_launch_us": _median_us(run, steps, "planned_ns", "launched_ns"),
     }
+
+
+def _median_us(run: RunRecords, steps: int, begin: str, end: str) -> float | None:
+    """Of the time that so many steps, all of the run, took from one column to another."""
+    took, at = np.empty(steps, np.int64), 0
+    for batch in run.batches("steps", begin, end):
+        np.subtract(column(batch, end), column(batch, begin), out=took[at : at + len(batch)])
+        at += len(batch)
+    return float(np.median(took, overwrite_input=True)) / 1e3 if steps else None
 
 
 def _goodput(run: RunRecords, slos_ms: Mapping[str, float], duration_s: float | None) -> dict[str, float | None]:

@@ -28,6 +28,7 @@ from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.records import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler import load_scheduler
+from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
 from sim.memory import card_blocks
@@ -133,11 +134,19 @@ def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) ->
 def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
     """Profile the executor and write the profile to `out`, with a progress bar.
 
-    What ends it early loses nothing: measurements are kept beside `out`, and the next call goes on from there.
+    Where steps are captured, a run is served besides, which calibrates the profile. What ends it early loses nothing:
+    measurements are kept beside `out`, and the next call goes on from there.
     """
+    notes = out.with_name(f"{out.name}.partial.jsonl")
     with progress_bar(console, "profile", count_work(executor, config)) as show:
-        profile = measure_profile(executor, config, show, out.with_name(f"{out.name}.partial.jsonl"))
+        profile = measure_profile(executor, config, show, notes)
+    if executor.captures:
+        requests, recorder = levels(profile, config), Recorder()
+        with watched(console, "serve", recorder, len(requests)):
+            executor.serve(requests, config, recorder)
+        profile = calibrate(profile, [(RunRecords({}, recorder.tables()), config)])
     write_profile(profile, out)
+    notes.unlink(missing_ok=True)
     return profile
 
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.backend import Completion, Launch
+from engine.backend import Completion, Launch, Stop
 from engine.events import Event
-from engine.records import COLUMNS, NULL, Row, tables_from_rows
+from engine.records import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
 from engine.request import CANCELLED, REJECTED, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FLUSH = 16384  # turns of the loop whose rows are held before they are written
+FLUSH = 65536  # turns of the loop whose rows are held before they are written
+_NOTHING = NULL, NULL  # launched, or completed
+_pack_step, _pack_iteration = packer("steps"), packer("iterations")
 
 
 class Observer(Protocol):
@@ -67,7 +69,7 @@ class Recorder:
         ended: requests that were served, stopped, cancelled or rejected so far.
     """
 
-    def __init__(self, write: Callable[[str, list[Row]], object] | None = None) -> None:
+    def __init__(self, write: Callable[[str, Rows], object] | None = None) -> None:
         """`write` takes a table's name and its next rows, every `FLUSH` turns of the loop and at `close`.
 
         Then no more is held than requests that have not ended. Without it all is held for `tables`.
@@ -80,9 +82,9 @@ class Recorder:
         self._in_flight: deque[tuple[Step, int, Launch]] = deque()
         self._last_step = -1
         self._requests: list[Row] = []
-        self._steps: list[Row] = []
         self._spans: list[Row] = []
-        self._iterations: list[Row] = []
+        self._steps, self._iterations = bytearray(), bytearray()  # rows, packed
+        self._turns = 0  # whose rows these are
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
@@ -125,13 +127,18 @@ class Recorder:
         step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
         _, completed_ns, start_ns, device_ns, stops = completion
         out, back = step.swapped_out, step.swapped_in
-        self._steps.append((
+        self._steps += _pack_step(
             step.index, step.digest, now, planned_ns, launched_ns,
             step.prefill_tokens, len(step.chunks), step.decodes,
             step.kv_tokens, step.kv_blocks_used, step.running, step.waiting,
             len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
             completed_ns, start_ns, device_ns,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if step.chunks or step.finishing or stops:
+            self._note_tokens(step, completed_ns, stops)
+
+    def _note_tokens(self, step: Step, completed_ns: int, stops: Sequence[Stop]) -> None:
+        """Note whose first and last tokens the step made."""
         for request_id, chunk in step.chunks.items():
             life = self._lives[request_id]
             if chunk.samples and life.first_token_ns is None:
@@ -150,10 +157,12 @@ class Recorder:
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
         """One turn of the loop is over."""
-        launched = (step.index, *launch) if step and launch else (NULL, NULL, NULL)
-        completed = completion[:2] if completion else (NULL, NULL)
-        self._iterations.append((now, events, *launched, *completed))
-        if self._write and len(self._iterations) == FLUSH:
+        planned_ns, launched_ns = launch or _NOTHING
+        completed, completed_ns = completion[:2] if completion else _NOTHING
+        index = step.index if step else NULL
+        self._iterations += _pack_iteration(now, events, index, planned_ns, launched_ns, completed, completed_ns)
+        self._turns += 1
+        if self._write and self._turns == FLUSH:
             self._flush(self._over)
             self._over = sum(1 for _ in takewhile(lambda life: life.over, self._lives.values()))
 
@@ -167,8 +176,9 @@ class Recorder:
             if self._write:
                 self._write(name, rows)
                 rows.clear()
+                self._turns = 0
 
-    def _rows(self) -> dict[str, list[Row]]:
+    def _rows(self) -> dict[str, list[Row] | bytearray]:
         return dict(zip(COLUMNS, (self._requests, self._steps, self._spans, self._iterations), strict=True))
 
     def close(self) -> None:

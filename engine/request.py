@@ -83,6 +83,11 @@ class Request:
         return self.arrival_ns + min(due) if due else None
 
     @property
+    def last_context(self) -> int:
+        """Tokens in the cache once its last token, by `max_tokens`, is made: that one is never fed back."""
+        return self.prompt_len + self.max_tokens - 1
+
+    @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the cache once all planned steps have run."""
         return self._computed if self._decoding is None else self._decoding.context(self.id)
@@ -114,7 +119,8 @@ class Request:
     def stop_decoding(self) -> None:
         """Leave the decode set and take the progress along."""
         if self._decoding is not None:
-            self._computed, self._generated = self.computed, self.generated
+            self._computed = self.computed
+            self._generated = self._computed + 1 - self.prompt_len
             self._decoding.discard(self.id)
             self._decoding = None
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
-from weakref import WeakValueDictionary
 
 from engine.backend import Backend, Completion, Launch
 from engine.recorder import Observer
-from engine.request import Request
 from engine.scheduler.base import Scheduler
 from engine.scheduler.blame import PolicyError, blame
 from engine.step import Step
@@ -40,12 +38,10 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> 
 
 def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
     depth, in_flight = scheduler.config.pipeline_depth, 0
-    requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # those that somebody still holds
     while True:
         now = backend.now()
         events = backend.due(now)
         for event in events:
-            requests[event.request.id] = event.request
             (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
             recorder.delivered(event, now)
         launch: Launch | None = None
@@ -62,8 +58,7 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
             in_flight -= 1
             recorder.completed(completion)
             for stop in completion.stops:
-                if request := requests.get(stop.request_id):  # else it has ended otherwise, and is forgotten
-                    scheduler.stopped(request)
+                scheduler.stopped(stop.request_id)
         recorder.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
             arrival = backend.wait()

@@ -12,7 +12,7 @@ import simpy
 
 from engine.backend import Completion, Stop
 from engine.decode_set import DecodeSet
-from engine.events import Event, EventQueue, EventSource
+from engine.events import EventQueue, EventSource
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest
@@ -41,6 +41,7 @@ class SimBackend:
             for source in requests:
                 self.endings.seen(source)
         self._events = events
+        self.due = events.due  # takes the events that are due by a time
         self._timing = timing
         self._in_flight: deque[tuple[int, list[Stop]]] = deque()
 
@@ -48,10 +49,6 @@ class SimBackend:
         """Simulated nanoseconds."""
         now: int = self._env.now
         return now
-
-    def due(self, now: int) -> list[Event]:
-        """Events due by `now`."""
-        return self._events.due(now)
 
     def launch(self, step: Step) -> simpy.Event:
         """Takes the host's time; the device works on in the background."""
@@ -64,8 +61,8 @@ class SimBackend:
         """Waits for the oldest step in flight."""
         index, stops = self._in_flight.popleft()
         now = self._env.now
-        work, resume_ns = self._timing.complete(now)
-        return self._env.timeout(resume_ns - now, Completion(index, *work, stops))
+        completed_ns, start_ns, device_ns, resume_ns = self._timing.complete(now)
+        return self._env.timeout(resume_ns - now, Completion(index, completed_ns, start_ns, device_ns, stops))
 
     def wait(self) -> simpy.Event | None:
         """Waits for the next external event."""

@@ -8,11 +8,10 @@ serving does and they do not; a run that was served at all loads does. Attention
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +19,18 @@ from numpy.typing import NDArray
 from engine.config import ServingConfig
 from engine.graph_sizes import GraphSizes
 from engine.recorder import Recorder
-from engine.records import RunRecords, tables_from_rows
+from engine.records import RunRecords
+from sim.latency import LatencyModel
 from sim.power import Load
 from sim.profile import Curve, Profile, Row
+from sim.profiler import held_out_error
+from sim.rigs import Batch, burst_steps, held_out_passes
 from sim.samples import OUTLIER
 from sim.simulate import predict, replay_parts
 from traces.arrivals import poisson
 from traces.errors import TandemError
 from traces.request import TraceRequest
 from traces.synthetic import synthetic
-
-if TYPE_CHECKING:
-    from engine.executor.executor import Executor
 
 # The served run: shares of what the machine can do, each for as long; and the most requests, if it can do much.
 LEVELS, LEVEL_S, MOST = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.8, 0.6, 0.4, 0.2), 6.0, 10_000
@@ -46,31 +45,10 @@ CERTAINTY = 0.04
 Floats = NDArray[np.float64]
 
 
-def serve_levels(
-    executor: Executor, config: ServingConfig, profile: Profile, show: Callable[[float], None]
-) -> RunRecords:
-    """Serve made-up requests on the machine at all loads, up and down again, for a minute at most.
-
-    Args:
-        config: limits and policy.
-        profile: of the machine, to know what it can do.
-        show: told what part of the requests has ended.
-    """
-    requests = levels(profile, config)
-    rows: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
-
-    def keep(table: str, new: list[tuple[Any, ...]]) -> None:
-        rows[table] += new
-        show(len(rows["requests"]) / len(requests))
-
-    recorder = Recorder(keep)
-    executor.serve(requests, config, recorder)
-    recorder.close()
-    return RunRecords({}, tables_from_rows(rows))
-
-
 def levels(profile: Profile, config: ServingConfig) -> list[TraceRequest]:
-    """Requests that arrive at random, at each of `LEVELS` of what simulation on a profile says its machine can do."""
+    """Requests to calibrate a machine with: they arrive at random, at `LEVELS` of what simulation on its measured
+    profile says that it can do, for a minute at most.
+    """
     capacity = _capacity(_lengths(8 * config.max_seqs, config), config, profile)  # requests a second
     seconds = min(LEVEL_S, MOST / (capacity * sum(LEVELS)))
     counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
@@ -167,7 +145,18 @@ def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]
     by_kind, _ = fits[memory_us, limit]
     table = [row for kind, of_kind in by_kind.items() for row in _rows(bare.tables["graph"], kind, of_kind)]
     meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us, "limit": limit}}
-    return Profile(meta, bare.tables | {"served": table})
+    return _with_held_out(Profile(meta, bare.tables | {"served": table}))
+
+
+def _with_held_out(profile: Profile) -> Profile:
+    """With the error on the batches that were held out as the profile predicts them now."""
+    measured_us = profile.meta.get("held_out", {}).get("measured_us")
+    if measured_us is None:
+        return profile
+    limits = ServingConfig(**profile.meta["limits"])
+    bursts = [burst_steps(one, limits.block_size) for one in held_out_passes(limits)]
+    batches = [Batch(*burst, time_us) for burst, time_us in zip(bursts, measured_us, strict=True)]
+    return replace(profile, meta=profile.meta | {"held_out": held_out_error(LatencyModel(profile), batches)})
 
 
 def without_served(profile: Profile) -> Profile:

@@ -125,7 +125,8 @@ class LatencyModel:
     def _follow(self, load: Load, slowed: float, time_us: float, best_us: float, start_ns: int | None) -> float:
         """What the load adds to a step that takes `time_us` at none; the step is then part of the load."""
         begin_ns = max(self._end_ns, start_ns or 0)
-        load.rested((begin_ns - self._end_ns) / 1000)
+        if begin_ns > self._end_ns:
+            load.rested((begin_ns - self._end_ns) / 1000)
         extra_us = slowed * max(0.0, load.share - self._limit)
         load.worked(time_us + extra_us, best_us)
         self._end_ns = begin_ns + round(1000 * (time_us + extra_us))
@@ -147,7 +148,8 @@ class LatencyModel:
             return *batch.without_us, 0.0, *self._attention_us(step, batch)
         samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
         without_us, asked = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
-        self._asked.update(asked)
+        for each in asked:
+            self._asked[each] += 1
         decode_us = self._attention_us(step, self._decodes_of(step.decodes)) if step.decodes else (0.0, 0.0)
         return *without_us, self._prefill_us(step), *decode_us
 
@@ -224,7 +226,8 @@ class LatencyModel:
             unevenness = min(squares / sequences / context**2, levels[-1])
             right = bisect_right(levels, unevenness, 1, len(levels) - 1)
             low, high = levels[right - 1], levels[right]
-            below, above = batch.curves[right - 1](context), batch.curves[right](context)
+            below = batch.curves[right - 1](context) if right > 1 else even
+            above = batch.curves[right](context)
             skew = max(0.0, below + (unevenness - low) * (above - below) / (high - low)) - even
         if step.chunks and self._mixed_decode and even:
             self._asked["mixed_decode_attention", self._mixed_decode.covers(sequences, context)] += 1

@@ -220,7 +220,7 @@ class Curve:
 class Surface:
     """Piecewise-linear time over two axes: a curve over the second axis at each measured value of the first."""
 
-    __slots__ = ("_curves", "xs")
+    __slots__ = ("_curves", "_measured", "xs")
 
     def __init__(self, points: Mapping[tuple[float, float], float]) -> None:
         rows: dict[float, dict[float, float]] = {}
@@ -228,6 +228,8 @@ class Surface:
             rows.setdefault(x, {})[y] = time
         self.xs = sorted(rows)
         self._curves = [Curve(rows[x]) for x in self.xs]
+        ranges = [(curve.xs[0], curve.xs[-1]) for curve in self._curves]
+        self._measured = [sorted(set(beside)) for beside in pairwise(ranges)] or [ranges]  # from each x to the next
 
     def __call__(self, x: float, y: float) -> float:
         """Time at (x, y), at least 0."""
@@ -249,7 +251,7 @@ class Surface:
         xs, curves = self.xs, self._curves
         if len(xs) == 1:
             return curves[0], curves[0], 0.0
-        right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+        right = bisect_right(xs, x, 1, len(xs) - 1)
         return curves[right - 1], curves[right], (x - xs[right - 1]) / (xs[right] - xs[right - 1])
 
     def covers(self, x: float, y: float) -> bool:
@@ -260,6 +262,4 @@ class Surface:
         """The ranges of the second axis that were measured beside `x`: a point in any of them is covered."""
         if not self.xs[0] <= x <= self.xs[-1]:
             return []
-        right = min(bisect_right(self.xs, x), len(self.xs) - 1)
-        beside = {(curve.xs[0], curve.xs[-1]) for curve in (self._curves[right], self._curves[max(right - 1, 0)])}
-        return sorted(beside)
+        return self._measured[bisect_right(self.xs, x, 1, len(self._measured)) - 1]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
 from engine.recorder import Recorder
-from sim.calibrate import LEVEL_S, LEVELS, calibrate, serve_levels
 from sim.latency import LatencyModel
 from sim.profile import Profile, Row
 from sim.rigs import Batch, Rig, rig_for
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 SINGLES, BURSTS, BURST_REPEATS = 8, (8, 32, 64, 256), 3  # requests, alone and at once, that the host is timed with
-SERVED = 400  # measurements that the served run counts for, by its time
 GAP_NS = 400_000_000
 TIMED = 3  # a plan of a profile is timed by as many measurements of each table
 
@@ -43,7 +41,7 @@ def measure_profile(
 
     Args:
         show: told how many of `count_work(executor, config)` measurements are done.
-        notes: a file that keeps what is measured until all of it is, so that the next call goes on from there.
+        notes: a file that keeps what is measured, so that a later call with it goes on from there.
 
     Returns:
         The profile, with the error of its latency model on random batches that were held out.
@@ -69,12 +67,7 @@ def measure_profile(
         ]
     meta = _identity(executor, config) | facts | {"machine_state": state, "date": time.strftime("%Y-%m-%d")}
     profile = Profile(meta, tables)
-    if executor.captures:
-        before = len(rig.work) + len(held_out)
-        run = serve_levels(executor, config, profile, lambda part: show(before + round(part * SERVED)))
-        profile = calibrate(profile, [(run, config)])
-    kept.close()
-    return replace(profile, meta=profile.meta | {"held_out": _held_out_error(LatencyModel(profile), held_out)})
+    return replace(profile, meta=meta | {"held_out": held_out_error(LatencyModel(profile), held_out)})
 
 
 def measure_drift(
@@ -93,7 +86,7 @@ def measure_drift(
 def count_work(executor: Executor, config: ServingConfig) -> int:
     """How many measurements `measure_profile` makes."""
     rig = rig_for(executor, config)
-    return len(rig.work) + rig.num_held_out + SERVED * executor.captures
+    return len(rig.work) + rig.num_held_out
 
 
 def count_drift(executor: Executor, profile: Profile) -> int:
@@ -108,8 +101,8 @@ def estimate(executor: Executor, config: ServingConfig) -> tuple[dict[str, int],
         for item in rig.work:
             work[rig.table_of(item)].append(item)
         seconds = sum(len(items) * _seconds_each(rig, items) for items in work.values())
-        rest_s = seconds / len(rig.work) * rig.num_held_out + len(LEVELS) * LEVEL_S * executor.captures
-        return {table: len(set(items)) for table, items in work.items()}, seconds + rest_s
+        held_out_s = seconds / len(rig.work) * rig.num_held_out
+        return {table: len(set(items)) for table, items in work.items()}, seconds + held_out_s
 
 
 def _seconds_each(rig: Rig, items: Sequence[Any]) -> float:
@@ -152,11 +145,6 @@ class Notes:
                 file.write(json.dumps(samples) + "\n")
         return samples
 
-    def close(self) -> None:
-        """All is measured."""
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
 
 def _identity(executor: Executor, config: ServingConfig) -> dict[str, Any]:
     return {
@@ -178,7 +166,8 @@ def _counted(batches: Iterator[Batch], before: int, show: Callable[[int], None])
         yield batch
 
 
-def _held_out_error(latency: LatencyModel, batches: Sequence[Batch]) -> dict[str, Any]:
+def held_out_error(latency: LatencyModel, batches: Sequence[Batch]) -> dict[str, Any]:
+    """The error (MAPE and mean) on held-out batches, of all and by kind of step, and what they took, in µs."""
     measured = [batch.time_us for batch in batches]
     predicted = [_predicted_us(latency, batch) for batch in batches]
     places: defaultdict[str, list[int]] = defaultdict(list)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from engine.backend import Launch
 from engine.copies import CopyOrder
@@ -17,22 +17,14 @@ from sim.latency import PARTS, LatencyModel
 from sim.profile import HOST_TERMS, HOST_TERMS_BY_KIND, Profile
 
 
-class Work(NamedTuple):
-    """A completed step: when the host noticed, and when and how long the device worked."""
-
-    completed_ns: int
-    device_start_ns: int
-    device_ns: int
-
-
 class Timing(Protocol):
-    """What a simulated backend asks. The second value of each pair is when the loop goes on."""
+    """What a simulated backend asks. The last value of what it is told is when the loop goes on."""
 
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The host launches a step."""
 
-    def complete(self, now: int) -> tuple[Work, int]:
-        """The host waits for the oldest step in flight."""
+    def complete(self, now: int) -> tuple[int, int, int, int]:
+        """The host waits for the oldest step in flight: when it notices, when the device began, how long it worked."""
 
     def wake(self, due_ns: int) -> int:
         """The host, idle, is woken by an event that is due at `due_ns`; returns when the loop goes on."""
@@ -57,7 +49,22 @@ class ProfiledTiming:
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The device starts once the step is launched, and its predecessor and the copies that it needs are done."""
         plan_ns, launch_ns, notice_ns, turn_ns, _ = self._host.of(step)
-        planned, launched = now + plan_ns, now + plan_ns + launch_ns
+        planned = now + plan_ns
+        launched = planned + launch_ns
+        if step.swapped_out or step.swapped_in or self._copied_ns:
+            self._copy(step, launched)
+        if step.decodes or step.chunks:
+            start = max(launched, self._device_free_ns)
+            device_ns = self.latency.device_ns(step, start)
+            self._device_free_ns = start + device_ns
+        else:
+            device_ns = self.latency.copies_ns(step)
+            start = self._copies_free_ns - device_ns
+        self._in_flight.append((start, device_ns, notice_ns, turn_ns))
+        return Launch(planned, launched), launched
+
+    def _copy(self, step: Step, launched: int) -> None:
+        """Let the step's copies run, and the device wait for those that its compute needs."""
         if step.swapped_out or step.swapped_in:
             copy_start = max(launched, self._device_free_ns, self._copies_free_ns)
             self._copied_ns[step.index] = self._copies_free_ns = copy_start + self.latency.copies_ns(step)
@@ -65,21 +72,12 @@ class ProfiledTiming:
             # Later compute is held up too, should this step have none: `CopyOrder` names what to wait for once.
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
-        if not step.decodes and step.kind == "swap":
-            device_ns = self.latency.device_ns(step)
-            start = self._copies_free_ns - device_ns
-        else:
-            start = max(launched, self._device_free_ns)
-            device_ns = self.latency.device_ns(step, start)
-            self._device_free_ns = start + device_ns
-        self._in_flight.append((start, device_ns, notice_ns, turn_ns))
-        return Launch(planned, launched), launched
 
-    def complete(self, now: int) -> tuple[Work, int]:
+    def complete(self, now: int) -> tuple[int, int, int, int]:
         """The host notices a little after the device's end, or at once if that is past."""
         start, device_ns, notice, turn = self._in_flight.popleft()
         completed = max(now, start + device_ns + notice)
-        return Work(completed, start, device_ns), completed + turn
+        return completed, start, device_ns, completed + turn
 
     def wake(self, due_ns: int) -> int:
         """Timers are late."""
@@ -169,12 +167,12 @@ class RecordedTiming:
             self.parts_us.append(dict(zip(PARTS, parts, strict=False)))
         return start, device_ns
 
-    def complete(self, now: int) -> tuple[Work, int]:
+    def complete(self, now: int) -> tuple[int, int, int, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
         completed = self._row["completed_ns"]
         if completed is None:
             raise ReplayOver
-        return Work(completed, *self._in_flight.popleft()), self._next_read(completed)
+        return completed, *self._in_flight.popleft(), self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up."""

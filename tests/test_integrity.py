@@ -244,8 +244,8 @@ def serve(policy: type[Scheduler], check: bool, config: ServingConfig = LIMITS) 
 class Deaf(ChunkedPrefill):
     """Does not hear that requests have stopped."""
 
-    def stopped(self, request: Request) -> None:
-        request.outcome = STOP
+    def stopped(self, request_id: int) -> None:
+        self.running[request_id].outcome = STOP
 
 
 class Stingy(ChunkedPrefill):

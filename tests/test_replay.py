@@ -34,9 +34,9 @@ class NoisyTiming(ProfiledTiming):
         return launch, resume + self._jitter()
 
     def complete(self, now):
-        work, resume = super().complete(now)
+        completed, start, device, resume = super().complete(now)
         late = self._jitter()
-        return work._replace(completed_ns=work.completed_ns + late), resume + late + self._jitter()
+        return completed + late, start, device, resume + late + self._jitter()
 
     def wake(self, due_ns):
         return super().wake(due_ns) + self._jitter()

@@ -13,7 +13,7 @@ from engine.step import Step
 from sim.latency import LatencyModel
 from sim.passes import Pass
 from sim.profile import Profile
-from sim.profiler import _held_out_error
+from sim.profiler import held_out_error
 from sim.rigs import CapturedSteps
 
 CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
@@ -80,7 +80,7 @@ def known_profile() -> tuple[Profile, CapturedSteps]:
         tables["host"] = small_profile().tables["host"]
         graphs = {name: getattr(SIZES, name) for name in SIZES.__slots__}
         profile = Profile(small_profile().meta | {"graphs": graphs}, tables)
-        error = _held_out_error(LatencyModel(profile), list(rig.held_out()))
+        error = held_out_error(LatencyModel(profile), list(rig.held_out()))
     return Profile(profile.meta | {"held_out": error}, tables), rig
 
 

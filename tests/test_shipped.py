@@ -11,7 +11,7 @@ from engine.config import ServingConfig
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.profile import Profile, read_profile, shipped_profiles
-from sim.profiler import _held_out_error
+from sim.profiler import held_out_error
 from sim.rigs import Batch, burst_steps, held_out_passes
 
 CHUNKS = (256, 512, 1024, 2048)
@@ -59,7 +59,7 @@ def test_the_error_that_it_states_is_its_error_on_the_batches_that_were_held_out
     config, stated = ServingConfig(**profile.meta["limits"]), profile.meta["held_out"]
     bursts = [burst_steps(one, config.block_size) for one in held_out_passes(config)]
     batches = [Batch(*burst, us) for burst, us in zip(bursts, stated["measured_us"], strict=True)]
-    found = _held_out_error(LatencyModel(profile), batches)
+    found = held_out_error(LatencyModel(profile), batches)
     assert found["by_kind"] == {kind: pytest.approx(errors) for kind, errors in stated["by_kind"].items()}
     assert found["mape"] == pytest.approx(stated["mape"]) and stated["mape"] < 0.01
 

@@ -328,12 +328,12 @@ def test_compute_that_depends_on_a_copy_starts_when_it_ends_and_other_compute_be
     for step in steps:
         timing.launch(step, 0)
     launched = timing.launch(chunk_step(3), 0)[0].launched_ns
-    works = [timing.complete(0)[0] for _ in range(4)]
-    assert works[0].device_start_ns == launched
-    assert works[1].device_start_ns == launched + compute + copy
-    assert works[2].device_start_ns == launched + 2 * compute + copy
-    assert works[2].device_ns == copy
-    assert works[3].device_start_ns == launched + 2 * compute + copy
+    _, starts, device_ns, _ = zip(*(timing.complete(0) for _ in range(4)), strict=True)
+    assert starts[0] == launched
+    assert starts[1] == launched + compute + copy
+    assert starts[2] == launched + 2 * compute + copy
+    assert device_ns[2] == copy
+    assert starts[3] == launched + 2 * compute + copy
 
 
 def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without_compute():
@@ -342,8 +342,8 @@ def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without
     timing.launch(Step(0, swapped_in={1: eight}), 0)
     timing.launch(Step(1, swapped_in={2: eight}, joined={1: 100}), 0)
     timing.launch(Step(2, decodes=1, kv_tokens=100), 0)
-    fetched, _, decoded = (timing.complete(0)[0] for _ in range(3))
-    assert decoded.device_start_ns == fetched.device_start_ns + fetched.device_ns
+    _, starts, device_ns, _ = zip(*(timing.complete(0) for _ in range(3)), strict=True)
+    assert starts[2] == starts[0] + device_ns[0]
 
 
 def test_a_profile_without_swap_times_serves_until_somebody_swaps(tmp_path):

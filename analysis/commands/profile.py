@@ -165,10 +165,12 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
 
 
 def _print_plan(executor: Executor, config: ServingConfig) -> None:
+    from sim.calibrate import LEVEL_S, LEVELS
     from sim.profiler import estimate
 
     with console.status("timing a few measurements"):
         points, seconds = estimate(executor, config)
+    seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the run that is served
     facts = {f"points of {table}": count for table, count in points.items()}
     print_facts(
         facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"

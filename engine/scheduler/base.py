@@ -59,7 +59,7 @@ class Scheduler(ABC):
         self.decoding = DecodeSet()
         self._ready: list[Request] = []  # prefilled or swapped in by the last step; they decode from the next
         self._found: dict[int, int] = {}  # tokens that a request admitted by this step found in the prefix cache
-        self._out_of_block: dict[int, None] = {}  # decoding requests whose next token needs a new block
+        self._out_of_block: dict[int, Request] = {}  # decoding requests whose next token needs a new block
         self._step = Step(0)
         self._digest = GENESIS
         self._decode_planned = False
@@ -134,9 +134,9 @@ class Scheduler(ABC):
         if request.cpu_blocks:
             return self._swap_in(request)
         hits = self._hits(request)
-        left = request.to_prefill - len(hits) * self.config.block_size
-        tokens = min(left, self.budget) if self.chunked else left
-        if not 0 < tokens <= self.budget or request.id in self._step.chunks:
+        left, budget = request.to_prefill - len(hits) * self.config.block_size, self.budget
+        tokens = min(left, budget) if self.chunked else left
+        if not 0 < tokens <= budget or request.id in self._step.chunks:
             return False
         if request.id not in self.prefilling and not self._admit(request, hits, tokens):
             return False
@@ -160,9 +160,9 @@ class Scheduler(ABC):
         self._decode_planned = True
         if self._out_of_block:
             due, self._out_of_block = self._out_of_block, {}
-            for request_id in due:
-                if request_id in self.decoding and self._grow(self.running[request_id], 1):
-                    self.decoding.wake(request_id, self.config.block_size)
+            for request in due.values():
+                if request.id in self.decoding and self._give(request, 1):
+                    self.decoding.wake(request.id, self.config.block_size)
         return True
 
     def preempt(self, request: Request) -> None:
@@ -209,9 +209,10 @@ class Scheduler(ABC):
         """The client gave up. Nothing happens if the request has ended."""
         self._drop(request, CANCELLED)
 
-    def stopped(self, request: Request) -> None:
+    def stopped(self, request_id: int) -> None:
         """A completed step found the request's stop token. Nothing happens if the request has ended."""
-        self._drop(request, STOP)
+        if request := self.running.get(request_id) or self.waiting.get(request_id):
+            self._drop(request, STOP)
 
     def schedule(self, now: int) -> Step | None:
         """Plan the next step, or None if there is nothing to run."""
@@ -230,14 +231,13 @@ class Scheduler(ABC):
     # -- accounting --------------------------------------------------------------------------------------
 
     def _misfit(self, request: Request) -> str | None:
-        config, total = self.config, request.prompt_len + request.max_tokens
-        # The last token is never fed back, so it needs no place in the cache and in no recomputed prefill.
-        if total > config.max_model_len:
-            return f"prompt + max_tokens is {total}, max_model_len {config.max_model_len}"
-        if self.pool.blocks_for(total - 1) > config.num_blocks:
-            return f"needs {self.pool.blocks_for(total - 1)} KV blocks, there are {config.num_blocks}"
-        if not self.chunked and total - 1 > config.max_batched_tokens:
-            return f"a prefill of up to {total - 1} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
+        config, cached = self.config, request.last_context  # the most that it needs a place for, or recomputes
+        if cached + 1 > config.max_model_len:
+            return f"prompt + max_tokens is {cached + 1}, max_model_len {config.max_model_len}"
+        if self.pool.blocks_for(cached) > config.num_blocks:
+            return f"needs {self.pool.blocks_for(cached)} KV blocks, there are {config.num_blocks}"
+        if not self.chunked and cached > config.max_batched_tokens:
+            return f"a prefill of up to {cached} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
         return None
 
     def _has_room(self, request: Request, tokens: int, owned: int = 0) -> bool:
@@ -307,8 +307,10 @@ class Scheduler(ABC):
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
         missing = self.pool.blocks_for(request.computed + tokens) - len(request.blocks)
-        if missing <= 0:
-            return True
+        return missing <= 0 or self._give(request, missing)
+
+    def _give(self, request: Request, missing: int) -> bool:
+        """Give a running request that many blocks more; False if it had to be preempted itself."""
         while missing > self.pool.free:
             victim = self.victim()
             self.preempt(victim)
@@ -326,7 +328,7 @@ class Scheduler(ABC):
         self.on_leave(request)
         for place in (self.waiting, self.running, self.prefilling):
             place.pop(request.id, None)
-        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found):
+        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found, self._out_of_block):
             part.pop(request.id, None)
         request.stop_decoding()
         self.pool.release(request.blocks)
@@ -343,13 +345,13 @@ class Scheduler(ABC):
     def _start_decoding(self) -> None:
         for request in self._ready:
             if request.id in self.running:
+                context = self._step.joined[request.id] = request.computed
                 request.start_decoding(self.decoding)
-                self._step.joined[request.id] = request.computed
-                self.decoding.wake(request.id, request.max_tokens - request.generated)
-                if room := len(request.blocks) * self.config.block_size - request.computed:
+                self.decoding.wake(request.id, request.last_context - context)
+                if room := len(request.blocks) * self.config.block_size - context:
                     self.decoding.wake(request.id, room)
                 else:
-                    self._out_of_block[request.id] = None
+                    self._out_of_block[request.id] = request
                 self.on_decode(request)
         self._ready = []
 
@@ -379,12 +381,15 @@ class Scheduler(ABC):
                 request.sampled()
                 self._barren_preemptions = 0
                 self._ready.append(request)
-                self._finish_at_length(request, step)
+                if request.generated >= request.max_tokens:
+                    self._finish(request, step)
         ringing = self.decoding.advance() if step.decodes else {}
         for request_id, context in ringing.items():
             request = self.running[request_id]
-            if not self._finish_at_length(request, step) and context == len(request.blocks) * self.config.block_size:
-                self._out_of_block[request_id] = None
+            if context >= request.last_context:
+                self._finish(request, step)
+            elif context == len(request.blocks) * self.config.block_size:
+                self._out_of_block[request_id] = request
 
     def _publish(self, cache: PrefixCachingPool, step: Step) -> None:
         """Let later steps share the prompt blocks that this step completes."""
@@ -396,9 +401,8 @@ class Scheduler(ABC):
                 for place in range(first, last):
                     cache.publish(request.blocks[place], hashes.ids[place])
 
-    def _finish_at_length(self, request: Request, step: Step) -> bool:
-        if request.generated < request.max_tokens:
-            return False
+    def _finish(self, request: Request, step: Step) -> None:
+        """Its last token, by `max_tokens`, is made in this step."""
         request.outcome = LENGTH
         self.on_leave(request)
         request.stop_decoding()
@@ -406,4 +410,3 @@ class Scheduler(ABC):
         request.blocks = []
         del self.running[request.id]
         step.finishing.append(request.id)
-        return True
