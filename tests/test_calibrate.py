@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from analysis.compare import compare_decisions, latency_model_errors
 from engine.config import ServingConfig
+from engine.manifest import config_of
 from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import RunRecords, read_run
 from engine.step import Chunk, Step
 from sim.calibrate import LEVELS, calibrate, levels, without_served
 from sim.latency import LatencyModel
 from sim.power import Load
 from sim.profile import Profile, read_profile, shipped_profiles, write_profile
-from sim.simulate import predict
+from sim.simulate import predict, replay
 from traces.errors import TandemError
 
+GOLDEN = Path(__file__).parent / "golden"
+TANDEM = Path(sys.executable).with_name("tandem")
 MEMORY_US, ROW_US, LIMIT = 40e3, 21.0, 0.2
 SLOWED = {"decode": 0.1, "mixed": 0.3}  # what a load of 1 beyond the limit adds, as a share of the time below it
 
@@ -96,6 +103,22 @@ def test_a_machine_that_can_do_much_is_asked_for_a_shorter_time(measured, config
     monkeypatch.setattr("sim.calibrate.MOST", 500)
     requests = levels(measured, config)
     assert len(requests) == pytest.approx(500, rel=0.01) and 5e9 < requests[-1].arrival_ns < 30e9
+
+
+def test_calibrated_by_command_on_one_real_run_it_predicts_another_policy_better(measured, tmp_path):
+    command = ["profile", "calibrate", "--from", "h100-80gb/llama-3-8b", GOLDEN / "h100-llama-3-8b-chunked_prefill-90"]
+    done = subprocess.run([TANDEM, *command, "--out", tmp_path / "p"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    calibrated, other = read_profile(tmp_path / "p"), read_run(GOLDEN / "h100-llama-3-8b-prefill_first-90")
+    assert calibrated.meta["held_out"]["mape"] < 0.02
+    before, after = (prediction_errors(profile, other) for profile in (measured, calibrated))
+    assert after["decode"]["mape"] < 0.008 and after["prefill"]["mape"] < 0.02
+    assert all(after[kind]["mape"] < before[kind]["mape"] / 2 for kind in ("decode", "prefill"))
+
+
+def prediction_errors(profile: Profile, run: RunRecords) -> dict[str, dict[str, float]]:
+    replayed = replay(run, config_of(run.manifest), profile)
+    return latency_model_errors(run, replayed, compare_decisions(run, replayed))
 
 
 def test_a_profile_without_captured_steps_cannot_be_calibrated(measured, config):
