@@ -243,7 +243,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "compare without out": (("compare", "run-t", "run-t", "-p", "a100"), "--out"),
     "unknown term": (
         ("compare", "run-t", "run-t", "-p", "a100", "-o", "x", "--ablate", "host,tail"),
-        "host, skew, head, graph-padding, kv-blocks",
+        "host, skew, head, graph-padding, power, kv-blocks",
     ),
     "no memory in profile": (
         ("compare", "run-t", "run-t", "-p", "no-memory", "-o", "x", "--ablate", "kv-blocks"),
