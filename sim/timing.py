@@ -134,7 +134,7 @@ class RecordedTiming:
         self._latency = latency
         self.parts_us: list[dict[str, float]] = []
         self._turn = 0
-        self._in_flight: deque[tuple[int, int]] = deque()
+        self._in_flight: deque[tuple[int, int] | None] = deque()
         self._device: Iterator[tuple[int, int]] = iter(device)
 
     @property
@@ -157,10 +157,10 @@ class RecordedTiming:
         launch = Launch(row["planned_ns"], row["launched_ns"])
         return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read(launch.launched_ns)
 
-    def _work(self, step: Step) -> tuple[int, int]:
-        """When the device began the step, and how long it worked: as recorded, or as predicted."""
-        if (recorded := next(self._device, None)) is None:  # cut off while the device was at it
-            raise ReplayOver
+    def _work(self, step: Step) -> tuple[int, int] | None:
+        """When the device began a step and how long it worked, as recorded or as predicted; None if it was cut off."""
+        if (recorded := next(self._device, None)) is None:
+            return None
         start, device_ns = recorded
         if self._latency:
             device_ns, parts = self._latency.predict(step, start)
@@ -169,10 +169,10 @@ class RecordedTiming:
 
     def complete(self, now: int) -> tuple[int, int, int, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
-        completed = self._row["completed_ns"]
-        if completed is None:
+        completed, work = self._row["completed_ns"], self._in_flight.popleft()
+        if completed is None or work is None:
             raise ReplayOver
-        return completed, *self._in_flight.popleft(), self._next_read(completed)
+        return completed, *work, self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up."""

@@ -1,19 +1,18 @@
-"""A load generator of others, unmodified, where one is installed (`pip install guidellm`)."""
+"""A load generator of others, unmodified."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
+from pathlib import Path
 
-import pytest
 from served import serving, sim, tokenizer
 
-GUIDELLM = os.environ.get("TANDEM_TEST_GUIDELLM") or shutil.which("guidellm")
+GUIDELLM = Path(sys.executable).with_name("guidellm")
 
 
-@pytest.mark.skipif(GUIDELLM is None, reason="GuideLLM is not installed")
 def test_guidellm_measures_every_request_and_token(tmp_path):
     with serving(*sim()) as server:
         command = [

@@ -8,6 +8,7 @@ import random
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from shadow import serve, small_profile
 from test_scheduling_properties import configs, workloads
 
@@ -69,6 +70,20 @@ def scarce_workload(max_tokens: int) -> tuple[list[TraceRequest], dict[str, int]
 def test_replaying_the_times_of_a_run_reproduces_every_decision(requests, config):
     run = record(requests, config)
     assert digests(replay(run, config)) == digests(run)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), configs(), st.integers(1, 10))
+def test_so_does_replaying_a_run_that_was_cut_off_with_steps_in_flight(requests, config, left):
+    run = record(requests, config)
+    turns = run.tables["iterations"].to_pylist()[:-left]
+    completed = sum(turn["completed_step"] is not None for turn in turns)
+    tables = run.tables | {
+        "iterations": pa.Table.from_pylist(turns, run.tables["iterations"].schema),
+        "steps": run.tables["steps"].slice(0, completed),
+    }
+    replayed = replay(RunRecords({}, tables, partial=True), config, small_profile()) if turns else None
+    assert replayed is None or digests(replayed) == digests(run)[:completed]
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
