@@ -547,7 +547,7 @@ def test_a_shipped_profile_is_simulated_on_by_name_unless_a_folder_of_that_name_
 def test_a_profile_that_is_nowhere_is_answered_with_those_that_ship():
     with pytest.raises(
         TandemError,
-        match=r"h100/llama is not a profile: .*a100-80gb/llama-3-8b, h100-80gb/llama-3-8b, rtx4090/llama-3-8b",
+        match=r"h100/llama is not a profile: .*a100-80gb/llama-3-8b, h100-80gb/llama-3-8b, h100-80gb/llama-3.2-1b, rtx4090/llama-3-8b",
     ):
         find_profile(Path("h100/llama"))
 
@@ -564,7 +564,7 @@ def test_profile_import_writes_a_profile_or_one_line(vllm, tmp_path):
 def test_profile_list_names_what_ships(tmp_path):
     listed = json.loads(tandem("profile", "list", "--json", cwd=tmp_path).stdout)
     held_out = {each["profile"]: each["held_out"] for each in listed}
-    assert held_out.keys() == {*SOURCES, "h100-80gb/llama-3-8b"}
+    assert held_out.keys() == {*SOURCES, "h100-80gb/llama-3-8b", "h100-80gb/llama-3.2-1b"}
     assert all(held_out[name]["dense"]["median"] < 0.03 for name in SOURCES)
     shown = tandem("profile", "list", cwd=tmp_path).stdout
     assert all(name in shown for name in held_out)
@@ -572,6 +572,6 @@ def test_profile_list_names_what_ships(tmp_path):
 
 def test_profile_itself_still_measures_and_asks_where_to(tmp_path):
     shown = tandem("profile", "--help", cwd=tmp_path).stdout
-    assert all(word in shown for word in ("--roofline", "--plan", "import", "list"))
+    assert all(word in shown for word in ("--roofline", "--plan", "import", "calibrate", "list"))
     done = tandem("profile", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--out" in done.stderr

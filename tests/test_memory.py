@@ -37,6 +37,12 @@ def test_the_h100_holds_as_many_blocks_as_were_measured_there(config):
     assert predicted == pytest.approx(MEASURED[config], rel=0.002)
 
 
+def test_it_holds_as_many_of_a_model_without_grouped_queries():
+    config = ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=2048, max_model_len=4096)
+    predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", config).blocks
+    assert predicted == pytest.approx(1838, rel=0.002)
+
+
 def test_what_a_larger_step_takes_follows_from_the_model_without_any_constant():
     small, large = MEASURED
     taken = pass_bytes(LLAMA3, 2, 65536, 256) - pass_bytes(LLAMA3, 2, 2048, 256)
