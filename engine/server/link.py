@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import get_context
 from queue import SimpleQueue
@@ -198,19 +199,21 @@ class EngineLink:
 
     def _hand_out(self, ids: Sequence[int], tokens: Sequence[int], ending: set[int]) -> None:
         now = time.perf_counter_ns()
-        opened, gaps = self._open, self.metrics.gaps
+        opened, gaps = self._open, []
         for request_id, token in zip(ids, tokens, strict=True):
             request = opened.get(request_id)
             if request is None:  # cancelled here, and still running there
                 continue
             if request.tokens:
-                gaps.add(now - request.last_ns)
+                gaps.append(now - request.last_ns)
             else:
                 self.without_token -= 1
                 self.metrics.first_tokens.add(now - request.arrival_ns)
             request.tokens += 1
             request.last_ns = now
             request.sink.take(token, request_id in ending)
+        for gap, times in Counter(gaps).items():  # when all have their token, and mostly the same
+            self.metrics.gaps.add(gap, times)
 
 
 class _Stop:
