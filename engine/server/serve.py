@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.server.answer import WIRE
 from engine.server.app import Manners, build_app
+from engine.server.garbage import hold_back
 from engine.server.link import EngineLink
 from engine.server.rider import Service
 from engine.server.text import Text
@@ -136,20 +136,13 @@ async def _serve(
     link = EngineLink(service)
     text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
     app = build_app(link, text, manners(link.ready.facts["model"]))
-    _spare_collector()
+    hold_back()
     host, port = listener.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     await _run(app, link, listener, drain_s)
     await link.close()
     if link.error:
         raise TandemError(f"the engine ended early: {link.error}")
-
-
-def _spare_collector() -> None:
-    """What was loaded is not looked at again, and what a thousand streams hold, which takes 60 ms, seldom."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(700, 10, 100)
 
 
 async def _run(app: ASGIApp, link: EngineLink, listener: socket.socket, drain_s: float) -> None:
