@@ -12,7 +12,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -100,18 +101,33 @@ def measure_load(offered: Offered, model: str, console: Console) -> dict[str, An
         service = SimService(profile, offered.limits(), text.filler(), text.vocab_size, out=out)
         pipe, theirs = multiprocessing.Pipe()
         server = multiprocessing.get_context("spawn").Process(target=_serve, args=(service, model, theirs))
-        server.start()
-        theirs.close()
-        try:
-            url = pipe.recv()
-        except EOFError:
-            raise TandemError("the server did not start") from None
-        try:
-            replies, busy = _send(offered, url, server.pid or 0, console)
-        finally:
-            os.kill(server.pid or 0, signal.SIGINT)
-            server.join()
+        with _client_apart(server.start):
+            theirs.close()
+            try:
+                url = pipe.recv()
+            except EOFError:
+                raise TandemError("the server did not start") from None
+            try:
+                replies, busy = _send(offered, url, server.pid or 0, console)
+            finally:
+                os.kill(server.pid or 0, signal.SIGINT)
+                server.join()
         return asdict(offered) | _judge(offered, text, read_run(out), replies) | busy
+
+
+@contextmanager
+def _client_apart(start_server: Callable[[], None]) -> Iterator[None]:
+    """Keep one core for this thread, and the others for the server's processes: the kernel may leave server and client
+    on one for milliseconds, with another idle. Where there is one core only, they share it."""
+    cores = os.sched_getaffinity(0)
+    *others, own = sorted(cores)
+    os.sched_setaffinity(0, others or [own])
+    start_server()
+    os.sched_setaffinity(0, [own])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _serve(service: SimService, model: str, pipe: Connection) -> None:

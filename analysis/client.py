@@ -1,18 +1,21 @@
 """An open-loop client: sends a trace's requests when the trace says, whatever comes back.
 
-To any OpenAI-compatible server. A connection a request, HTTP parsed by httptools: a client that is slower than the
-server would measure itself.
+To any OpenAI-compatible server. A connection a request. A client that is slower than the server would measure itself,
+so that what comes is taken from all connections, with the time, and understood once nothing more is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 import urllib.error
 import urllib.request
 from array import array
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +28,8 @@ from traces.request import TraceRequest
 
 WAIT_S = 10  # for what is said of the model
 PROGRESS_S = 0.2
+PARSED_A_TURN = 64  # pieces of what has come, which takes about half a millisecond
+MOST_UNPARSED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +122,42 @@ class Reply:
     cancelled_ns: int | None = None
 
 
+class _Inbox:
+    """What has come on any connection and has not been parsed."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[_Exchange, int, bytes | Exception | None]] = deque()
+        self._turn: asyncio.Handle | None = None
+        self._left = 0  # at the end of the last turn
+
+    def put(self, exchange: _Exchange, piece: bytes | Exception | None) -> None:
+        """Bytes, or the connection's end with its error."""
+        self._pieces.append((exchange, time.perf_counter_ns(), piece))
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Parse some, if nothing has come since the last turn. Before the next, the loop reads what has."""
+        if not self._left < len(self._pieces) < MOST_UNPARSED:
+            for _ in range(min(PARSED_A_TURN, len(self._pieces))):
+                exchange, now, piece = self._pieces.popleft()
+                exchange.parse(now, piece)
+        self._left = len(self._pieces)
+        self._turn = asyncio.get_running_loop().call_soon(self._take_turn) if self._pieces else None
+
+    async def emptied(self) -> None:
+        """Wait until all that came is parsed."""
+        while self._turn is not None:
+            await asyncio.sleep(0)
+
+
 class _Exchange(asyncio.Protocol):
     """One request on one connection."""
 
-    def __init__(self, request: bytes, reply: Reply) -> None:
+    def __init__(self, request: bytes, reply: Reply, inbox: _Inbox) -> None:
         self._request = request
         self._reply = reply
+        self._inbox = inbox
         self._parser = httptools.HttpResponseParser(self)
         self._rest = b""
         self._now = 0
@@ -136,15 +171,21 @@ class _Exchange(asyncio.Protocol):
         self._reply.sent_ns = time.perf_counter_ns()
 
     def data_received(self, data: bytes) -> None:
-        self._now = time.perf_counter_ns()
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._fail(f"not HTTP: {error}")
+        self._inbox.put(self, data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.over.done():
-            self._fail(f"the connection broke: {error or 'closed before the end'}")
+        self._inbox.put(self, error)
+
+    def parse(self, now: int, piece: bytes | Exception | None) -> None:
+        """Understand what came at `now`."""
+        self._now = now
+        if isinstance(piece, bytes):
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserError as error:
+                self._fail(f"not HTTP: {error}")
+        elif not self.over.done():
+            self._fail(f"the connection broke: {piece or 'closed before the end'}")
 
     def hang_up(self) -> None:
         """The client has had enough."""
@@ -205,18 +246,32 @@ async def send_all(
     """
     replies = [Reply() for _ in requests]
     encoded = [_encode(target, source) for source in requests]  # beforehand: it takes longer than sending
-    start_ns = time.perf_counter_ns() + 10_000_000
-    open_ones: set[asyncio.Task[None]] = set()
-    watch = asyncio.create_task(_watch(len(requests), open_ones, progress, sent := []))
-    for source, reply, request in zip(requests, replies, encoded, strict=True):
-        if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
-            await asyncio.sleep(ahead / 1e9)
-        task = asyncio.create_task(_exchange(target, source, request, reply, start_ns))
-        open_ones.add(task)
-        task.add_done_callback(open_ones.discard)
-        sent.append(source.id)
-    await watch
+    with _frozen():
+        start_ns = time.perf_counter_ns() + 10_000_000
+        inbox = _Inbox()
+        open_ones: set[asyncio.Task[None]] = set()
+        watch = asyncio.create_task(_watch(len(requests), open_ones, progress, sent := []))
+        for source, reply, request in zip(requests, replies, encoded, strict=True):
+            if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
+                await asyncio.sleep(ahead / 1e9)
+            task = asyncio.create_task(_exchange(target, source, request, reply, inbox, start_ns))
+            open_ones.add(task)
+            task.add_done_callback(open_ones.discard)
+            sent.append(source.id)
+        await watch
+        await inbox.emptied()
     return start_ns, replies
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Look for garbage only among what is made meanwhile: to look through all that was imported takes 200 ms."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def _watch(
@@ -229,13 +284,15 @@ async def _watch(
     progress(total)
 
 
-async def _exchange(target: Target, source: TraceRequest, request: bytes, reply: Reply, start_ns: int) -> None:
+async def _exchange(
+    target: Target, source: TraceRequest, request: bytes, reply: Reply, inbox: _Inbox, start_ns: int
+) -> None:
     parts = urlsplit(target.url)
     secure = parts.scheme == "https"
     loop = asyncio.get_running_loop()
     try:
         _, exchange = await loop.create_connection(
-            lambda: _Exchange(request, reply),
+            lambda: _Exchange(request, reply, inbox),
             parts.hostname or "",
             parts.port or (443 if secure else 80),
             ssl=secure or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import random
@@ -9,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import KINDS, tiny_model
+from tiny_models import KINDS, save_number_tokenizer, tiny_model
 from transformers import LlamaForCausalLM
 
 from engine.config import ServingConfig
 from engine.executor.batch import KVCache
 from engine.executor.executor import Executor
+from engine.manifest import config_of
 from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import RunRecords, read_run
 from engine.scheduler import POLICIES
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
@@ -147,6 +149,41 @@ def test_the_simulator_makes_the_decisions_of_a_real_run(executor, policy, depth
     run, _ = serve(executor, workload(hidden_stops=hidden_stops), config)
     assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
     assert negative_controls(run, config) == {"arrival_moved": True, "step_longer": True}
+
+
+def test_a_server_on_the_gpu_answers_with_the_tokens_of_a_run_in_process(folder, expected, tmp_path):
+    for needed in ("fastapi", "httptools", "httpx", "uvicorn", "uvloop"):  # a machine lent for its GPU may lack them
+        pytest.importorskip(needed)
+    from served import eventually, serving
+
+    save_number_tokenizer(folder)
+    config, out = dataclasses.replace(SCARCE, pipeline_depth=2), tmp_path / "run"
+    limits = ("--max-seqs", 6, "--max-batched-tokens", 130, "--max-model-len", 128, "--depth", 2)
+    cache = ("--kv-blocks", config.num_blocks, "--block-size", config.block_size)
+    model = ("--backend", "real", "--device", "cuda", "--dtype", "float32", "--model", folder)
+    leaving = [dataclasses.replace(each, cancel_ns=15 * MS if each.id % 2 else None) for each in workload()]
+    with serving(*model, *limits, *cache, "--out", out) as server:
+        stayed, left = answers(server.url, workload()), answers(server.url, leaving)
+        eventually(lambda: server.status()["load"]["kv_blocks_used"] == 0)
+        assert server.stop() == 0
+    assert stayed == expected
+    assert all(
+        tokens == expected[i] if leaving[i].cancel_ns is None else expected[i][: len(tokens)] == tokens
+        for i, tokens in left.items()
+    )
+    run = read_run(out)
+    assert replay(run, config_of(run.manifest)).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert {"cancelled", "length"} == set(run.tables["requests"]["outcome"].to_pylist())
+
+
+def answers(url: str, requests: list[TraceRequest]) -> dict[int, list[int]]:
+    """Output tokens, as far as they came, of requests that were sent to a server."""
+    from analysis.client import find_target, send_all
+
+    target = find_target(url, None, "trace", 101, None)
+    _, replies = asyncio.run(send_all(target, requests, lambda _: None))
+    assert [reply.error for reply in replies] == [None] * len(requests)
+    return {i: [int(word) for word in "".join(reply.pieces).split()] for i, reply in enumerate(replies)}
 
 
 def test_the_models_own_stop_token_ends_a_request(executor):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.executor.batch import ForwardBatch, KVCache
 from engine.executor.model import Llama
@@ -48,6 +49,13 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
+
+
+def save_number_tokenizer(folder: Path, vocab_size: int = 101) -> None:
+    """A tokenizer whose words are the token ids in digits: of a text, the ids can be read off."""
+    tokenizer = Tokenizer(models.WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:

@@ -81,11 +81,10 @@ class Output:
 
     def chunk(self, dialect: Dialect) -> bytes:
         """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
-        *earlier, last = self._text
-        self._text = []
-        written = dialect.text(self.index, last, self.finish_reason)
-        if earlier:
-            written = b"".join([dialect.text(self.index, text) for text in earlier]) + written
+        written = dialect.text(self.index, self._text.pop(), self.finish_reason)
+        if self._text:
+            written = b"".join([dialect.text(self.index, text) for text in self._text]) + written
+            self._text.clear()
         if self._opened:
             return written
         self._opened = True
@@ -110,11 +109,11 @@ class Answer:
         self.refused: Refused | None = None
         self._wire: Wire | None = None
         self._fresh: dict[Output, None] = {}  # have something that was not sent
-        self._wakened: asyncio.Future[None] | None = None
+        self._wakened: asyncio.Future[None] | None = None  # where somebody waits for more, and so is writing nothing
 
     def wrote(self, output: Output) -> None:
         """An output has more text, or has ended."""
-        if self._wire and self.unfinished and self._waits and not self._wire.blocked:
+        if self._wire and self.unfinished and self._wakened and not self._wire.blocked:
             self._wire.write(output.chunk(self.dialect))
             return
         self._fresh[output] = None
@@ -161,14 +160,10 @@ class Answer:
         """The stream has begun; whoever waits for `more` need not be bothered with what can be written to the wire."""
         self._wire = wire
 
-    @property
-    def _waits(self) -> bool:
-        """Whether somebody waits for more, and so is writing nothing."""
-        return self._wakened is not None and not self._wakened.done()
-
     def _wake(self) -> None:
-        if self._waits:
-            self._wakened.set_result(None)  # type: ignore[union-attr]
+        wakened, self._wakened = self._wakened, None
+        if wakened and not wakened.done():  # it is, where the task was cancelled
+            wakened.set_result(None)
 
 
 class AnswerResponse(Response):

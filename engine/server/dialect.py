@@ -22,6 +22,7 @@ class Dialect:
     """`/v1/completions`, for one answer."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    opening, closing = '"text": ', ""  # around a chunk's text
 
     def __init__(self, number: int, created: int, model: str, usage: bool) -> None:
         """`usage`: whether a stream ends with token counts, and so has the field in every chunk."""
@@ -35,10 +36,10 @@ class Dialect:
     def text(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
         """A chunk of a stream."""
         reason = f'"{finish_reason}"' if finish_reason else "null"
-        content = self._content(text)
-        return f'{self._before}{index}, {content}, "logprobs": null, "finish_reason": {reason}{self._after}'.encode(
-            "ascii"
-        )
+        return (
+            f"{self._before}{index}, {self.opening}{quoted(text)}{self.closing}"
+            f', "logprobs": null, "finish_reason": {reason}{self._after}'
+        ).encode("ascii")
 
     def open(self, index: int) -> bytes:
         """What comes before an output's first text."""
@@ -53,9 +54,6 @@ class Dialect:
         """The whole, not streamed."""
         return self._head | {"object": self.whole, "choices": [self._choice(each) for each in choices], "usage": counts}
 
-    def _content(self, text: str) -> str:
-        return f'"text": {quoted(text)}'
-
     def _choice(self, choice: Choice) -> dict[str, Any]:
         text = {"index": choice.place, "text": choice.text, "logprobs": None}
         return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
@@ -65,6 +63,7 @@ class ChatDialect(Dialect):
     """`/v1/chat/completions`, for one answer."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opening, closing = '"delta": {"content": ', "}"
 
     def open(self, index: int) -> bytes:
         """Who speaks."""
@@ -72,9 +71,6 @@ class ChatDialect(Dialect):
             f'{self._before}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, '
             f'"finish_reason": null{self._after}'
         ).encode()
-
-    def _content(self, text: str) -> str:
-        return f'"delta": {{"content": {quoted(text)}}}'
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text}

@@ -15,6 +15,7 @@ from typing import Any
 from engine.live import LiveEvents
 from engine.recorder import Recorder
 from engine.scheduler import load_scheduler
+from engine.server.garbage import hold_back
 from engine.server.messages import Arrive, Cancel, Close, Over, Ready
 from engine.server.publisher import Publisher
 from engine.server.rider import Rider, Service
@@ -57,6 +58,7 @@ def _serve(service: Service, rider: Rider, pipe: Connection, outbox: SimpleQueue
         outbox.put(Ready(begun_ns, rider.config, rider.facts))
 
     whole = False
+    hold_back()
     try:
         rider.serve(scheduler, publisher, begun)
         whole = True

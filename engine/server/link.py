@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import get_context
 from queue import SimpleQueue
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from engine.live import Terms
 from engine.request import REJECTED
 from engine.server.engine import run_engine
+from engine.server.garbage import collect_now
 from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
 from engine.server.metrics import Metrics
 from engine.server.rider import Service
@@ -131,8 +133,7 @@ class EngineLink:
 
     def cancel(self, request_id: int, reason: str) -> None:
         """Its client wants no more: nothing is handed to the sink from here on. Nothing happens if it has ended."""
-        if (ended := self._open.pop(request_id, None)) is not None:
-            self.without_token -= not ended.tokens
+        if (ended := self._forget(request_id)) is not None:
             self.metrics.ended(reason, ended.prompt_len, ended.tokens, time.perf_counter_ns() - ended.arrival_ns)
             self._outbox.put(Cancel(request_id, time.perf_counter_ns() - self.ready.start_ns, reason))
 
@@ -189,28 +190,37 @@ class EngineLink:
         self.load = progress.load
         self._hand_out(progress.ids, progress.tokens, {end.request_id for end in progress.ended})
         for request_id, outcome, reason in progress.ended:
-            if (ended := self._open.pop(request_id, None)) is not None:
-                self.without_token -= not ended.tokens
+            if (ended := self._forget(request_id)) is not None:
                 if outcome != REJECTED:
                     took_ns = time.perf_counter_ns() - ended.arrival_ns
                     self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
                 ended.sink.end(outcome, reason)
 
+    def _forget(self, request_id: int) -> _Open | None:
+        ended = self._open.pop(request_id, None)
+        if ended is not None:
+            self.without_token -= not ended.tokens
+            if not self._open:
+                asyncio.get_running_loop().call_soon(collect_now)
+        return ended
+
     def _hand_out(self, ids: Sequence[int], tokens: Sequence[int], ending: set[int]) -> None:
         now = time.perf_counter_ns()
-        opened, gaps = self._open, self.metrics.gaps
+        opened, gaps = self._open, []
         for request_id, token in zip(ids, tokens, strict=True):
             request = opened.get(request_id)
             if request is None:  # cancelled here, and still running there
                 continue
             if request.tokens:
-                gaps.add(now - request.last_ns)
+                gaps.append(now - request.last_ns)
             else:
                 self.without_token -= 1
                 self.metrics.first_tokens.add(now - request.arrival_ns)
             request.tokens += 1
             request.last_ns = now
             request.sink.take(token, request_id in ending)
+        for gap, times in Counter(gaps).items():  # when all have their token, and mostly the same
+            self.metrics.gaps.add(gap, times)
 
 
 class _Stop:

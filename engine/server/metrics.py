@@ -45,10 +45,10 @@ class Histogram:
         self.per_unit = per_unit
         self.total = 0
 
-    def add(self, value: int) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def add(self, value: int, times: int = 1) -> None:
+        """Count a value that came so often."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += times * value
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative counts by upper bound, as Prometheus wants them."""

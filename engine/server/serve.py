@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -11,11 +10,11 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.server.answer import WIRE
 from engine.server.app import Manners, build_app
+from engine.server.garbage import hold_back
 from engine.server.link import EngineLink
 from engine.server.rider import Service
 from engine.server.text import Text
@@ -25,31 +24,24 @@ MAX_HEADER_BYTES = 64 * 1024
 GRACE_S = 5  # for slow readers, once nothing runs any more
 
 
-class _Wire:
-    """Implements `engine.server.answer.Wire` on uvicorn's connection."""
-
-    __slots__ = ("_flow", "_transport")
-
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
-        self._transport = transport
-        self._flow = flow
-
-    @property
-    def blocked(self) -> bool:
-        """As in `Wire`."""
-        return self._flow.write_paused or self._transport.is_closing()
-
-    def write(self, body: bytes) -> None:
-        """As in `Wire`."""
-        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-
-
 class TandemProtocol(HttpToolsProtocol):
-    """HTTP that lends its wire, and whose headers end: httptools would gather them for as long as some are sent."""
+    """HTTP that lends itself as a wire, and whose headers end: httptools would gather them as long as some are sent.
+
+    Implements `engine.server.answer.Wire`.
+    """
 
     _in_head = True
     _head_bytes = 0  # of data that brought a head, and no end of it
     _ended_head = False
+
+    @property
+    def blocked(self) -> bool:
+        """As in `Wire`."""
+        return self.flow.write_paused or self.transport.is_closing()
+
+    def write(self, body: bytes) -> None:
+        """As in `Wire`."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; if what has come of a head is too long, the connection ends."""
@@ -62,7 +54,7 @@ class TandemProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A body follows."""
-        self.scope["state"][WIRE] = _Wire(self.transport, self.flow)
+        self.scope["state"][WIRE] = self
         self._in_head, self._ended_head, self._head_bytes = False, True, 0
         super().on_headers_complete()
 
@@ -144,10 +136,9 @@ async def _serve(
     link = EngineLink(service)
     text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
     app = build_app(link, text, manners(link.ready.facts["model"]))
+    hold_back()
     host, port = listener.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    gc.collect()
-    gc.freeze()  # what was loaded is not looked at again
     await _run(app, link, listener, drain_s)
     await link.close()
     if link.error:
