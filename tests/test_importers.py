@@ -547,7 +547,7 @@ def test_a_shipped_profile_is_simulated_on_by_name_unless_a_folder_of_that_name_
 def test_a_profile_that_is_nowhere_is_answered_with_those_that_ship():
     with pytest.raises(
         TandemError,
-        match=r"h100/llama is not a profile: .*a100-80gb/llama-3-8b, h100-80gb/llama-3-8b, h100-80gb/llama-3.2-1b, rtx4090/llama-3-8b",
+        match=r"h100/llama is not a profile: .*a100-80gb/llama-3-8b, h100-80gb/llama-3-8b, .*, rtx4090/llama-3-8b",
     ):
         find_profile(Path("h100/llama"))
 
