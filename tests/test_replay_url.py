@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
 
+from analysis.client import Reply, Target, send_all
 from analysis.metrics import latencies, metrics, token_times
 from engine.records import read_run
 from traces.format import Trace, write_trace
@@ -113,6 +115,34 @@ def test_it_is_an_open_loop_requests_are_sent_on_time_however_slow_the_server_is
         assert time.perf_counter() - begin > 3, "one after the other"
     rows = read_run(tmp_path / "client").tables["requests"].to_pylist()
     assert max(row["delivered_ns"] - row["arrival_ns"] for row in rows) < 100 * MS
+
+
+def test_how_slowly_a_client_parses_changes_nothing_about_when_it_says_that_chunks_came(monkeypatch):
+    clients, parse_s = 30, 0.005
+    event = b'data: {"id": "c-1", "choices": [{"text": "x", "finish_reason": null}]}\n\ndata: [DONE]\n\n'
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
+    loads = json.loads
+    monkeypatch.setattr("analysis.client.json.loads", lambda data: time.sleep(parse_s) or loads(data))
+
+    async def replies() -> list[Reply]:
+        waiting = asyncio.Barrier(clients)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await waiting.wait()  # all are answered at once
+            writer.write(answer)
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            target = Target(f"http://127.0.0.1:{port}", "m", extended=False)
+            requests = [TraceRequest(i, 0, 8, 1, 1) for i in range(clients)]
+            return (await send_all(target, requests, lambda _: None))[1]
+
+    got = asyncio.run(replies())
+    assert all(reply.pieces == ["x"] and reply.ends == 1 and reply.error is None for reply in got)
+    came = [reply.chunk_ns[0] for reply in got]
+    assert max(came) - min(came) < clients * parse_s * 1e9 / 2
 
 
 def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tmp_path):

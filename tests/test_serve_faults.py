@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import struct
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from served import Server, eventually, serving, sim
+from served import TANDEM, Server, eventually, serving, sim
 
 from analysis.bench_serve import steady_profile
 from sim.profile import write_profile
@@ -154,3 +155,16 @@ def test_schemathesis_finds_no_server_error(server, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     eventually(lambda: is_idle(server))
+
+
+def test_ctrl_c_while_the_model_loads_ends_both_processes():
+    command = [TANDEM, "serve", "--backend", "real", "--device", "cpu", "--port", "0"]
+    api = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    eventually(lambda: any("spawn_main" in " ".join(child.cmdline()) for child in api.children()), 30)
+    time.sleep(1)  # the engine takes no signals by then
+    processes = [api, *api.children()]
+    api.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive and api.returncode == 130

@@ -87,6 +87,10 @@ class EngineLink:
         self._sender.start()
         await self._begun
 
+    def kill(self) -> None:
+        """End the engine's process at once."""
+        self._process.kill()
+
     @property
     def pid(self) -> int | None:
         """The engine's process."""

@@ -134,7 +134,11 @@ async def _serve(
     say: Callable[[str], None],
 ) -> None:
     link = EngineLink(service)
-    text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
+    try:
+        text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
+    except BaseException:
+        link.kill()  # it takes no signals, nor notice of us before it has loaded, and we would wait for it
+        raise
     app = build_app(link, text, manners(link.ready.facts["model"]))
     hold_back()
     host, port = listener.getsockname()[:2]
