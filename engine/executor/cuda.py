@@ -29,9 +29,7 @@ from engine.step import Copies, Step
 from traces.errors import TandemError
 
 SLOTS = 3  # steps whose pinned memory is in use: two in flight, one being packed
-LAUNCH_NS = (
-    1_000_000  # a host that takes longer over a launch was interrupted, after the device had begun for all we know
-)
+LAUNCH_NS = 1_000_000  # a host that takes longer was interrupted while it launched, and the device may have begun
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5
 
