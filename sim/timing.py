@@ -144,7 +144,7 @@ class RecordedTiming:
 
     @property
     def _row(self) -> dict[str, Any]:
-        if self._turn == len(self._iterations):
+        if self._turn >= len(self._iterations):
             raise ReplayOver
         return self._iterations[self._turn]
 
