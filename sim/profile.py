@@ -66,6 +66,7 @@ class Profile:
         for table, keys in OPTIONAL_TABLES.items():
             if table in self.tables:
                 _check_table(table, keys, self.tables[table])
+        _check_served(self.tables.get("served"), self.meta.get("load"))
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
@@ -99,6 +100,18 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
         time_us = row["time_us"]
         if not isinstance(time_us, int | float) or not math.isfinite(time_us) or time_us < 0:
             raise TandemError(f"profile table {table}, row {number}: time_us is {time_us}; times are microseconds >= 0")
+
+
+def _check_served(rows: Sequence[Row] | None, load: Mapping[str, float] | None) -> None:
+    again = "calibrate the profile again (tandem profile calibrate)"
+    if (rows is None) != (load is None) or (load and load.keys() != {"memory_us", "row_us", "limit"}):
+        raise TandemError(f"profile table served and the entry load (memory_us, row_us, limit) go together: {again}")
+    for number, row in enumerate(rows or ()):
+        slowed_us = row.get("slowed_us")
+        if not isinstance(slowed_us, int | float) or not math.isfinite(slowed_us) or slowed_us < 0:
+            raise TandemError(
+                f"profile table served, row {number}: slowed_us is {slowed_us}, not microseconds >= 0: {again}"
+            )
 
 
 def _check_units(folder: Path, profile: Profile) -> None:

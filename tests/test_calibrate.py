@@ -91,6 +91,20 @@ def test_a_calibrated_profile_can_be_written_and_read(calibrated, tmp_path):
     assert read_profile(tmp_path / "p").tables["served"] == calibrated.tables["served"]
 
 
+@pytest.mark.parametrize("broken", [{"slowed_us": float("nan")}, {"slowed_us": -1.0}, {"slowed_us": None}])
+def test_a_slowdown_that_is_none_gets_one_clear_line(calibrated, broken):
+    served = [calibrated.tables["served"][0], calibrated.tables["served"][1] | broken]
+    with pytest.raises(TandemError, match=r"served, row 1: slowed_us is .*calibrate the profile again") as refused:
+        replace(calibrated, tables=calibrated.tables | {"served": served})
+    assert "\n" not in str(refused.value)
+
+
+def test_half_a_calibration_is_refused(calibrated, measured):
+    for meta, tables in ((measured.meta, calibrated.tables), (calibrated.meta, measured.tables)):
+        with pytest.raises(TandemError, match="go together: calibrate the profile again"):
+            Profile(meta, tables)
+
+
 def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
     requests = levels(measured, config)
     seconds = requests[-1].arrival_ns / 1e9 / len(LEVELS)
