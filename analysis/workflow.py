@@ -134,17 +134,17 @@ def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) ->
 def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
     """Profile the executor and write the profile to `out`, with a progress bar.
 
-    Where steps are captured, a run is served besides, which calibrates the profile. What ends it early loses nothing:
-    measurements are kept beside `out`, and the next call goes on from there.
+    Where steps are captured, a run is served besides, which calibrates the profile: it stays beside `out`, as
+    `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
+    there.
     """
-    notes = out.with_name(f"{out.name}.partial.jsonl")
+    notes, served = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
+    check_before(config, served)
     with progress_bar(console, "profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        requests, recorder = levels(profile, config), Recorder()
-        with watched(console, "serve", recorder, len(requests)):
-            executor.serve(requests, config, recorder)
-        profile = calibrate(profile, [(RunRecords({}, recorder.tables()), config)])
+        run = real_run(levels(profile, config), executor, config, served, console)
+        profile = calibrate(profile, [(run, config)])
     write_profile(profile, out)
     notes.unlink(missing_ok=True)
     return profile

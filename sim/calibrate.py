@@ -27,8 +27,9 @@ from sim.profiler import held_out_error
 from sim.rigs import Batch, burst_steps, held_out_passes
 from sim.samples import OUTLIER
 from sim.simulate import predict, replay_parts
-from traces.arrivals import poisson
+from traces.arrivals import poisson, with_arrivals
 from traces.errors import TandemError
+from traces.format import Trace
 from traces.request import TraceRequest
 from traces.synthetic import synthetic
 
@@ -45,11 +46,11 @@ CERTAINTY = 0.04
 Floats = NDArray[np.float64]
 
 
-def levels(profile: Profile, config: ServingConfig) -> list[TraceRequest]:
+def levels(profile: Profile, config: ServingConfig) -> Trace:
     """Requests to calibrate a machine with: they arrive at random, at `LEVELS` of what simulation on its measured
     profile says that it can do, for a minute at most.
     """
-    capacity = _capacity(_lengths(8 * config.max_seqs, config), config, profile)  # requests a second
+    capacity = _capacity(_lengths(8 * config.max_seqs, config).requests, config, profile)  # requests a second
     seconds = min(LEVEL_S, MOST / (capacity * sum(LEVELS)))
     counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
     arrivals = [
@@ -57,11 +58,10 @@ def levels(profile: Profile, config: ServingConfig) -> list[TraceRequest]:
         for turn, (level, count) in enumerate(zip(LEVELS, counts, strict=True))
         for arrival in poisson(count, level * capacity, seed=turn).tolist()
     ]
-    requests = _lengths(sum(counts), config)
-    return [replace(each, arrival_ns=at) for each, at in zip(requests, sorted(arrivals), strict=True)]
+    return with_arrivals(_lengths(sum(counts), config), np.sort(arrivals))
 
 
-def _lengths(count: int, config: ServingConfig) -> list[TraceRequest]:
+def _lengths(count: int, config: ServingConfig) -> Trace:
     """Requests at time 0 whose lengths are lognormal, but for the longest."""
     longest = min(LONGEST, config.max_model_len // 2)
 
@@ -72,7 +72,8 @@ def _lengths(count: int, config: ServingConfig) -> list[TraceRequest]:
         prompt, output = (min(length, longest) for length in (request.prompt_len, request.output_len))
         return replace(request, prompt_len=prompt, output_len=output, max_tokens=output)
 
-    return [cut(each) for each in synthetic(count, 0, drawn(MEAN_PROMPT), drawn(MEAN_OUTPUT)).requests]
+    drawn_lengths = synthetic(count, 0, drawn(MEAN_PROMPT), drawn(MEAN_OUTPUT))
+    return replace(drawn_lengths, requests=[cut(each) for each in drawn_lengths.requests])
 
 
 def _capacity(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile) -> float:

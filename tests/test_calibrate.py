@@ -57,7 +57,7 @@ def config(measured) -> ServingConfig:
 @pytest.fixture(scope="module")
 def calibrated(measured, truth, config) -> Profile:
     recorder = Recorder()
-    predict(levels(measured, config), config, truth, recorder)
+    predict(levels(measured, config).requests, config, truth, recorder)
     return calibrate(measured, [(RunRecords({}, recorder.tables()), config)])
 
 
@@ -70,7 +70,7 @@ def test_time_and_slowdown_of_every_captured_size_are_found(calibrated, truth):
 
 
 def test_a_calibrated_profile_predicts_another_policy(calibrated, truth, config):
-    requests = levels(truth, config)[:1500]
+    requests = levels(truth, config).requests[:1500]
     runs = []
     for profile in (truth, calibrated):
         recorder = Recorder()
@@ -106,7 +106,7 @@ def test_half_a_calibration_is_refused(calibrated, measured):
 
 
 def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
-    requests = levels(measured, config)
+    requests = levels(measured, config).requests
     seconds = requests[-1].arrival_ns / 1e9 / len(LEVELS)
     counts = [sum(int(each.arrival_ns / 1e9 / seconds) == turn for each in requests) for turn in range(len(LEVELS))]
     assert [count / max(counts) for count in counts] == pytest.approx(LEVELS, abs=0.02)
@@ -115,7 +115,7 @@ def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
 
 def test_a_machine_that_can_do_much_is_asked_for_a_shorter_time(measured, config, monkeypatch):
     monkeypatch.setattr("sim.calibrate.MOST", 500)
-    requests = levels(measured, config)
+    requests = levels(measured, config).requests
     assert len(requests) == pytest.approx(500, rel=0.01) and 5e9 < requests[-1].arrival_ns < 30e9
 
 

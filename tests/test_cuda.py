@@ -276,7 +276,7 @@ def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(executor
     assert len(kept) == 41  # and a line that says of what
     profile = measure_profile(executor, config, notes=notes)
     recorder = Recorder()
-    executor.serve(levels(profile, config), config, recorder)
+    executor.serve(levels(profile, config).requests, config, recorder)
     profile = calibrate(profile, [(RunRecords({}, recorder.tables()), config)])
     assert {"graph", "served", "swap"} < profile.tables.keys()
     assert set(profile.meta["held_out"]["by_kind"]) == {"decode", "mixed"}
