@@ -27,18 +27,19 @@ from sim.profiler import held_out_error
 from sim.rigs import Batch, burst_steps, held_out_passes
 from sim.samples import OUTLIER
 from sim.simulate import predict, replay_parts
-from traces.arrivals import poisson, with_arrivals
+from traces.arrivals import gamma, with_arrivals
 from traces.errors import TandemError
 from traces.format import Trace
 from traces.request import TraceRequest
 from traces.synthetic import synthetic
 
-# The served run: shares of what the machine can do, each for as long; and the most requests, if it can do much.
-LEVELS, LEVEL_S, MOST = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.8, 0.6, 0.4, 0.2), 6.0, 10_000
+# The served run: shares of what the machine can do, each for as long, one of them too much, which fills the batch;
+# how bursty arrivals are, so that steps of all sizes come by at all loads; the most requests, if it can do much.
+LEVELS, LEVEL_S, BURSTINESS, MOST = (0.1, 0.3, 0.5, 0.7, 0.9, 2.0, 0.2, 0.4, 0.6, 0.8), 6.0, 0.3, 10_000
 MEAN_PROMPT, MEAN_OUTPUT, SIGMA, LONGEST = 230, 200, 1.1, 1024  # of lengths, much as ShareGPT's
 MEMORIES_US = (10e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3)  # time constants of the load, to choose from
 LIMITS = tuple(twentieth / 20 for twentieth in range(13))  # loads up to which nothing slows down, to choose from
-ENOUGH = 24  # steps of a captured size that tell its time; what others take is read off between those
+ENOUGH = 6  # steps of a captured size that tell its time to 1 %; what others take is read off between those, to 3 %
 # How certain the slope of all sizes together is for one of them, in sums of squares of the load: a size that ran at
 # loads that vary by less takes that slope, by more its own.
 CERTAINTY = 0.04
@@ -47,18 +48,15 @@ Floats = NDArray[np.float64]
 
 
 def levels(profile: Profile, config: ServingConfig) -> Trace:
-    """Requests to calibrate a machine with: they arrive at random, at `LEVELS` of what simulation on its measured
+    """Requests to calibrate a machine with: they arrive in bursts, at `LEVELS` of what simulation on its measured
     profile says that it can do, for a minute at most.
     """
     capacity = _capacity(_lengths(8 * config.max_seqs, config).requests, config, profile)  # requests a second
     seconds = min(LEVEL_S, MOST / (capacity * sum(LEVELS)))
     counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
-    arrivals = [
-        round(1e9 * turn * seconds) + arrival
-        for turn, (level, count) in enumerate(zip(LEVELS, counts, strict=True))
-        for arrival in poisson(count, level * capacity, seed=turn).tolist()
-    ]
-    return with_arrivals(_lengths(sum(counts), config), np.sort(arrivals))
+    turns = [gamma(count, capacity, BURSTINESS, seed=turn) for turn, count in enumerate(counts)]
+    filled = [(turn + drawn / drawn[-1]) * 1e9 * seconds for turn, drawn in enumerate(turns)]
+    return with_arrivals(_lengths(sum(counts), config), np.concatenate(filled).astype(np.int64))
 
 
 def _lengths(count: int, config: ServingConfig) -> Trace:

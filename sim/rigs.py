@@ -176,6 +176,7 @@ def _repeats(one: Pass) -> int:
 # -- a GPU -------------------------------------------------------------------------------------------------
 
 ROUNDS = 2  # of every operation and attention, which repeat it themselves
+DISTURBED = 1.1  # times the shortest of a point's rounds: one that took longer was kept waiting, by the host or another
 STREAMS, RESTS = 10, 3  # passes over all captured sizes; steps that only decode between two that prefill, as in serving
 TYPICAL, TYPICAL_UNEVENNESS = 384, 1.7  # mean context of the decodes in a stream, and its unevenness
 CONTEXTS_BY_16 = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -301,7 +302,7 @@ class CapturedSteps:
 
     def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
         """A captured step without the attention of those that were measured."""
-        tables = rows_of(samples)
+        tables = rows_of(_undisturbed(samples))
         attended = {(row["kind"], row["rows"]): row["time_us"] for row in tables.pop("attended")}
         tables["graph"] = [
             row | {"time_us": row["time_us"] - attended[row["kind"], row["rows"]]} for row in tables["graph"]
@@ -328,3 +329,13 @@ def burst_steps(one: Pass, block_size: int) -> tuple[list[Step], slice]:
     """The steps that time a pass, and which of them count."""
     cycles, rests, warm = (CYCLES, RESTS, 1) if one.chunks else (BURST, 0, WARM)
     return one.steps(block_size, cycles, rests), slice(warm * (1 + rests), None, 1 + rests)
+
+
+def _undisturbed(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Of operations and attention the rounds that none held up; of streams all, whose steps vary with those before."""
+    shortest: dict[tuple[str, tuple[Any, ...]], float] = {}
+    for table, key, time_us in samples:
+        shortest[table, key] = min(time_us, shortest.get((table, key), time_us))
+    for sample in samples:
+        if sample.table == "graph" or sample.time_us <= DISTURBED * shortest[sample.table, sample.key]:
+            yield sample

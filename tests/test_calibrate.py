@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from sim.latency import LatencyModel
 from sim.power import Load
 from sim.profile import Profile, read_profile, shipped_profiles, write_profile
 from sim.simulate import predict, replay
+from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
+from traces.synthetic import synthetic
 
 GOLDEN = Path(__file__).parent / "golden"
 TANDEM = Path(sys.executable).with_name("tandem")
@@ -69,8 +72,9 @@ def test_time_and_slowdown_of_every_captured_size_are_found(calibrated, truth):
         assert found["slowed_us"] == pytest.approx(true["slowed_us"], rel=0.2)
 
 
-def test_a_calibrated_profile_predicts_another_policy(calibrated, truth, config):
-    requests = levels(truth, config).requests[:1500]
+@pytest.mark.parametrize("rate", [10, 20, 30])
+def test_a_calibrated_profile_predicts_another_policy(calibrated, truth, config, rate):
+    requests = assign_arrivals(synthetic(1500, 1, "uniform:16:900", "uniform:16:400"), "poisson", rate=rate).requests
     runs = []
     for profile in (truth, calibrated):
         recorder = Recorder()
@@ -107,9 +111,9 @@ def test_half_a_calibration_is_refused(calibrated, measured):
 
 def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
     requests = levels(measured, config).requests
-    seconds = requests[-1].arrival_ns / 1e9 / len(LEVELS)
-    counts = [sum(int(each.arrival_ns / 1e9 / seconds) == turn for each in requests) for turn in range(len(LEVELS))]
-    assert [count / max(counts) for count in counts] == pytest.approx(LEVELS, abs=0.02)
+    turn_ns = requests[-1].arrival_ns / len(LEVELS)
+    counts = [sum(ceil(each.arrival_ns / turn_ns) == turn for each in requests) for turn in range(1, 1 + len(LEVELS))]
+    assert [max(LEVELS) * count / max(counts) for count in counts] == pytest.approx(LEVELS, abs=0.02)
     assert all(each.prompt_len + each.output_len <= config.max_model_len for each in requests)
 
 

@@ -262,7 +262,14 @@ def test_limits_that_do_not_fit_say_what_takes_the_memory(executor):
         executor.prepare(dataclasses.replace(WIDE, num_blocks=1 << 26))
 
 
-def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(executor, tmp_path):
+@pytest.fixture
+def alone() -> None:
+    free, total = torch.cuda.mem_get_info()
+    if free < 0.97 * total:
+        pytest.skip("others are on this GPU, in processes beside this one: run it alone")
+
+
+def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(alone, executor, tmp_path):
     config = dataclasses.replace(WIDE, num_cpu_blocks=40)
     notes = tmp_path / "notes.jsonl"
 
@@ -286,10 +293,7 @@ def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(executor
     assert len(recorder.tables()["requests"]) == 24 and outside["lookups"] > 100
 
 
-def test_as_many_blocks_fit_as_the_memory_model_predicts():
-    free, total = torch.cuda.mem_get_info()
-    if free < 0.97 * total:
-        pytest.skip("others are on this GPU, in processes beside this one: run it alone")
+def test_as_many_blocks_fit_as_the_memory_model_predicts(alone):
     executor = Executor("llama-3.2-1b", load_format="dummy", device="cuda")
     for tokens in (2048, 16384):
         config = ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=tokens, max_model_len=16384)

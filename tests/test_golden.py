@@ -1,6 +1,6 @@
-"""Recorded runs of a real GPU: without one, the simulator must still decide as it did, step for step, and take as long.
+"""Recorded runs of real GPUs: without one, the simulator must still decide as it did, step for step, and take as long.
 
-The runs are of the study in docs/fidelity.md, and so is the profile that they are predicted with.
+The runs are of the studies in docs/fidelity.md, and so are the profiles that they are predicted with.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import closed_loop_errors, common_requests, compare_decisions, latency_model_errors
-from analysis.fidelity import MODEL_TARGETS
+from analysis.compare import STATISTICS, closed_loop_errors, common_requests, compare_decisions, latency_model_errors
+from analysis.fidelity import LATENCY_TARGETS, MODEL_TARGETS
 from engine.manifest import config_of
 from engine.recorder import Recorder
 from engine.records import RunRecords, read_run
@@ -22,18 +22,15 @@ from sim.simulate import predict, recorded_requests, replay
 
 ROOT = Path(__file__).parents[1]
 RUNS = {path.parent.name: path.parent for path in sorted((ROOT / "tests/golden").glob("*/manifest.json"))}
-SERVED = ("chunked_prefill-90", "prefill_first-90")  # of the study's cases
+CHUNKED, PREFILL_FIRST = "h100-llama-3-8b-chunked_prefill-90", "h100-llama-3-8b-prefill_first-90"
+ON_H200 = "h200-llama-3-8b-chunked_prefill-90"
+PROFILES = {"h100": "h100-80gb/llama-3-8b", "h200": "h200/llama-3-8b"}
 PAGE = (ROOT / "docs/fidelity.md").read_text()
 
 
 @pytest.fixture(params=RUNS)
 def run(request) -> RunRecords:
     return read_run(RUNS[request.param])
-
-
-@pytest.fixture(scope="module")
-def profile() -> Profile:
-    return read_profile(shipped_profiles()["h100-80gb/llama-3-8b"])
 
 
 def test_the_simulator_decides_as_the_gpu_run_did(run):
@@ -47,40 +44,56 @@ def test_another_policy_decides_otherwise(run):
     assert not replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
-def by_kind(name: str, profile: Profile) -> dict[str, dict[str, float]]:
-    run = read_run(RUNS[f"h100-llama-3-8b-{name}"])
-    replayed = replay(run, config_of(run.manifest), profile)
+def profile_for(name: str) -> Profile:
+    return read_profile(shipped_profiles()[PROFILES[name.partition("-")[0]]])
+
+
+def by_kind(name: str) -> dict[str, dict[str, float]]:
+    run = read_run(RUNS[name])
+    replayed = replay(run, config_of(run.manifest), profile_for(name))
     return latency_model_errors(run, replayed, compare_decisions(run, replayed))
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"), [("chunked_prefill-90", {"decode", "mixed"}), ("prefill_first-90", {"decode", "prefill"})]
+    ("name", "kinds"),
+    [(CHUNKED, {"decode", "mixed"}), (PREFILL_FIRST, {"decode", "prefill"}), (ON_H200, {"decode", "mixed"})],
 )
-def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_marks(name, kinds, profile):
-    found = {kind: of for kind, of in by_kind(name, profile).items() if kind in MODEL_TARGETS and of["steps"] >= 50}
+def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_marks(name, kinds):
+    found = {kind: of for kind, of in by_kind(name).items() if kind in MODEL_TARGETS and of["steps"] >= 50}
     assert found.keys() == kinds
     for kind, of in found.items():
         assert of["mape"] <= MODEL_TARGETS[kind]
 
 
-def test_of_all_requests_at_once_mixed_steps_are_just_outside_the_marks_as_the_page_says(profile):
-    errors = by_kind("capacity", profile)
+def test_of_all_requests_at_once_mixed_steps_are_just_outside_the_marks_as_the_page_says():
+    errors = by_kind("h100-llama-3-8b-capacity")
     stated = re.search(r"all at once: decode (\S+) %, mixed (\S+) %", PAGE)
     assert [f"{100 * errors[kind]['mape']:.1f}" for kind in ("decode", "mixed")] == list(stated.groups())
 
 
+def closed_loop(name: str) -> dict[str, dict[str, dict[str, float]]]:
+    real, recorder = read_run(RUNS[name]), Recorder()
+    predict(recorded_requests(real), config_of(real.manifest), profile_for(name), recorder)
+    sim = RunRecords(real.manifest, recorder.tables())
+    return closed_loop_errors(sim, real, common_requests(sim, real))
+
+
 def stated_percent(name: str, latency: str) -> float:
     """The error of a case's mean that the page states, of a `Closed loop` table: the first number with a sign."""
-    policy, load = name.split("-")
+    *_, policy, load = name.split("-")
     table = PAGE.split(f"Closed loop: {latency}:")[1]
     return float(re.search(rf"{policy} +{load}% +[\d,.]+ ([+-][\d.]+)%", table)[1])
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_a_simulation_on_the_shipped_profile_is_off_by_no_more_than_the_page_says(name, profile):
-    real, recorder = read_run(RUNS[f"h100-llama-3-8b-{name}"]), Recorder()
-    predict(recorded_requests(real), config_of(real.manifest), profile, recorder)
-    sim = RunRecords(real.manifest, recorder.tables())
-    errors = closed_loop_errors(sim, real, common_requests(sim, real))
+@pytest.mark.parametrize("name", [CHUNKED, PREFILL_FIRST])
+def test_a_simulation_on_the_shipped_profile_is_off_by_no_more_than_the_page_says(name):
+    errors = closed_loop(name)
     for key, latency in {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}.items():
         assert abs(100 * errors[key]["mean"]["error"]) <= math.ceil(abs(stated_percent(name, latency)))
+
+
+def test_on_the_h200_every_latency_is_off_by_less_than_is_allowed():
+    errors = closed_loop(ON_H200)
+    for latency, (allowed, _) in LATENCY_TARGETS.items():
+        for statistic in STATISTICS:
+            assert abs(errors[latency][statistic]["error"]) <= allowed, (latency, statistic)

@@ -564,7 +564,7 @@ def test_profile_import_writes_a_profile_or_one_line(vllm, tmp_path):
 def test_profile_list_names_what_ships(tmp_path):
     listed = json.loads(tandem("profile", "list", "--json", cwd=tmp_path).stdout)
     held_out = {each["profile"]: each["held_out"] for each in listed}
-    assert held_out.keys() == {*SOURCES, "h100-80gb/llama-3-8b", "h100-80gb/llama-3.2-1b"}
+    assert held_out.keys() == {*SOURCES, "h100-80gb/llama-3-8b", "h100-80gb/llama-3.2-1b", "h200/llama-3-8b"}
     assert all(held_out[name]["dense"]["median"] < 0.03 for name in SOURCES)
     shown = tandem("profile", "list", cwd=tmp_path).stdout
     assert all(name in shown for name in held_out)

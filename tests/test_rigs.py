@@ -72,6 +72,35 @@ def measured() -> tuple[Profile, CapturedSteps]:
     return known_profile()
 
 
+class HeldUpMeter(KnownMeter):
+    """The first time that a point is asked for, something else runs besides."""
+
+    def __init__(self) -> None:
+        self.asked: set[object] = set()
+
+    def held_up(self, key: object) -> int:
+        first = key not in self.asked
+        self.asked.add(key)
+        return 2 if first else 1
+
+    def operations_us(self, tokens: int) -> dict[str, float]:
+        return {name: of * self.held_up((name, tokens)) for name, of in super().operations_us(tokens).items()}
+
+    def attention_us(self, batch: Pass) -> float:
+        return super().attention_us(batch) * self.held_up(batch)
+
+    def head_us(self, samples: int) -> float:
+        return super().head_us(samples) * self.held_up(("head", samples))
+
+
+def test_a_round_that_was_held_up_does_not_count(measured, monkeypatch):
+    profile, _ = measured
+    monkeypatch.setattr(KnownGpu, "meter", lambda gpu, config: HeldUpMeter())
+    held_up, _ = known_profile()
+    for table in ("dense", "head", "decode_attention", "prefill_attention", "graph"):
+        assert held_up.tables[table] == profile.tables[table]
+
+
 def known_profile() -> tuple[Profile, CapturedSteps]:
     rig = CapturedSteps(KnownGpu(), CONFIG)
     rig.facts = lambda: {}  # asks the GPU for its memory
