@@ -37,6 +37,12 @@ def test_the_h100_holds_as_many_blocks_as_were_measured_there(config):
     assert predicted == pytest.approx(MEASURED[config], rel=0.002)
 
 
+def test_an_h200_holds_as_many_as_its_profile_found():
+    meta = read_profile(find_profile(Path("h200/llama-3-8b"))).meta
+    predicted = Memory.of(data_sheet("h200")["memory_gib"], LLAMA3, "float16", ServingConfig(**meta["limits"])).blocks
+    assert predicted == pytest.approx(meta["kv_blocks"], rel=0.002)
+
+
 def test_it_holds_as_many_of_a_model_without_grouped_queries():
     config = ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=2048, max_model_len=4096)
     predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", config).blocks
