@@ -56,7 +56,8 @@ def levels(profile: Profile, config: ServingConfig) -> Trace:
     counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
     turns = [gamma(count, capacity, BURSTINESS, seed=turn) for turn, count in enumerate(counts)]
     filled = [(turn + drawn / drawn[-1]) * 1e9 * seconds for turn, drawn in enumerate(turns)]
-    return with_arrivals(_lengths(sum(counts), config), np.concatenate(filled).astype(np.int64))
+    trace = with_arrivals(_lengths(sum(counts), config), np.concatenate(filled).astype(np.int64))
+    return replace(trace, meta=trace.meta | {"arrivals": {"process": "levels", "rate": capacity, "levels": LEVELS}})
 
 
 def _lengths(count: int, config: ServingConfig) -> Trace:
@@ -130,8 +131,7 @@ def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]
     Raises:
         TandemError: the profile has no captured steps, or a run too few.
     """
-    if "graph" not in profile.tables:
-        raise TandemError("only a profile of captured steps can be calibrated, as tandem profile measures on a GPU")
+    check_captured(profile)
     bare = without_served(profile)
     row_us = min(row["time_us"] / row["rows"] for row in bare.tables["graph"] if row["kind"] == "mixed")
     served = [_served(bare, run, config, row_us) for run, config in runs]
@@ -145,6 +145,12 @@ def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]
     table = [row for kind, of_kind in by_kind.items() for row in _rows(bare.tables["graph"], kind, of_kind)]
     meta = bare.meta | {"load": {"memory_us": memory_us, "row_us": row_us, "limit": limit}}
     return _with_held_out(Profile(meta, bare.tables | {"served": table}))
+
+
+def check_captured(profile: Profile) -> None:
+    """Raises TandemError if a profile has no captured steps, which are what is calibrated."""
+    if "graph" not in profile.tables:
+        raise TandemError("only a profile of captured steps can be calibrated, as tandem profile measures on a GPU")
 
 
 def _with_held_out(profile: Profile) -> Profile:

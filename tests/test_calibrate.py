@@ -134,6 +134,30 @@ def test_calibrated_by_command_on_one_real_run_it_predicts_another_policy_better
     assert all(after[kind]["mape"] < before[kind]["mape"] / 2 for kind in ("decode", "prefill"))
 
 
+def test_by_command_the_requests_that_calibrate_a_card_are_made_served_and_learned_from(tmp_path):
+    shipped = "h200/llama-3-8b"
+    limits = "--kv-blocks 14015 --block-size 64 --max-seqs 256 --max-batched-tokens 2048 --max-model-len 8192 --depth 2"
+    commands = [
+        f"trace levels --profile {shipped} --out levels.parquet",
+        f"simulate --trace levels.parquet --profile {shipped} {limits} --out run",
+        f"profile calibrate --from {shipped} run --out p",
+    ]
+    for command in commands:
+        asked = [TANDEM, *command.split()]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    card, found = (read_profile(path).tables["served"] for path in (shipped_profiles()[shipped], tmp_path / "p"))
+    for true, learned in zip(card, found, strict=True):
+        assert learned["time_us"] == pytest.approx(true["time_us"], rel=0.025)
+
+
+def test_requests_that_calibrate_are_made_for_captured_steps_alone(tmp_path):
+    command = [TANDEM, "trace", "levels", "--profile", "a100-80gb/llama-3-8b", "--out", tmp_path / "t"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "only a profile of captured steps" in done.stderr
+    assert not (tmp_path / "t").exists()
+
+
 def prediction_errors(profile: Profile, run: RunRecords) -> dict[str, dict[str, float]]:
     replayed = replay(run, config_of(run.manifest), profile)
     return latency_model_errors(run, replayed, compare_decisions(run, replayed))

@@ -63,6 +63,21 @@ def trace_synthetic(
     _write(out, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
 
 
+@app.command("levels")
+def trace_levels(profile: options.ProfilePath, out: options.Out) -> None:
+    """Make the requests that tandem profile serves last: at all loads of what the profile says that its card can do.
+
+    Served on your own card (tandem run), they tell tandem profile calibrate what captured steps take on it.
+    """
+    from engine.config import ServingConfig
+    from sim.calibrate import check_captured, levels
+    from sim.profile import find_profile, read_profile
+
+    of_card = read_profile(find_profile(profile))
+    check_captured(of_card)
+    _write(out, levels(of_card, ServingConfig(**of_card.meta["limits"])))
+
+
 @app.command("convert")
 def trace_convert(
     source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
