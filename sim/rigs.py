@@ -247,7 +247,7 @@ class CapturedSteps:
 
     def _prefills(self) -> Iterator[Point]:
         most = min(self._config.max_batched_tokens, self._config.max_model_len)
-        for chunk in sorted({*(each for each in up_to(most) if each >= 16), most}):
+        for chunk in sorted({*(each for each in up_to(most) if each in (1, 4) or each >= 16), most}):
             for context in (0, 64, 256, 1024, 4096, 16384, 65536):
                 if chunk + context <= self._config.max_model_len:
                     yield Point("prefill_attention", (chunk, context), Pass(((chunk, context),), ()))
