@@ -55,7 +55,7 @@ def levels(profile: Profile, config: ServingConfig) -> Trace:
     seconds = min(LEVEL_S, MOST / (capacity * sum(LEVELS)))
     counts = [max(1, round(level * capacity * seconds)) for level in LEVELS]
     turns = [gamma(count, capacity, BURSTINESS, seed=turn) for turn, count in enumerate(counts)]
-    filled = [(turn + drawn / drawn[-1]) * 1e9 * seconds for turn, drawn in enumerate(turns)]
+    filled = [(turn + drawn / max(1, drawn[-1])) * 1e9 * seconds for turn, drawn in enumerate(turns)]
     trace = with_arrivals(_lengths(sum(counts), config), np.concatenate(filled).astype(np.int64))
     return replace(trace, meta=trace.meta | {"arrivals": {"process": "levels", "rate": capacity, "levels": LEVELS}})
 

@@ -159,7 +159,9 @@ def test_schemathesis_finds_no_server_error(server, tmp_path):
 
 def test_ctrl_c_while_the_model_loads_ends_both_processes():
     command = [TANDEM, "serve", "--backend", "real", "--device", "cpu", "--port", "0"]
-    api = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A test run in the background inherits an ignored SIGINT; a user's shell does not hand one down.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    api = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
     eventually(lambda: any("spawn_main" in " ".join(child.cmdline()) for child in api.children()), 30)
     time.sleep(1)  # the engine takes no signals by then
     processes = [api, *api.children()]
