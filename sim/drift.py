@@ -227,10 +227,7 @@ def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:
         return "replace", f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this card anew."
     if unclear:
         return "unclear", f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed."
-    return (
-        "trusted",
-        f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}.",
-    )
+    return "trusted", f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}."
 
 
 def drift_report(executor: Executor, profile: Profile, found: Sequence[TableDrift]) -> dict[str, Any]:

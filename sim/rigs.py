@@ -298,6 +298,7 @@ class CapturedSteps:
             },
             "memory": self._meter.memory(),
             "repeats": f"{STREAMS} streams of captured steps, {ROUNDS} rounds of operations and attention",
+            "disturbed": f"rounds that took over {DISTURBED} times the shortest are left out",
         }
 
     def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
