@@ -23,8 +23,8 @@ from sim.simulate import predict, recorded_requests, replay
 ROOT = Path(__file__).parents[1]
 RUNS = {path.parent.name: path.parent for path in sorted((ROOT / "tests/golden").glob("*/manifest.json"))}
 CHUNKED, PREFILL_FIRST = "h100-llama-3-8b-chunked_prefill-90", "h100-llama-3-8b-prefill_first-90"
-ON_H200 = "h200-llama-3-8b-chunked_prefill-90"
-PROFILES = {"h100": "h100-80gb/llama-3-8b", "h200": "h200/llama-3-8b"}
+ON_H200, OF_7B = "h200-llama-3-8b-chunked_prefill-90", "h100-llama-2-7b-chunked_prefill-90"
+CARDS = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA H200": "h200"}
 PAGE = (ROOT / "docs/fidelity.md").read_text()
 
 
@@ -44,19 +44,25 @@ def test_another_policy_decides_otherwise(run):
     assert not replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
-def profile_for(name: str) -> Profile:
-    return read_profile(shipped_profiles()[PROFILES[name.partition("-")[0]]])
+def profile_for(run: RunRecords) -> Profile:
+    card, model = CARDS[run.manifest["system"]["device"]], run.manifest["workload"]["model"]
+    return read_profile(shipped_profiles()[f"{card}/{model}"])
 
 
 def by_kind(name: str) -> dict[str, dict[str, float]]:
     run = read_run(RUNS[name])
-    replayed = replay(run, config_of(run.manifest), profile_for(name))
+    replayed = replay(run, config_of(run.manifest), profile_for(run))
     return latency_model_errors(run, replayed, compare_decisions(run, replayed))
 
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [(CHUNKED, {"decode", "mixed"}), (PREFILL_FIRST, {"decode", "prefill"}), (ON_H200, {"decode", "mixed"})],
+    [
+        (CHUNKED, {"decode", "mixed"}),
+        (PREFILL_FIRST, {"decode", "prefill"}),
+        (ON_H200, {"decode", "mixed"}),
+        (OF_7B, {"decode", "mixed"}),
+    ],
 )
 def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_marks(name, kinds):
     found = {kind: of for kind, of in by_kind(name).items() if kind in MODEL_TARGETS and of["steps"] >= 50}
@@ -65,15 +71,16 @@ def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_mark
         assert of["mape"] <= MODEL_TARGETS[kind]
 
 
-def test_of_all_requests_at_once_mixed_steps_are_just_outside_the_marks_as_the_page_says():
+def test_of_all_requests_at_once_steps_are_within_the_marks_and_as_far_off_as_the_page_says():
     errors = by_kind("h100-llama-3-8b-capacity")
+    assert all(errors[kind]["mape"] <= MODEL_TARGETS[kind] for kind in ("decode", "mixed"))
     stated = re.search(r"all at once: decode (\S+) %, mixed (\S+) %", PAGE)
     assert [f"{100 * errors[kind]['mape']:.1f}" for kind in ("decode", "mixed")] == list(stated.groups())
 
 
 def closed_loop(name: str) -> dict[str, dict[str, dict[str, float]]]:
     real, recorder = read_run(RUNS[name]), Recorder()
-    predict(recorded_requests(real), config_of(real.manifest), profile_for(name), recorder)
+    predict(recorded_requests(real), config_of(real.manifest), profile_for(real), recorder)
     sim = RunRecords(real.manifest, recorder.tables())
     return closed_loop_errors(sim, real, common_requests(sim, real))
 
@@ -92,8 +99,9 @@ def test_a_simulation_on_the_shipped_profile_is_off_by_no_more_than_the_page_say
         assert abs(100 * errors[key]["mean"]["error"]) <= math.ceil(abs(stated_percent(name, latency)))
 
 
-def test_on_the_h200_every_latency_is_off_by_less_than_is_allowed():
-    errors = closed_loop(ON_H200)
+@pytest.mark.parametrize("name", [CHUNKED, PREFILL_FIRST, ON_H200, OF_7B])
+def test_every_latency_is_off_by_less_than_is_allowed(name):
+    errors = closed_loop(name)
     for latency, (allowed, _) in LATENCY_TARGETS.items():
         for statistic in STATISTICS:
             assert abs(errors[latency][statistic]["error"]) <= allowed, (latency, statistic)

@@ -43,10 +43,10 @@ def test_an_h200_holds_as_many_as_its_profile_found():
     assert predicted == pytest.approx(meta["kv_blocks"], rel=0.002)
 
 
-def test_it_holds_as_many_of_a_model_without_grouped_queries():
-    config = ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=2048, max_model_len=4096)
-    predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", config).blocks
-    assert predicted == pytest.approx(1838, rel=0.002)
+def test_it_holds_as_many_of_a_model_without_grouped_queries_as_its_profile_found():
+    meta = read_profile(find_profile(Path("h100-80gb/llama-2-7b"))).meta
+    predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", ServingConfig(**meta["limits"])).blocks
+    assert predicted == pytest.approx(meta["kv_blocks"], rel=0.002)
 
 
 def test_what_a_larger_step_takes_follows_from_the_model_without_any_constant():
