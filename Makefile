@@ -7,8 +7,9 @@ BIN := .venv/bin
 validate: .venv/installed
 	$(BIN)/tandem validate
 
+# Two files of tests at a time. On a GPU, those that need it alone are then skipped: run `pytest tests/test_cuda.py` there.
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

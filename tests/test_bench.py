@@ -95,7 +95,8 @@ def test_forward_prints_a_line_for_each_row_and_keeps_the_json(tandem, work):
     first, steps = document["rows"][0], document["rows"][0]["decode_steps"]
     shown = [first[f"{of}{unit}"] for of in ("prefill", "decode") for unit in ("_ms", "_tokens_per_s")]
     shown += [steps["p50_host_us"], steps["p50_device_us"]]
-    assert [float(cell) for cell in cells] == [pytest.approx(value, rel=0.01, abs=0.006) for value in shown]
+    read = [None if cell == "–" else float(cell) for cell in cells]  # too short to tell
+    assert read == [pytest.approx(value, rel=0.01, abs=0.006) for value in shown]
     for row in document["rows"]:
         assert len(row["prefill_walls_ms"]) == len(row["decode_walls_ms"]) == 2 and row["not_measured"] is None
         assert row["decode_steps"]["steps"] == 6
