@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_drift import KnownExecutor
+from test_golden import CHUNKED, OF_7B, by_kind
 from test_rigs import CONFIG, known_profile
 
 from engine.config import ServingConfig
@@ -29,6 +31,7 @@ from traces.errors import TandemError
 LLAMA3, LLAMA2 = load_model_config("llama-3-8b"), load_model_config("llama-2-7b")
 DEEP = replace(LLAMA3, name="deep", num_layers=64)
 TANDEM = Path(sys.executable).with_name("tandem")
+PAGE = (Path(__file__).parents[1] / "docs/profiles.md").read_text()
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "a100"
 needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published measurements are not in ../shared")
 
@@ -248,3 +251,11 @@ def test_attention_of_other_heads_is_derived_as_aiconfigurator_measured_it(model
             for row in made.tables["decode_attention"]
         }
         assert off(ours, true) < decode and off(ours, true)[1] < decode[1]
+
+
+@pytest.mark.parametrize(("source", "model", "run"), [("3-8b", "2-7b", OF_7B), ("2-7b", "3-8b", CHUNKED)])
+def test_it_predicts_the_steps_of_a_run_that_the_other_model_served_as_the_page_says(source, model, run):
+    profile = derived(shipped(f"h100-80gb/llama-{source}"), load_model_config(f"llama-{model}"))
+    errors = by_kind(run, profile)
+    stated = re.search(rf"`h100-80gb/llama-{source}` \| `llama-{model}` \| \S+, (\S+) % \| \S+, (\S+) %", PAGE)
+    assert [f"{100 * errors[kind]['mape']:.1f}" for kind in ("decode", "mixed")] == list(stated.groups())

@@ -49,9 +49,10 @@ def profile_for(run: RunRecords) -> Profile:
     return read_profile(shipped_profiles()[f"{card}/{model}"])
 
 
-def by_kind(name: str) -> dict[str, dict[str, float]]:
+def by_kind(name: str, profile: Profile | None = None) -> dict[str, dict[str, float]]:
+    """The latency model's errors on a golden run, with the profile that ships for it or another."""
     run = read_run(RUNS[name])
-    replayed = replay(run, config_of(run.manifest), profile_for(run))
+    replayed = replay(run, config_of(run.manifest), profile or profile_for(run))
     return latency_model_errors(run, replayed, compare_decisions(run, replayed))
 
 
