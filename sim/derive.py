@@ -2,17 +2,20 @@
 
 An operation's time belongs to its shape: a matrix product of n x k, or attention of so many heads, takes as long in one
 model as in another, as often as there are layers. What has another shape is estimated from the nearest that was
-measured. A product takes the roofline's time over the efficiency of the measured one with about as many weights, at as
-many tokens. Attention and small kernels take a time that is fixed, the least in their table, and beyond that one in
-proportion to the roofline's: as a ratio alone, small batches would be up to five times as far off.
+measured: a time that is fixed, and beyond that one in proportion to the roofline's. As a ratio alone, small batches and
+small models would be up to five times as far off. A product is estimated from the measured one with about as many
+weights, at as many tokens; what is fixed is the time that a product of no weights would take, on the line through all
+products at the fewest tokens. Of attention and small kernels the least time in their table is fixed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from engine.config import MEMORY_FRACTION
 from engine.model_config import ModelConfig
@@ -112,14 +115,26 @@ class _Derivation:
         measured = [each for each in PRODUCTS if each in by_op]
         near = min(measured, key=lambda each: (old[each] != new, abs(math.log(_weights(old[each]) / _weights(new)))))
         n, k = old[near]
-        rows = [
-            row | {"op": op, "time_us": row["time_us"] * self._layers * self._gemm_ratio(row["tokens"], new, (n, k))}
-            for row in by_op[near]
-        ]
+        rows = _fixed_and_rest(
+            [row | {"op": op} for row in by_op[near]],
+            self._layers,
+            lambda row: self._layers * self._gemm_ratio(row["tokens"], new, (n, k)),
+            self._fixed_us({old[each]: by_op[each] for each in measured}),
+        )
         of = f"{near} (n {n}, k {k}) of {self.old.model.name}"
         if (n, k) == new:
             return rows, self._origin(self._same, f"as {of}")
-        return rows, self._origin(ESTIMATED, f"n {new[0]}, k {new[1]}: the roofline over the efficiency of {of}")
+        return rows, self._origin(ESTIMATED, f"n {new[0]}, k {new[1]}: beyond a fixed time, by the roofline; from {of}")
+
+    def _fixed_us(self, by_shape: Mapping[tuple[int, int], list[Row]]) -> float:
+        """What a product of no weights would take, in all layers."""
+        first = {shape: min(rows, key=lambda row: row["tokens"]) for shape, rows in by_shape.items()}
+        if len(first) < 2:
+            return 0.0
+        least = np.array([self.old.gemm_us(row["tokens"], *shape) for shape, row in first.items()])
+        times = np.array([row["time_us"] for row in first.values()])
+        at_none = np.polyfit(least, times, 1, w=1 / times)[1]
+        return float(np.clip(at_none, 0, min(row["time_us"] for rows in by_shape.values() for row in rows)))
 
     def _gemm_ratio(self, tokens: int, new: tuple[int, int], old: tuple[int, int]) -> float:
         return self.new.gemm_us(tokens, *new) / self.old.gemm_us(tokens, *old)
@@ -198,9 +213,11 @@ def _heads(model: ModelConfig) -> str:
     return f"{model.num_heads} heads, {model.num_kv_heads} of KV, head_dim {model.head_dim}"
 
 
-def _fixed_and_rest(rows: list[Row], fixed: float, ratio: Callable[[Row], float]) -> list[Row]:
-    """The least time of `rows` times `fixed`, and what each takes beyond it times its ratio."""
-    least = min(row["time_us"] for row in rows)
+def _fixed_and_rest(
+    rows: list[Row], fixed: float, ratio: Callable[[Row], float], least: float | None = None
+) -> list[Row]:
+    """The `least` time (else the least of `rows`) times `fixed`, and what each row takes beyond it times its ratio."""
+    least = min(row["time_us"] for row in rows) if least is None else least
     return [row | {"time_us": least * fixed + (row["time_us"] - least) * ratio(row)} for row in rows]
 
 
