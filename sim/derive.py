@@ -2,10 +2,10 @@
 
 An operation's time belongs to its shape: a matrix product of n x k, or attention of so many heads, takes as long in one
 model as in another, as often as there are layers. What has another shape is estimated from the nearest that was
-measured: a time that is fixed, and beyond that one in proportion to the roofline's. As a ratio alone, small batches and
-small models would be up to five times as far off. A product is estimated from the measured one with about as many
-weights, at as many tokens; what is fixed is the time that a product of no weights would take, on the line through all
-products at the fewest tokens. Of attention and small kernels the least time in their table is fixed.
+measured: a time that is fixed, and beyond that one in proportion to the roofline's. As a ratio alone, small batches
+would be up to five times as far off, and products of a small model four times. A product is estimated from the measured
+one with about as many weights, at as many tokens; what is fixed is the time that a product of no weights would take, on
+the line through all products at the fewest tokens. Of attention and small kernels it is the least time in their table.
 """
 
 from __future__ import annotations

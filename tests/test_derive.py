@@ -19,7 +19,7 @@ from test_rigs import CONFIG, known_profile
 from engine.config import ServingConfig
 from engine.model_config import ModelConfig, load_model_config
 from engine.step import Chunk, Step
-from sim.derive import derive_profile
+from sim.derive import PRODUCTS, derive_profile
 from sim.drift import DriftCheck
 from sim.importers import aiconfigurator, import_profile
 from sim.latency import LatencyModel
@@ -115,6 +115,21 @@ def test_on_a_card_that_runs_at_its_roofline_the_estimate_is_the_roofline(shape)
         )
     last = [each.tables["prefill_attention"][-1]["time_us"] for each in (made, true)]
     assert last[0] == pytest.approx(last[1], rel=0.01)
+
+
+def slower(profile: Profile, fixed_us: float) -> Profile:
+    """Every operation by a fixed time in every layer."""
+    more = fixed_us * profile.model.num_layers
+    dense = [row | {"time_us": row["time_us"] + more} for row in profile.tables["dense"]]
+    return Profile(profile.meta, profile.tables | {"dense": dense})
+
+
+@given(SHAPES)
+def test_a_time_that_products_take_whatever_their_weights_is_found_and_stays(shape):
+    made = derived(slower(roofline_profile("h200", LLAMA3), 3.0), shape)
+    true = slower(roofline_profile("h200", shape), 3.0)
+    times = [[row["time_us"] for row in each.tables["dense"] if row["op"] in PRODUCTS] for each in (made, true)]
+    assert times[0] == pytest.approx(times[1])
 
 
 def test_a_least_time_stays_when_attention_gets_four_times_the_keys_and_values():
