@@ -28,6 +28,20 @@ class Stop(NamedTuple):
     output_len: int
 
 
+class Filled(NamedTuple):
+    """The tokens of a request's next KV block, beyond those that its prompt fills, are all known: the block's hash."""
+
+    request_id: int
+    block_hash: int
+
+
+class Shown(NamedTuple):
+    """What the tokens of a step show: as in `Completion`."""
+
+    stops: Sequence[Stop] = ()
+    filled: Sequence[Filled] = ()
+
+
 class Completion(NamedTuple):
     """The tokens of a step are known to the host.
 
@@ -37,6 +51,7 @@ class Completion(NamedTuple):
         device_start_ns: when the data plane began to work on it.
         device_ns: how long the data plane worked on it.
         stops: requests found to have ended, by something other than their `max_tokens`.
+        filled: blocks of outputs whose last token this step made, where outputs are cached.
     """
 
     step: int
@@ -44,6 +59,7 @@ class Completion(NamedTuple):
     device_start_ns: int
     device_ns: int
     stops: Sequence[Stop] = ()
+    filled: Sequence[Filled] = ()
 
 
 class Backend(Protocol):
@@ -61,8 +77,11 @@ class Backend(Protocol):
     def complete(self) -> Any:
         """Wait for the oldest step in flight; yields its `Completion`."""
 
-    def wait(self) -> Any:
-        """Wait for the next external event (yields None). Returns None when there will be none."""
+    def wait(self, until_ns: int | None) -> Any:
+        """Wait for the next external event, but no longer than `until_ns` (yields None).
+
+        Returns None when there will be no event, and no time is given.
+        """
 
 
 class Waitable(Protocol):

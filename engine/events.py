@@ -30,8 +30,11 @@ class EventSource(Protocol):
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
 
-    def next_ns(self) -> int | None:
-        """When the next event is due, or None if none will come. Asked when the loop has nothing else to do."""
+    def next_ns(self, until_ns: int | None = None) -> int | None:
+        """When the next event is due, or `until_ns` if that comes first; None if there is neither.
+
+        Asked when the loop has nothing else to do.
+        """
 
 
 class EventQueue:
@@ -62,9 +65,11 @@ class EventQueue:
             self._next = next(self._events, None)
         return due
 
-    def next_ns(self) -> int | None:
-        """When the next event is due, or None if there is none left."""
-        return self._next[0] if self._next else None
+    def next_ns(self, until_ns: int | None = None) -> int | None:
+        """As in `EventSource`."""
+        if self._next is None:
+            return until_ns
+        return self._next[0] if until_ns is None else min(self._next[0], until_ns)
 
 
 def _in_order(requests: Iterable[TraceRequest]) -> Iterator[tuple[int, Event]]:

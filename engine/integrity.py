@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from engine.backend import Backend
-from engine.config import ServingConfig
+from engine.config import COMPLETED, ServingConfig
 from engine.events import Event
 from engine.request import CANCELLED, LENGTH, STOP, Request
 from engine.scheduler.blame import PolicyError
@@ -53,9 +53,9 @@ class CheckedBackend:
         """Waits for the oldest step in flight."""
         return self._backend.complete()
 
-    def wait(self) -> Any:
+    def wait(self, until_ns: int | None) -> Any:
         """Waits for the next external event; if there will be none, checks that nothing was lost."""
-        waiting = self._backend.wait()
+        waiting = self._backend.wait(until_ns)
         if waiting is None:
             self.books.close()
         return waiting
@@ -71,6 +71,7 @@ class Mirror:
     blocks: list[int] = field(default_factory=list)
     cpu_blocks: list[int] = field(default_factory=list)
     arrived_in: int = -1  # the step that swapped it in
+    finished: bool = False  # its last token, by `max_tokens`, is under way; it holds its blocks until that is known
     end: str | None = None  # how it left, once it has
 
     @property
@@ -80,7 +81,7 @@ class Mirror:
 
 
 class _Written(NamedTuple):
-    """What a full block holds: the `place`-th of a prompt's blocks."""
+    """What a full block holds: the `place`-th of a request's blocks."""
 
     by: Request
     place: int
@@ -102,7 +103,10 @@ class Books:
         self._swapped: dict[int, Mirror] = {}  # who holds CPU blocks
         self._owners: dict[int, set[int]] = {}  # GPU block -> the requests that hold it
         self._cpu_owner: dict[int, int] = {}
-        self._contents: dict[int, _Written] = {}  # of full prompt blocks, until they are handed out anew
+        self._sharers: dict[
+            int, set[int]
+        ] = {}  # GPU block -> who shares it from this step on, and reads it after its writer
+        self._contents: dict[int, _Written] = {}  # of full blocks, until they are handed out anew
 
     # -- what passes the seam -----------------------------------------------------------------------------
 
@@ -114,16 +118,25 @@ class Books:
     def check(self, step: Step) -> None:
         """Apply a step."""
         self._expect(None, "the number of the step", self._steps, step.index)
+        self._sharers.clear()
         self._leave(step)
         for request_id, copies in step.swapped_out.items():
             self._swap_out(self._live(request_id), copies)
+        for request_id in step.skipped:
+            mirror = self._live(request_id)
+            self._expect(mirror, "whether a request that is skipped decodes", True, request_id in self._decoding)
+            del self._decoding[request_id]
         for request_id, copies in step.swapped_in.items():
             self._swap_in(self._live(request_id), copies)
         self._check_copies(step)
-        for request_id, blocks in step.blocks.items():
-            self._append(self._live(request_id), blocks, step.chunks.get(request_id))
+        for request_id in step.blocks.keys() - step.chunks.keys():
+            self._own(self._live(request_id), step.blocks[request_id])
         for request_id, context in step.joined.items():
             self._join(self._live(request_id), context)
+        for mirror in self._decoding.values() if step.decodes else ():
+            self._note_contents(mirror, mirror.cached, mirror.cached + 1)
+        for request_id, chunk in step.chunks.items():  # one may share what decodes and those before it compute
+            self._append(self._live(request_id), step.blocks.get(request_id, ()), chunk)
         self._check_totals(step)
         for request_id, chunk in step.chunks.items():
             self._prefill(self._live(request_id), chunk)
@@ -131,7 +144,7 @@ class Books:
         for request_id in step.finishing:
             mirror = self._live(request_id)
             self._expect(mirror, "output tokens of a request that finishes", mirror.request.max_tokens, mirror.made)
-            self._end(mirror, f"it finished in step {step.index}")
+            self._finish(mirror, step)
         self._steps += 1
 
     def close(self) -> None:
@@ -141,7 +154,11 @@ class Books:
         if lost:
             raise IntegrityError(f"leaves {len(lost)} requests unserved, and nothing is in flight or to come: {lost}")
         # Those that stopped or were cancelled after the last step have not been dropped by any.
-        unfinished = [each for each, mirror in self.mirrors.items() if outcomes[each] == LENGTH and not mirror.end]
+        unfinished = [
+            each
+            for each, mirror in self.mirrors.items()
+            if outcomes[each] == LENGTH and not (mirror.end or mirror.finished)
+        ]
         self._expect(None, "requests said to have finished that no step finished", [], unfinished)
 
     # -- the parts of a step, in their order of effect ----------------------------------------------------
@@ -149,14 +166,15 @@ class Books:
     def _leave(self, step: Step) -> None:
         for request_id in step.dropped:
             mirror = self._live(request_id)
-            self._expect(
-                mirror, "whether a dropped request has ended", True, mirror.request.outcome in (STOP, CANCELLED)
-            )
+            ended = mirror.finished or mirror.request.outcome in (STOP, CANCELLED)
+            self._expect(mirror, "whether a dropped request has ended", True, ended)
             self._end(mirror, f"it was dropped in step {step.index} ({mirror.request.outcome})")
         for request_id in step.preempted:
             mirror = self._live(request_id)
             self._free(mirror)
             mirror.cached = 0
+            if mirror.finished:
+                self._end(mirror, f"it gave up its blocks in step {step.index}, its last token being under way")
         holders = (self._resident | self._swapped).items()
         kept = [request_id for request_id, each in holders if each.request.outcome in (STOP, CANCELLED)]
         self._expect(None, "requests that have stopped or were cancelled, and still hold blocks", [], kept)
@@ -190,16 +208,17 @@ class Books:
         back = {block for copies in step.swapped_in.values() for block in copies.source}
         self._expect(None, "CPU blocks that are both read and written", [], sorted(out & back))
 
-    def _append(self, mirror: Mirror, blocks: Sequence[int], chunk: Chunk | None) -> None:
+    def _append(self, mirror: Mirror, blocks: Sequence[int], chunk: Chunk) -> None:
         """Where the first chunk of a request without blocks starts late, the prefix cache has the blocks before it."""
         shared = 0
-        if self._config.prefix_caching and chunk and not mirror.blocks:
+        if self._config.prefix_caching and not mirror.blocks:
             shared, rest = divmod(chunk.start, self._config.block_size)
             self._expect(mirror, "tokens by which its first chunk misses the start of a block", 0, rest)
             mirror.cached = chunk.start
         for place, block in enumerate(blocks[:shared]):
             self._share(mirror, place, block)
         self._own(mirror, blocks[shared:])
+        self._note_contents(mirror, chunk.start, chunk.start + chunk.tokens)
 
     def _share(self, mirror: Mirror, place: int, block: int) -> None:
         written, tokens = self._contents.get(block), (place + 1) * self._config.block_size
@@ -210,6 +229,7 @@ class Books:
         what = f"whether its first {tokens} tokens are request {written.by.id}'s, who wrote block {block}"
         self._expect(mirror, what, True, same)
         self._give(mirror, block)
+        self._sharers.setdefault(block, set()).add(mirror.request.id)
 
     def _own(self, mirror: Mirror, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -247,8 +267,11 @@ class Books:
         self._at_most(mirror, "start of its chunk, lest it be empty", end - 1, chunk.start)
         self._expect(mirror, "whether its chunk samples", end == mirror.known, chunk.samples)
         self._cache(mirror, chunk.tokens, makes=chunk.samples)
+
+    def _note_contents(self, mirror: Mirror, start: int, end: int) -> None:
+        """What the blocks hold that a request's tokens from `start` to `end` fill."""
         size = self._config.block_size
-        for place in range(chunk.start // size, min(end, mirror.request.prompt_len) // size):
+        for place in range(start // size, min(end // size, len(mirror.blocks))):
             self._contents[mirror.blocks[place]] = _Written(mirror.request, place)
 
     def _decode(self, step: Step) -> None:
@@ -265,8 +288,8 @@ class Books:
         first, last = mirror.cached // self._config.block_size, self._blocks_for(mirror.cached + tokens)
         self._at_most(mirror, "blocks that its tokens take up", len(mirror.blocks), last)
         for block in mirror.blocks[first:last]:
-            owners = self._owners[block]
-            self._expect(mirror, f"owners of block {block}, which it writes", [mirror.request.id], sorted(owners))
+            alone = self._owners[block] - self._sharers.get(block, set())
+            self._expect(mirror, f"owners of block {block}, which it writes", [mirror.request.id], sorted(alone))
         mirror.cached += tokens
         mirror.made += makes
         self._at_most(mirror, "output tokens", mirror.request.max_tokens, mirror.made)
@@ -280,6 +303,13 @@ class Books:
         if mirror.end:
             self._fail(f"the step names request {request_id}", "a request that has not ended", mirror.end)
         return mirror
+
+    def _finish(self, mirror: Mirror, step: Step) -> None:
+        if self._config.release == COMPLETED:
+            mirror.finished = True
+            self._decoding.pop(mirror.request.id, None)
+        else:
+            self._end(mirror, f"it finished in step {step.index}")
 
     def _end(self, mirror: Mirror, how: str) -> None:
         self._free(mirror)
@@ -322,8 +352,10 @@ class Books:
 
 
 def _begin_alike(one: Request, other: Request, tokens: int) -> bool:
-    """Whether the first tokens of two prompts are the same: by what the workload says they are, not by hash."""
+    """Whether two requests begin with the same tokens: by what the workload says of prompts, by hash of outputs."""
     first, second = one.content, other.content
+    if tokens > min(one.prompt_len, other.prompt_len):
+        first, second = one.block_hashes, other.block_hashes
     if first is None or second is None or first.width != second.width:
         return False
     ids = -(-tokens // first.width)

@@ -53,10 +53,14 @@ class PrefixCachingPool(BlockPool):
     Such a block is free as well as cached: it is evicted, least recently released first, once nothing else is free.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, keeps_equal: bool = False) -> None:
+        """`keeps_equal`: of several blocks that hold the same, all stay known, and not the first alone."""
         super().__init__(num_blocks, block_size)
+        self._keeps_equal = keeps_equal
         self._owners = [0] * num_blocks  # how many requests hold each block
-        self._block_of: dict[int, int] = {}  # hash -> the block that holds what it stands for
+        self._blocks_of: dict[
+            int, dict[int, None]
+        ] = {}  # hash -> the blocks that hold what it stands for, oldest first
         self._hash_of: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without an owner, next to be evicted first
 
@@ -74,9 +78,9 @@ class PrefixCachingPool(BlockPool):
         """The cached blocks of the longest prefix of a chain of hashes."""
         found = []
         for each in hashes:
-            if (block := self._block_of.get(each)) is None:
+            if (blocks := self._blocks_of.get(each)) is None:
                 break
-            found.append(block)
+            found.append(next(iter(blocks)))
         return found
 
     def idle(self, blocks: Sequence[int]) -> int:
@@ -90,10 +94,18 @@ class PrefixCachingPool(BlockPool):
             self._idle.pop(block, None)
 
     def publish(self, block: int, block_hash: int) -> None:
-        """Let a block be found by the hash of what it holds, unless another that holds the same is."""
-        if block_hash not in self._block_of:
-            self._block_of[block_hash] = block
+        """Let a block be found by the hash of what it holds, even if another is only where `keeps_equal`."""
+        if block not in self._hash_of and (self._keeps_equal or block_hash not in self._blocks_of):
+            self._blocks_of.setdefault(block_hash, {})[block] = None
             self._hash_of[block] = block_hash
+
+    def withdraw(self, block: int) -> None:
+        """Let a block not be found any more: what it was to hold will not be computed."""
+        if (block_hash := self._hash_of.pop(block, None)) is not None:
+            same = self._blocks_of[block_hash]
+            del same[block]
+            if not same:
+                del self._blocks_of[block_hash]
 
     def allocate(self, count: int) -> list[int]:
         """Hand out `count` blocks of which nothing is known, evicting if need be. Raises ValueError as `BlockPool`."""
@@ -106,7 +118,7 @@ class PrefixCachingPool(BlockPool):
 
     def _evict(self) -> None:
         block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        self.withdraw(block)
         self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:

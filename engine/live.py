@@ -79,11 +79,15 @@ class LiveEvents:
                 events.append(event)
         return sorted(events, key=lambda event: event[:2])
 
-    def next_ns(self) -> int | None:
-        """Wait for an event; returns the time at which it can be delivered, or None if closed and none is left."""
+    def next_ns(self, until_ns: int | None = None) -> int | None:
+        """Wait for an event, no longer than `until_ns`; returns the time at which it can be delivered, or that time.
+
+        None if closed, and there is neither.
+        """
+        patience_s = None if until_ns is None else max(until_ns - self._clock(), 0) / 1e9
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closed)
-            return max(self._inbox[0][0], self._clock()) if self._inbox else None
+            self._changed.wait_for(lambda: self._inbox or (self._closed and until_ns is None), patience_s)
+            return max(self._inbox[0][0], self._clock()) if self._inbox else until_ns
 
     def _put(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""What two prompts have in common, as a chain of hashes: one for each full KV block of a prompt.
+"""What two requests have in common, as a chain of hashes: one for each full KV block of a prompt, or of an output.
 
 A block's hash covers its tokens and, through the hash before it, all tokens before them: equal hashes mean equal keys
 and values, for those of a token depend on everything up to it. (So does vLLM's automatic prefix caching.) The hash is
@@ -15,8 +15,14 @@ from typing import NamedTuple
 from traces.request import TraceRequest
 
 
+def chain_hash(previous: int | None, own: Sequence[int]) -> int:
+    """The hash, below 2**63, of a block that holds `own` after one with the hash `previous`; None: it is the first."""
+    before = b"" if previous is None else previous.to_bytes(8, "little")
+    return int.from_bytes(blake2b(before + array("q", own).tobytes(), digest_size=8).digest(), "little") >> 1
+
+
 class Content(NamedTuple):
-    """What a prompt's first tokens are: `ids[i]` stands for the tokens from `i * width` to `(i + 1) * width`.
+    """What a request's first tokens are: `ids[i]` stands for the tokens from `i * width` to `(i + 1) * width`.
 
     Token ids are ids of width 1; a trace's hash ids are wider, and so are the hashes of a prompt's KV blocks.
     """
@@ -31,13 +37,24 @@ class Content(NamedTuple):
             return cls(source.prompt_token_ids, 1)
         return None if source.hash_ids is None else cls(source.hash_ids, source.hash_block_size)
 
-    def hashes(self, prompt_len: int, block_size: int) -> Content:
-        """The hash, below 2**63, of each full block of the prompt whose tokens are all known."""
-        ids = array("q", self.ids)
-        known = min(prompt_len, len(ids) * self.width)
-        hashes, previous = array("q"), b""
-        for end in range(block_size, known + 1, block_size):
-            own = ids[(end - block_size) // self.width : -(-end // self.width)]
-            previous = blake2b(previous + own.tobytes(), digest_size=8).digest()
-            hashes.append(int.from_bytes(previous, "little") >> 1)
+    def hashes(self, tokens: int, block_size: int, before: Sequence[int] = ()) -> Content:
+        """The hash of each full block of the first `tokens` tokens, if all of its tokens are known.
+
+        Args:
+            before: hashes of the first blocks, which are taken as they are.
+        """
+        known = min(tokens, len(self.ids) * self.width)
+        hashes = array("q", before)
+        for start in range(len(hashes) * block_size, known - block_size + 1, block_size):
+            own = self.ids[start // self.width : -(-(start + block_size) // self.width)]
+            hashes.append(chain_hash(hashes[-1] if hashes else None, own))
         return Content(hashes, block_size)
+
+
+def all_hashes(source: TraceRequest, block_size: int) -> Sequence[int]:
+    """The hash of each KV block that a request fills until it stops, of its output too, which its trace must tell."""
+    prompt = Content.of(source)
+    assert prompt is not None and source.output_ids is not None
+    whole = Content([*prompt.ids[: source.prompt_len // prompt.width], *source.output_ids], prompt.width)
+    of_prompt = prompt.hashes(source.prompt_len, block_size)
+    return whole.hashes(source.prompt_len + source.output_len, block_size, of_prompt.ids).ids

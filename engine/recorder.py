@@ -99,11 +99,11 @@ class Recorder:
         """A step that was planned at `now` is on its way."""
         self._in_flight.append((step, now, launch))
         self._last_step = step.index
-        if step.chunks or step.joined or step.finishing or step.dropped or step.preempted or step.swapped_out:
+        if step.chunks or step.joined or step.finishing or step.leaving:
             self._track(step, now)
 
     def _track(self, step: Step, now: int) -> None:
-        for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
+        for request_id in step.leaving:
             self._close_span(request_id, step.index - 1)
         for request_id, context in step.joined.items():
             life = self._decoding[request_id] = self._lives[request_id]
@@ -125,7 +125,7 @@ class Recorder:
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known."""
         step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
-        _, completed_ns, start_ns, device_ns, stops = completion
+        _, completed_ns, start_ns, device_ns, stops, _ = completion
         out, back = step.swapped_out, step.swapped_in
         self._steps += _pack_step(
             step.index, step.digest, now, planned_ns, launched_ns,
@@ -209,11 +209,15 @@ class Recorder:
         )
 
 
-def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None]:
+def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None, Sequence[int] | None]:
     """What a replay needs to share what this run shared: a trace's own hash ids, or hashes in place of token ids."""
     if request.block_hashes is None or request.content is None:
-        return None, None
-    return request.block_hashes if request.content.width == 1 else request.content
+        return None, None, None
+    hashes, size = request.block_hashes
+    prompt = request.prompt_len // size
+    if request.content.width != 1 and len(hashes) <= prompt:
+        return *request.content, None
+    return hashes[:prompt], size, hashes[prompt:] or None
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config import FIRST_CHUNK, PLANNED, PROMPTS
 from engine.step import DIGEST_BYTES
 from traces.errors import TandemError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BATCH = 65536  # rows
 
 NULL = -(2**63)  # stands for None in rows of `steps` and `iterations`
@@ -59,6 +60,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
         "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
         "hash_block_size": _INT,
+        "output_ids": _INTS,  # where outputs are cached too: likewise, of the blocks after those of the prompt
     },
     "steps": {
         "step": _INT,
@@ -101,19 +103,21 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
+_SINCE_4: dict[str, int | None] = {"output_ids": None}
+_SINCE_3: dict[str, int | None] = {
+    "ttft_slo_ns": None,
+    "e2e_slo_ns": None,
+    "cached_tokens": 0,
+    "hash_ids": None,
+    "hash_block_size": None,
+}
 _ADDED: dict[int, dict[str, dict[str, int | None]]] = {
-    2: {
-        "requests": {
-            "ttft_slo_ns": None,
-            "e2e_slo_ns": None,
-            "cached_tokens": 0,
-            "hash_ids": None,
-            "hash_block_size": None,
-        }
-    }
+    2: {"requests": _SINCE_3 | _SINCE_4},
+    3: {"requests": _SINCE_4},
 }
 """Older schema versions that are read -> the columns that they lack, and what stands for them."""
-_ADDED_TO_SYSTEM = {2: {"prefix_caching": False}}  # likewise, of a manifest
+_RULES_BEFORE_4 = {"admit": FIRST_CHUNK, "release": PLANNED, "prefix_rules": PROMPTS}
+_ADDED_TO_SYSTEM = {2: {"prefix_caching": False} | _RULES_BEFORE_4, 3: _RULES_BEFORE_4}  # likewise, of a manifest
 
 Row = tuple[Any, ...]  # of a table, its fields in the order of `COLUMNS`
 Rows = Sequence[Row] | bytearray  # or, of `steps` and `iterations`, as `packer` packs them

@@ -27,11 +27,13 @@ class Request:
         client: who sent it.
         ttft_slo_ns, e2e_slo_ns: within what time of its arrival its first and its last token are due, or None.
         content: what its prompt begins with, if the workload says so.
-        block_hashes: one for each KV block that its prompt fills, where prefixes are cached.
+        block_hashes: one for each KV block that its prompt fills, where prefixes are cached, and where outputs are
+            cached too, for each that its known output fills.
         blocks: ids of its KV blocks, in order of position.
         cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
         swaps: how often they were swapped out.
+        admission: the number, among all admissions of the run, of its last.
         cached_tokens: prompt tokens that were found in the prefix cache, each time that it was admitted.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
@@ -52,9 +54,12 @@ class Request:
     cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
     swaps: int = 0
+    admission: int = -1
     cached_tokens: int = 0
     outcome: str | None = None
     reason: str | None = None
+    _published: int = 0  # of its blocks, how many of the first may be found by their hash, or never will
+    _last_step: int = -1  # the step that makes its last token, once that is planned
     _computed: int = 0
     _generated: int = 0
     _decoding: DecodeSet | None = None
@@ -126,5 +131,5 @@ class Request:
 
     def forget_cache(self) -> None:
         """Preemption by recompute: the tokens stay, their keys and values are lost."""
-        self._computed = 0
+        self._computed = self._published = 0
         self.preemptions += 1

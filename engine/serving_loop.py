@@ -25,8 +25,8 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> 
         What `backend` hands out to wait on.
 
     Raises:
-        PolicyError: the policy fails or breaks a rule, or it plans nothing although requests wait and nothing else can
-            happen; the message names it, with file and line.
+        PolicyError: the policy fails or breaks a rule, or it plans nothing although requests wait, nothing else can
+            happen and it has asked for no time; the message names it, with file and line.
     """
     try:
         yield from _turns(backend, scheduler, recorder)
@@ -57,14 +57,15 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
             completion = yield backend.complete()
             in_flight -= 1
             recorder.completed(completion)
-            for stop in completion.stops:
-                scheduler.stopped(stop.request_id)
+            scheduler.completed(completion)
         recorder.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
-            arrival = backend.wait()
-            if arrival is None:
+            if scheduler.wake_ns is not None and scheduler.wake_ns <= now:
+                raise PolicyError(f"asks to be woken at {scheduler.wake_ns} ns, which is not after now, {now} ns")
+            event = backend.wait(scheduler.wake_ns)
+            if event is None:
                 break
-            yield arrival
+            yield event
     if not scheduler.idle:
         stuck = len(scheduler.waiting) + len(scheduler.running)
         raise PolicyError(f"plans nothing, but {stuck} requests wait and nothing is in flight")

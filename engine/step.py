@@ -38,15 +38,18 @@ class Copies(NamedTuple):
 @dataclass(slots=True)
 class Step:
     """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `swapped_out` leave and are copied,
-    `swapped_in` are copied back, `joined` enter the decode set, chunks and decodes run, `finishing` leave.
+    `skipped` leave the decode set, `swapped_in` are copied back, `joined` enter it, chunks and decodes run, `finishing`
+    leave.
 
     Attributes:
         index: the step's number, from 0.
-        dropped: requests that ended (stop token, cancellation) since the last step.
+        dropped: requests that ended (stop token, cancellation) since the last step, or whose last token, by
+            `max_tokens`, has become known since, where they keep their blocks until then.
         preempted: requests that lose their blocks and will be prefilled again.
         swapped_out: request id -> its GPU blocks, and the CPU blocks that keep their contents.
         swapped_in: request id -> those CPU blocks, and its new GPU blocks; it joins in a later step.
         joined: request id -> context, of those that decode from now on.
+        skipped: decoding requests that make no token in this step; they keep their blocks, and join in a later one.
         chunks: request id -> prefill chunk that runs in this step.
         blocks: request id -> KV blocks appended to its block table.
         decodes: decoding requests that make a token in this step: all of the decode set, or 0.
@@ -62,6 +65,7 @@ class Step:
     swapped_out: dict[int, Copies] = field(default_factory=dict)
     swapped_in: dict[int, Copies] = field(default_factory=dict)
     joined: dict[int, int] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
     chunks: dict[int, Chunk] = field(default_factory=dict)
     blocks: dict[int, list[int]] = field(default_factory=dict)
     decodes: int = 0
@@ -72,6 +76,11 @@ class Step:
     kv_blocks_used: int = 0
     running: int = 0
     waiting: int = 0
+
+    @property
+    def leaving(self) -> list[int]:
+        """The requests that, if they decoded, decode no more before this step runs."""
+        return [*self.dropped, *self.preempted, *self.swapped_out, *self.skipped]
 
     @property
     def prefill_tokens(self) -> int:
@@ -86,6 +95,7 @@ class Step:
             or self.finishing
             or self.blocks
             or self.joined
+            or self.skipped
             or self.dropped
             or self.preempted
             or self.swapped_out
@@ -128,6 +138,8 @@ def _encode(step: Step) -> bytes:
         len(blocks), *blocks,
         len(step.finishing), *step.finishing,
     ]  # fmt: skip
+    if step.skipped:  # at the end, so that the digest of a step without any is what it was before there were any
+        numbers += [len(step.skipped), *step.skipped]
     return _packer(len(numbers))(*numbers)
 
 

@@ -6,13 +6,14 @@ Host time never enters: the clock is SimPy's, in integer nanoseconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import simpy
 
-from engine.backend import Completion, Stop
+from engine.backend import Completion, Filled, Shown, Stop
 from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
+from engine.prefix import all_hashes
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest
@@ -31,10 +32,16 @@ class SimBackend:
         requests: Iterable[TraceRequest],
         timing: Timing,
         events: EventSource | None = None,
+        block_size: int = 0,
     ) -> None:
-        """`events` None: the requests, in order of arrival, arrive and are cancelled as their trace says."""
+        """Build the backend.
+
+        Args:
+            events: None: the requests, in order of arrival, arrive and are cancelled as their trace says.
+            block_size: as in `Endings`.
+        """
         self._env = env
-        self.endings = Endings()
+        self.endings = Endings(block_size)
         if events is None:
             events = EventQueue.from_trace(map(self.endings.seen, requests))
         else:
@@ -43,7 +50,7 @@ class SimBackend:
         self._events = events
         self.due = events.due  # takes the events that are due by a time
         self._timing = timing
-        self._in_flight: deque[tuple[int, list[Stop]]] = deque()
+        self._in_flight: deque[tuple[int, Shown]] = deque()
 
     def now(self) -> int:
         """Simulated nanoseconds."""
@@ -59,63 +66,95 @@ class SimBackend:
 
     def complete(self) -> simpy.Event:
         """Waits for the oldest step in flight."""
-        index, stops = self._in_flight.popleft()
+        index, shown = self._in_flight.popleft()
         now = self._env.now
         completed_ns, start_ns, device_ns, resume_ns = self._timing.complete(now)
-        return self._env.timeout(resume_ns - now, Completion(index, completed_ns, start_ns, device_ns, stops))
+        return self._env.timeout(resume_ns - now, Completion(index, completed_ns, start_ns, device_ns, *shown))
 
-    def wait(self) -> simpy.Event | None:
-        """Waits for the next external event."""
-        due_ns = self._events.next_ns()
+    def wait(self, until_ns: int | None) -> simpy.Event | None:
+        """Waits for the next external event, or until then."""
+        due_ns = self._events.next_ns(until_ns)
         return None if due_ns is None else self._env.timeout(self._timing.wake(due_ns) - self.now())
 
 
 class Endings:
-    """Which step shows that a request has ended before its `max_tokens`. Only a backend may know this."""
+    """What a step's tokens show: which requests end before their `max_tokens`, and which blocks outputs have filled.
 
-    def __init__(self) -> None:
+    Only a backend may know this beforehand.
+    """
+
+    def __init__(self, block_size: int = 0) -> None:
+        """`block_size`: tokens of a KV block where prefixes are cached; 0: no block's hash is asked for."""
+        self._block_size = block_size
         self._early: dict[int, TraceRequest] = {}
+        self._hashes: dict[int, Sequence[int]] = {}  # of a request's blocks, those of its output included
         self._decoding = DecodeSet()
 
     def seen(self, source: TraceRequest) -> TraceRequest:
         """Take note of a request before it arrives, and hand it on."""
         if source.output_len < source.max_tokens:
             self._early[source.id] = source
+        if self._block_size and source.output_ids is not None:
+            self._hashes[source.id] = all_hashes(source, self._block_size)
         return source
 
     def forget(self, request_id: int) -> None:
         """The request has ended, and all its steps have completed."""
         self._early.pop(request_id, None)
+        self._hashes.pop(request_id, None)
         self._decoding.discard(request_id)
 
-    def shown_by(self, step: Step) -> list[Stop]:
-        """The requests whose end-of-sequence is among the step's tokens."""
-        if not self._early:
-            return []
-        for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
+    def shown_by(self, step: Step) -> Shown:
+        """The requests whose end-of-sequence is among the step's tokens, and the blocks whose last token is."""
+        if not self._early and not self._hashes:
+            return Shown()
+        for request_id in step.leaving:
             self._decoding.discard(request_id)
         for request_id, context in step.joined.items():
-            self._join(request_id, context)
-        cached = [
-            (request_id, chunk.start + chunk.tokens) for request_id, chunk in step.chunks.items() if chunk.samples
-        ]
+            if request_id in self._early or request_id in self._hashes:
+                self._decoding.add(request_id, context)
+                self._wake(request_id, context)
+        cached = {request_id: each.start + each.tokens for request_id, each in step.chunks.items() if each.samples}
         if step.decodes:
-            cached += self._decoding.advance().items()
+            ringing = self._decoding.advance()
+            cached = ringing | cached
+            for request_id, context in ringing.items():
+                self._wake(request_id, context)
         for request_id in step.finishing:
             self._decoding.discard(request_id)
-        return [
-            Stop(request_id, self._early[request_id].output_len)
-            for request_id, context in cached
-            if request_id in self._early and self._last_context(request_id) == context
+        stops = [
+            Stop(each, self._early[each].output_len) for each, context in cached.items() if self._ends(each, context)
         ]
+        filled = [
+            Filled(each, self._hash(each, context)) for each, context in cached.items() if self._fills(each, context)
+        ]
+        return Shown(stops, filled)
 
-    def _join(self, request_id: int, context: int) -> None:
+    def _wake(self, request_id: int, context: int) -> None:
+        """Ask for the request to ring when its next token shows something."""
+        ticks = []
         if request_id in self._early:
-            self._decoding.add(request_id, context)
-            if (left := self._last_context(request_id) - context) > 0:
-                self._decoding.wake(request_id, left)
+            ticks.append(_last_context(self._early[request_id]) - context)
+        if request_id in self._hashes:
+            ticks.append(self._block_size - (context + 1) % self._block_size)
+        for each in ticks:
+            if each > 0:
+                self._decoding.wake(request_id, each)
 
-    def _last_context(self, request_id: int) -> int:
-        """The context at which a request has made its last token: everything but that token is cached."""
-        source = self._early[request_id]
-        return source.prompt_len + source.output_len - 1
+    def _ends(self, request_id: int, context: int) -> bool:
+        return request_id in self._early and _last_context(self._early[request_id]) == context
+
+    def _fills(self, request_id: int, context: int) -> bool:
+        """Whether the newest token, which is not cached yet, is the last of a block."""
+        hashes = self._hashes.get(request_id, ())
+        return (
+            bool(hashes) and (context + 1) % self._block_size == 0 and (context + 1) // self._block_size <= len(hashes)
+        )
+
+    def _hash(self, request_id: int, context: int) -> int:
+        return self._hashes[request_id][(context + 1) // self._block_size - 1]
+
+
+def _last_context(source: TraceRequest) -> int:
+    """The context at which a request has made its last token: everything but that token is cached."""
+    return source.prompt_len + source.output_len - 1

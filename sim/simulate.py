@@ -46,12 +46,14 @@ def simulate(
         PolicyError: as `serving_loop`.
     """
     env = simpy.Environment(initial_time=start_ns)
-    backend: Backend = SimBackend(env, requests, timing, events)
+    scheduler = load_scheduler(config)
+    block_size = config.block_size if config.prefix_caching else 0
+    backend: Backend = SimBackend(env, requests, timing, events, block_size)
     if check:
-        backend = CheckedBackend(backend, config)
+        backend = CheckedBackend(backend, scheduler.config)
     gc.freeze()  # what there is by now stays: to look through it for garbage again and again would take 5 % of the time
     try:
-        env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
+        env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
     finally:
         gc.unfreeze()
 
@@ -103,7 +105,7 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
 def _recorded_prefix(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["hash_ids"] is None:
         return {}
-    return {"hash_ids": row["hash_ids"], "hash_block_size": row["hash_block_size"]}
+    return {name: row[name] for name in ("hash_ids", "hash_block_size", "output_ids")}
 
 
 def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:

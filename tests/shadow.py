@@ -25,9 +25,11 @@ def serve(
 ) -> tuple[Recorder, list[Request]]:
     """Serve in checked simulation; returns the records and the scheduler's requests in order of id."""
     env = simpy.Environment(initial_time=0)
-    backend = CheckedBackend(SimBackend(env, requests, timing or ProfiledTiming(small_profile())), config)
-    recorder = Recorder()
     scheduler = scheduler or load_scheduler(config)
+    block_size = config.block_size if config.prefix_caching else 0
+    simulated = SimBackend(env, requests, timing or ProfiledTiming(small_profile()), block_size=block_size)
+    backend = CheckedBackend(simulated, scheduler.config)
+    recorder = Recorder()
     env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
     assert scheduler.pool.used == 0 and scheduler.cpu_pool.used == 0, "blocks were lost"
     return recorder, [life.request for _, life in sorted(recorder._lives.items())]

@@ -177,7 +177,7 @@ def test_a_pass_is_run_over_and_over_by_steps_that_a_data_plane_follows():
         assert (step.kv_tokens, step.kv_squares) == (35 + 2 * index, (30 + index) ** 2 + (5 + index) ** 2)
         (prefill,) = work.prefills
         assert (prefill.start, len(prefill.token_ids)) == (0, 20)
-        assert running.note(work, [7] * len(work.samplers)) == []
+        assert running.note(work, [7] * len(work.samplers)).stops == []
 
 
 def test_a_pass_that_prefills_rests_while_its_decodes_go_on():

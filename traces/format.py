@@ -29,8 +29,8 @@ from traces.request import TraceRequest
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)  # version 1 knew no SLOs
+SCHEMA_VERSION = 3
+_READABLE = (1, 2, 3)  # version 1 knew no SLOs, version 2 no output ids
 
 # A column of a file, and the field of `TraceRequest` it fills.
 _FIELD_OF = {
@@ -45,6 +45,7 @@ _FIELD_OF = {
     "prompt_token_ids": "prompt_token_ids",
     "hash_ids": "hash_ids",
     "hash_block_size": "hash_block_size",
+    "output_ids": "output_ids",
     "predicted_length": "predicted_length",
     "priority": "priority",
     "client": "client",
@@ -57,6 +58,7 @@ _FIELD_OF = {
 _UNIT_NS = {"arrival_s": 10**9, "timestamp": 10**6, "ttft_slo_ms": 10**6, "e2e_slo_ms": 10**6}
 _LATEST_NS = 9e18  # inside int64
 _COLUMNS = list(dict.fromkeys(_FIELD_OF.values()))
+_LONG_IDS = ("hash_ids", "output_ids")  # int64
 _BATCH_ROWS = 4096
 
 # (time, prompt tokens, output tokens)
@@ -105,6 +107,8 @@ class Trace:
             sha.update(_canonical_bytes(request))
             if promised:  # a trace without SLOs keeps the digest that it had before there were any
                 sha.update(struct.pack("<2q", request.ttft_slo_ns or -1, request.e2e_slo_ns or -1))
+            if request.output_ids is not None:  # likewise
+                sha.update(b"output" + array("q", request.output_ids).tobytes())
         return sha.hexdigest()
 
 
@@ -244,8 +248,9 @@ def _request(position: int, row: Mapping[str, Any]) -> TraceRequest:
     if "prompt_token_ids" in fields:
         fields["prompt_token_ids"] = _token_ids(fields["prompt_token_ids"])
         fields.setdefault("prompt_len", len(fields["prompt_token_ids"]))
-    if "hash_ids" in fields:
-        fields["hash_ids"] = _hash_ids(fields["hash_ids"])
+    for name in _LONG_IDS:
+        if name in fields:
+            fields[name] = _hash_ids(name, fields[name])
     for name in ("arrival_ns", "prompt_len", "output_len"):
         if name not in fields:
             raise TandemError(f"no {name}: give {' or '.join(c for c, field in _FIELD_OF.items() if field == name)}")
@@ -271,13 +276,13 @@ def _token_ids(value: Any) -> array[int]:
     return value
 
 
-def _hash_ids(value: Any) -> array[int]:
-    """Hash ids as a C array of int64."""
+def _hash_ids(name: str, value: Any) -> array[int]:
+    """Ids as a C array of int64."""
     if isinstance(value, list) and set(map(type, value)) <= {int}:
         with suppress(OverflowError):
             value = array("q", value)
     if not isinstance(value, array) or (len(value) and min(value) < 0):
-        raise TandemError("hash_ids must be a list of integers from 0 to 9223372036854775807")
+        raise TandemError(f"{name} must be a list of integers from 0 to 9223372036854775807")
     return value
 
 
@@ -332,7 +337,7 @@ def _write_jsonl(file: IO[bytes], trace: Trace) -> None:
 
 def _json_row(request: TraceRequest) -> _Row:
     row = {name: value for name in _COLUMNS if (value := _value(request, name)) is not None}
-    for name in ("prompt_token_ids", "hash_ids"):
+    for name in ("prompt_token_ids", *_LONG_IDS):
         if name in row:
             row[name] = np.asarray(row[name]).tolist()
     return row
@@ -389,7 +394,7 @@ def _write_parquet(file: IO[bytes], trace: Trace) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lists = {"prompt_token_ids": pa.list_(pa.int32()), "hash_ids": pa.list_(pa.int64())}
+    lists = {"prompt_token_ids": pa.list_(pa.int32())} | dict.fromkeys(_LONG_IDS, pa.list_(pa.int64()))
     types = dict.fromkeys(_COLUMNS, pa.int64()) | lists | {"client": pa.string()}
     schema = pa.schema(types, metadata={"tandem_trace": _header(trace)})
     with pq.ParquetWriter(file, schema) as writer:
@@ -403,7 +408,7 @@ def _parquet_column(name: str, kind: pa.DataType, requests: Sequence[TraceReques
     import pyarrow as pa
 
     values = [_value(request, name) for request in requests]
-    if name == "hash_ids":
+    if name in _LONG_IDS:
         return pa.array([None if ids is None else list(ids) for ids in values], kind)
     if name != "prompt_token_ids":
         return pa.array(values, kind)

@@ -29,6 +29,8 @@ class TraceRequest:
             equal have their first n * `hash_block_size` tokens in common (as far as either prompt goes). Tokens beyond
             the last id are the request's own. As in Mooncake's traces.
         hash_block_size: tokens that one of `hash_ids` stands for.
+        output_ids: what the output is, as far as it is known, in the terms of the prompt: token ids; or after hash ids,
+            ids of the blocks that follow the last that the prompt fills.
         predicted_length: somebody's estimate of `output_len`, shown to schedulers.
         priority: smaller is more urgent.
         client: who sent it, for fair sharing.
@@ -48,6 +50,7 @@ class TraceRequest:
     prompt_token_ids: Sequence[int] | None = None
     hash_ids: Sequence[int] | None = None
     hash_block_size: int = 512
+    output_ids: Sequence[int] | None = None
     predicted_length: int | None = None
     priority: int = 0
     client: str | None = None
@@ -75,6 +78,10 @@ class TraceRequest:
             raise TandemError(f"output_len is {self.output_len}, more than max_tokens, {self.max_tokens}")
         if self.prompt_token_ids is not None and len(self.prompt_token_ids) != self.prompt_len:
             raise TandemError(f"prompt_len is {self.prompt_len}, but there are {len(self.prompt_token_ids)} token ids")
+        if self.output_ids is not None and self.prompt_token_ids is None and self.hash_ids is None:
+            raise TandemError(
+                "there are output_ids, but neither prompt_token_ids nor hash_ids: what they follow is unknown"
+            )
         self._check_hash_ids()
 
     def _check_hash_ids(self) -> None:

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
-from engine.backend import Completion, Launch, Stop
+from engine.backend import Completion, Launch, Shown
 from engine.events import Event, EventSource
 from engine.step import Step
 
 
 class Work(NamedTuple):
-    """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it found."""
+    """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it showed."""
 
     step: int
     start_ns: int
     device_ns: int
-    stops: Sequence[Stop]
+    shown: Shown
 
 
 class DataPlane(Protocol):
@@ -102,14 +102,14 @@ class ExecutorBackend:
         """Waits for the oldest step in flight; raises what the data plane raised."""
         return _Later(self._complete)
 
-    def wait(self) -> _Later | None:
-        """Sleeps until the next external event."""
-        due_ns = self._events.next_ns()
+    def wait(self, until_ns: int | None) -> _Later | None:
+        """Sleeps until the next external event, or until then."""
+        due_ns = self._events.next_ns(until_ns)
         return None if due_ns is None else _Later(lambda: time.sleep(max(0, due_ns - self.now()) / 1e9))
 
     def _complete(self) -> Completion:
-        step, start_ns, device_ns, stops = self._data_plane.complete()
-        return Completion(step, self.now(), start_ns - self.start_ns, device_ns, stops)
+        step, start_ns, device_ns, shown = self._data_plane.complete()
+        return Completion(step, self.now(), start_ns - self.start_ns, device_ns, *shown)
 
 
 class Runs(Protocol):
@@ -118,8 +118,8 @@ class Runs(Protocol):
     def prepare_thread(self) -> None:
         """Called once on the thread that will run the steps."""
 
-    def run(self, step: Step) -> list[Stop]:
-        """Apply the step's delta, compute its tokens, and say which requests were found to have ended."""
+    def run(self, step: Step) -> Shown:
+        """Apply the step's delta, compute its tokens, and say what they show."""
 
 
 class ThreadedDataPlane:
@@ -162,7 +162,7 @@ class ThreadedDataPlane:
             self._results.put(None)
             while (step := self._steps.get()) is not None:
                 start_ns = time.perf_counter_ns()
-                stops = self._runner.run(step)
-                self._results.put(Work(step.index, start_ns, time.perf_counter_ns() - start_ns, stops))
+                shown = self._runner.run(step)
+                self._results.put(Work(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
         except BaseException as error:
             self._results.put(error)

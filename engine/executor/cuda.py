@@ -179,8 +179,8 @@ class CudaDataPlane:
         device_ns = round(1e6 * slot.begin.elapsed_time(slot.end)) - waited_ns
         if not ended_before:  # the two clocks drift apart by some 30 µs a second
             self._base, self._base_ns = slot.end, now_ns
-        stops = self._running.note(work, slot.tokens[: len(work.samplers)].tolist())
-        return backend.Work(index, begin_ns + waited_ns, device_ns, stops)
+        shown = self._running.note(work, slot.tokens[: len(work.samplers)].tolist())
+        return backend.Work(index, begin_ns + waited_ns, device_ns, shown)
 
     def _launch_compute(self, work: Work, slot: _Slot) -> None:
         graphs = self._graphs

@@ -201,10 +201,11 @@ class Executor:
             IntegrityError: `check` is set, and a step breaks an invariant.
             PolicyError: as `serving_loop`.
         """
+        scheduler = load_scheduler(config)
         running, data_plane = self.session(requests, config, stop_rule)
         with ExecutorBackend(data_plane, EventQueue.from_trace(requests)) as backend:
-            checked = CheckedBackend(backend, config) if check else backend
-            drive(serving_loop(checked, load_scheduler(config), recorder))
+            checked = CheckedBackend(backend, scheduler.config) if check else backend
+            drive(serving_loop(checked, scheduler, recorder))
         return running
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.backend import Stop
+from engine.backend import Shown
 from engine.executor.batch import KVCache, Packing
 from engine.executor.model import Llama, Mark
 from engine.executor.running import RunningBatch
@@ -28,12 +28,12 @@ class Runner:
         """Torch counts threads per calling thread."""
         torch.set_num_threads(self._threads)
 
-    def run(self, step: Step, mark: Mark | None = None) -> list[Stop]:
+    def run(self, step: Step, mark: Mark | None = None) -> Shown:
         """Apply the delta, copy what is swapped, and run one forward pass."""
         work = self._running.apply(step)
         self._swap(step)
         if step.kind == "swap":
-            return []
+            return Shown()
         shape = self._packing.shape_of(len(work.decodes.contexts), work.prefills, work.blocks)
         words = np.empty(shape.words, np.int32)
         spans = self._packing.pack(shape.split(words), work.decodes, work.prefills)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backend import Stop
+from engine.backend import Filled, Shown, Stop
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
+from engine.prefix import Content, chain_hash
 from engine.step import Step
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -50,6 +51,7 @@ class _Sequence:
     seat: int = -1
     blocks: int = 0  # in its row
     stopped: bool = False
+    newest_hash: int | None = None  # of its last full block beyond the prompt's
 
 
 class Work(NamedTuple):
@@ -84,6 +86,7 @@ class RunningBatch:
         self._sources: dict[int, tuple[TraceRequest, Ending]] = {}
         self._may_stop = False
         self._vocab_size = vocab_size
+        self._block_size = config.block_size if config.prefix_caching else 0
         self._sequences: dict[int, _Sequence] = {}
         self._decoding: dict[int, _Sequence] = {}
         self._newcomers: dict[int, _Sequence] = {}  # joined, and have not decoded since
@@ -120,18 +123,34 @@ class RunningBatch:
         widths = [decodes.tables.shape[1], *(len(each.table) for each in prefills)]
         return Work(decodes, prefills, samplers, max(widths))
 
-    def note(self, work: Work, tokens: list[int]) -> list[Stop]:
-        """Note the tokens of a step, the oldest not yet noted; returns the requests that they end."""
+    def note(self, work: Work, tokens: list[int]) -> Shown:
+        """Note the tokens of a step, the oldest not yet noted; returns whom they end, and the blocks they fill."""
         for sequence, token in zip(work.samplers, tokens, strict=True):
             sequence.made.append(token)
-        if not self._may_stop:
-            return []
-        return [self._stop(sequence) for sequence in work.samplers if self._ends(sequence)]
+        stops = [self._stop(each) for each in work.samplers if self._ends(each)] if self._may_stop else []
+        filled = [self._fill(each) for each in work.samplers if self._fills(each)] if self._block_size else []
+        return Shown(stops, filled)
 
     def _ends(self, sequence: _Sequence) -> bool:
         if sequence.stopped or len(sequence.made) >= sequence.source.max_tokens:
             return False  # the token after a stop may be a stop token as well
         return sequence.ending.ends(sequence.made)
+
+    def _fills(self, sequence: _Sequence) -> bool:
+        """Whether its newest token, not computed yet, is the last of a block that others may look for."""
+        known, source = len(sequence.prompt) + len(sequence.made), sequence.source
+        told = source.prompt_token_ids is not None or source.hash_ids is not None
+        return known % self._block_size == 0 and told and not sequence.stopped
+
+    def _fill(self, sequence: _Sequence) -> Filled:
+        size, prompt = self._block_size, sequence.prompt
+        start = len(prompt) + len(sequence.made) - size
+        if start // size == len(prompt) // size and (content := Content.of(sequence.source)):
+            of_prompt = content.hashes(len(prompt), size).ids
+            sequence.newest_hash = of_prompt[-1] if of_prompt else None
+        own = prompt[start:] + sequence.made[max(start - len(prompt), 0) :]
+        sequence.newest_hash = chain_hash(sequence.newest_hash, own)
+        return Filled(sequence.source.id, sequence.newest_hash)
 
     def _stop(self, sequence: _Sequence) -> Stop:
         sequence.stopped = True
@@ -143,6 +162,10 @@ class RunningBatch:
         for request_id in (*step.preempted, *step.swapped_out):
             if sequence := self._sequences.get(request_id):  # None: admitted and preempted by one plan, it never ran
                 self._stand_up(sequence)
+        for request_id in step.skipped:
+            self._decoding.pop(request_id, None)
+            self._newcomers.pop(request_id, None)
+            self._order = None
         for request_id, copies in step.swapped_in.items():
             self._append_blocks(self._sequences[request_id], copies.target)
         for request_id, blocks in step.blocks.items():

@@ -8,6 +8,9 @@ the workload has one. A policy is a subclass with a `plan`, written with three v
 - `self.decode()` runs one token for every decoding request;
 - `self.preempt(request)` takes a running request's blocks away; it will be swapped back in, or recomputed.
 
+Two more are seldom needed: `self.skip(request)` lets a decoding request make no token in this step, and
+`self.wake_at(ns)` has the next step planned at that time, should nothing happen before.
+
 A policy that serves in another order than that of arrival says who is next (`head`, or `KeyedScheduler`); one that
 keeps accounts of its own is told when a request gets blocks, starts to decode, and gives its blocks up (`on_admit`,
 `on_decode`, `on_leave`). Its parameters are keyword arguments of its `__init__`, with defaults:
@@ -21,7 +24,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
-from engine.config import ServingConfig
+from engine.backend import Completion
+from engine.config import COMPLETED, VLLM, WHOLE, ServingConfig
 from engine.decode_set import DecodeSet
 from engine.kv_blocks import BlockPool, PrefixCachingPool
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
@@ -43,6 +47,8 @@ class Scheduler(ABC):
         running: requests that hold blocks, oldest admission first.
         prefilling: the running requests whose prefill is not complete, oldest first.
         decoding: the running requests whose prefill is complete, as a set that advances as one.
+        held: requests whose last token is planned, and which keep their blocks until it is known (`release`).
+        wake_ns: when the next step is to be planned at the latest, if the last `plan` asked for a time.
     """
 
     chunked: ClassVar[bool] = False
@@ -50,22 +56,27 @@ class Scheduler(ABC):
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
         sizes = config.num_blocks, config.block_size
-        self._cache = PrefixCachingPool(*sizes) if config.prefix_caching else None
+        self._shares_at_once = config.prefix_rules == VLLM
+        self._cache = PrefixCachingPool(*sizes, keeps_equal=self._shares_at_once) if config.prefix_caching else None
         self.pool = self._cache or BlockPool(*sizes)
         self.cpu_pool = BlockPool(config.num_cpu_blocks, config.block_size)
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         self.running: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
+        self.held: dict[int, Request] = {}
         self.decoding = DecodeSet()
         self._ready: list[Request] = []  # prefilled or swapped in by the last step; they decode from the next
         self._found: dict[int, int] = {}  # tokens that a request admitted by this step found in the prefix cache
         self._out_of_block: dict[int, Request] = {}  # decoding requests whose next token needs a new block
+        self._filled: dict[int, Request] = {}  # running requests with a block of known tokens that nobody may share yet
+        self._admissions = 0
         self._step = Step(0)
         self._digest = GENESIS
         self._decode_planned = False
         self._closed = False  # blocks ran out while this step was planned: nobody is admitted
         self._preempted_now: set[int] = set()  # nor are these, who have just left
         self._barren_preemptions = 0  # since a request last made a token
+        self.wake_ns: int | None = None
 
     # -- for policies ------------------------------------------------------------------------------------
 
@@ -144,6 +155,8 @@ class Scheduler(ABC):
             return False
         self._step.chunks[request.id] = Chunk(request.computed, tokens, tokens == request.to_prefill)
         request.prefilled(tokens)
+        if self._cache and self._shares_at_once:
+            self._publish(self._cache, request, request.computed)
         if not request.to_prefill:
             del self.prefilling[request.id]
         return True
@@ -160,10 +173,32 @@ class Scheduler(ABC):
         self._decode_planned = True
         if self._out_of_block:
             due, self._out_of_block = self._out_of_block, {}
-            for request in due.values():
-                if request.id in self.decoding and self._give(request, 1):
-                    self.decoding.wake(request.id, self.config.block_size)
+            self._extend(due)
+        if self._cache and self._shares_at_once:
+            self._publish_filled(self._cache)
         return True
+
+    def skip(self, request: Request) -> None:
+        """Let a decoding request make no token in this step. It keeps its blocks, and decodes on from the next.
+
+        Raises:
+            PolicyError: the request is not decoding.
+        """
+        if request.id not in self.decoding:
+            raise PolicyError(f"skips request {request.id}, which is not decoding")
+        if self._step.joined.pop(request.id, None) is None:
+            self._step.skipped.append(request.id)
+        self._out_of_block.pop(request.id, None)
+        request.stop_decoding()
+        self._ready.append(request)
+
+    def wake_at(self, ns: int) -> None:
+        """Have `plan` called at that time on the run's clock, should nothing happen before: no arrival, no step's end.
+
+        It is asked for anew in each `plan`; of several times the first counts. Like an arrival, it waits for the step
+        in flight.
+        """
+        self.wake_ns = ns if self.wake_ns is None else min(self.wake_ns, ns)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks and put it at the head of `waiting`.
@@ -209,13 +244,21 @@ class Scheduler(ABC):
         """The client gave up. Nothing happens if the request has ended."""
         self._drop(request, CANCELLED)
 
+    def completed(self, completion: Completion) -> None:
+        """A step's tokens are known: some end their requests, some fill blocks that others may share."""
+        for request_id, block_hash in completion.filled:
+            self._learn(request_id, block_hash)
+        for request_id in self._ended(completion) if self.held else [stop.request_id for stop in completion.stops]:
+            self.stopped(request_id)
+
     def stopped(self, request_id: int) -> None:
-        """A completed step found the request's stop token. Nothing happens if the request has ended."""
-        if request := self.running.get(request_id) or self.waiting.get(request_id):
+        """A request's last token is known. Nothing happens if it has ended, and holds nothing."""
+        if request := self._find(request_id):
             self._drop(request, STOP)
 
     def schedule(self, now: int) -> Step | None:
         """Plan the next step, or None if there is nothing to run."""
+        self.wake_ns = None
         self._decode_planned = self._closed = False
         self._preempted_now.clear()
         if self._ready:
@@ -240,10 +283,20 @@ class Scheduler(ABC):
             return f"a prefill of up to {cached} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
         return None
 
+    def _can_admit(self, request: Request, hits: Sequence[int], tokens: int) -> bool:
+        """Whether a waiting request may run `tokens` tokens beside the others, after those that `hits` hold."""
+        if self.config.admit == WHOLE:
+            tokens = request.to_prefill
+        else:
+            tokens += len(hits) * self.config.block_size
+        owned = len(hits) - self._cache.idle(hits) if self._cache else 0
+        return self._has_room(request, tokens, owned)
+
     def _has_room(self, request: Request, tokens: int, owned: int = 0) -> bool:
         """Whether a waiting request with `tokens` tokens in the cache may run beside the others, who already own
         `owned` of its blocks."""
-        full = len(self.running) >= self.config.max_seqs or self.pool.blocks_for(tokens) - owned > self.pool.free
+        rows = len(self.running) + len(self.held)
+        full = rows >= self.config.max_seqs or self.pool.blocks_for(tokens) - owned > self.pool.free
         return not full and self._is_admissible(request)
 
     def _is_admissible(self, request: Request) -> bool:
@@ -258,27 +311,32 @@ class Scheduler(ABC):
         return self._cache.find(hashes.ids[: (request.to_prefill - 1) // self.config.block_size])
 
     def _admit(self, request: Request, hits: Sequence[int], tokens: int) -> bool:
-        cached = len(hits) * self.config.block_size
-        owned = len(hits) - self._cache.idle(hits) if self._cache else 0
-        if not self._has_room(request, cached + tokens, owned):
+        if not self._can_admit(request, hits, tokens):
             return False
-        del self.waiting[request.id]
-        self.running[request.id] = self.prefilling[request.id] = request
+        self._start_running(request)
+        self.prefilling[request.id] = request
         if self._cache and hits:
             self._cache.share(hits)
             request.blocks = [*hits]
             self._step.blocks[request.id] = [*hits]
-            request.prefilled(cached)
-            self._found[request.id] = cached
+            self._found[request.id] = len(hits) * self.config.block_size
+            request.prefilled(self._found[request.id])
+            request._published = len(hits)
         self.on_admit(request)
         return True
+
+    def _start_running(self, request: Request) -> None:
+        del self.waiting[request.id]
+        self.running[request.id] = request
+        request.admission = self._admissions
+        self._admissions += 1
 
     def _swap_in(self, request: Request) -> bool:
         if not self._has_room(request, request.computed + 1):  # with its next token's block, lest it be the next victim
             return False
-        del self.waiting[request.id]
-        self.running[request.id] = request
+        self._start_running(request)
         request.blocks = self.pool.allocate(len(request.cpu_blocks))
+        request._published = len(request.blocks)
         self._step.swapped_in[request.id] = Copies(request.cpu_blocks, list(request.blocks))
         request.cpu_blocks = []
         self._grow(request, 1)
@@ -313,8 +371,11 @@ class Scheduler(ABC):
         """Give a running request that many blocks more; False if it had to be preempted itself."""
         while missing > self.pool.free:
             victim = self.victim()
-            self.preempt(victim)
             self._closed = True
+            if victim.id in self.held:
+                self._give_up(victim)
+                continue
+            self.preempt(victim)
             if victim is request:
                 return False
         blocks = self.pool.allocate(missing)
@@ -323,18 +384,53 @@ class Scheduler(ABC):
             given += blocks
         return True
 
+    def _extend(self, due: dict[int, Request]) -> None:
+        """Give decoding requests that need one a block for their next token."""
+        for request in due.values():
+            if request.id in self.decoding and self._give(request, 1):
+                self.decoding.wake(request.id, self.config.block_size)
+
     def _leave(self, request: Request) -> None:
         """Take a request out of every queue and out of the step under construction, and free its GPU blocks."""
         self.on_leave(request)
-        for place in (self.waiting, self.running, self.prefilling):
+        for place in (self.waiting, self.running, self.prefilling, self._filled, self._out_of_block):
             place.pop(request.id, None)
-        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found, self._out_of_block):
+        self._withdraw(request)
+        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found):
             part.pop(request.id, None)
         request.stop_decoding()
         self.pool.release(request.blocks)
         request.blocks = []
 
+    def _find(self, request_id: int) -> Request | None:
+        places = self.running, self.waiting, self.held
+        return next((place[request_id] for place in places if request_id in place), None)
+
+    def _give_up(self, request: Request) -> None:
+        """A held request loses its blocks to others: nobody will compute it again, for its last token is under way."""
+        self._step.preempted.append(request.id)
+        request.preemptions += 1
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+        self.held.pop(request.id, None)
+
+    def _ended(self, completion: Completion) -> list[int]:
+        """Whom a step is known to have ended, in the order of the batch: who stopped, and whose last token is there."""
+        ended = {request.id: request for request in self.held.values() if request._last_step <= completion.step}
+        for request_id, _ in completion.stops:
+            if request := self._find(request_id):
+                ended[request_id] = request
+        return sorted(ended, key=lambda request_id: ended[request_id].admission)
+
     def _drop(self, request: Request, outcome: str) -> None:
+        if request.id in self.held:
+            if self._cache:
+                self._publish(self._cache, request, request.computed)
+            self._release(request)
+            self._step.dropped.append(request.id)
         if request.outcome is None:
             request.outcome = outcome
             self._leave(request)
@@ -366,7 +462,8 @@ class Scheduler(ABC):
         if step.decodes:
             self._barren_preemptions = 0
             step.kv_tokens, step.kv_squares = decoding.kv_tokens, decoding.kv_squares
-        step.kv_blocks_used, step.running, step.waiting = self.pool.used, len(self.running), len(self.waiting)
+        step.kv_blocks_used, step.waiting = self.pool.used, len(self.waiting)
+        step.running = len(self.running) + len(self.held)
         self._count_progress(step)
         step.digest = self._digest = chain_digest(self._digest, step)
         self._step = Step(step.index + 1)
@@ -374,7 +471,7 @@ class Scheduler(ABC):
 
     def _count_progress(self, step: Step) -> None:
         if self._cache:
-            self._publish(self._cache, step)
+            self._count_found(self._cache, step)
         for request_id, chunk in step.chunks.items():
             if chunk.samples:
                 request = self.running[request_id]
@@ -391,22 +488,58 @@ class Scheduler(ABC):
             elif context == len(request.blocks) * self.config.block_size:
                 self._out_of_block[request_id] = request
 
-    def _publish(self, cache: PrefixCachingPool, step: Step) -> None:
-        """Let later steps share the prompt blocks that this step completes."""
-        for request_id, (start, tokens, _) in step.chunks.items():
+    def _count_found(self, cache: PrefixCachingPool, step: Step) -> None:
+        """Count what requests found in the cache; from now on others find what this step computes of their prompts."""
+        for request_id in step.chunks:
             request = self.running[request_id]
             request.cached_tokens += self._found.pop(request_id, 0)
-            if hashes := request.block_hashes:
-                first, last = start // hashes.width, min((start + tokens) // hashes.width, len(hashes.ids))
-                for place in range(first, last):
-                    cache.publish(request.blocks[place], hashes.ids[place])
+            self._publish(cache, request, request.computed)
+
+    def _publish(self, cache: PrefixCachingPool, request: Request, tokens: int) -> None:
+        """Let others share the blocks that a request's first `tokens` tokens fill, as far as these are known."""
+        if hashes := request.block_hashes:
+            last = min(tokens // hashes.width, len(hashes.ids))
+            for place in range(request._published, last):
+                cache.publish(request.blocks[place], hashes.ids[place])
+            request._published = max(request._published, last)
+
+    def _learn(self, request_id: int, block_hash: int) -> None:
+        """The tokens of a request's next block are known; they are computed by the next decode at the latest."""
+        request = self._find(request_id)
+        if request and request.block_hashes:
+            request.block_hashes.ids.append(block_hash)
+            if request_id in self.running:
+                self._filled[request_id] = request
+
+    def _publish_filled(self, cache: PrefixCachingPool) -> None:
+        """Let others share the known blocks that this step's decodes fill, or earlier ones did."""
+        for request in [each for each in self._filled.values() if each.id in self.decoding]:
+            self._publish(cache, request, request.computed + 1)
+            if request.block_hashes and request._published == len(request.block_hashes.ids):
+                del self._filled[request.id]
+
+    def _withdraw(self, request: Request) -> None:
+        """A request that leaves will not compute its chunk of this step: who was to share that leaves, too."""
+        chunk = self._step.chunks.get(request.id)
+        if chunk is None or not self._cache or not self._shares_at_once:
+            return
+        unwritten = set(request.blocks[chunk.start // self.config.block_size :])
+        for block in unwritten:
+            self._cache.withdraw(block)
+        for sharer in [self.running[each] for each in self._found if each != request.id]:
+            if not unwritten.isdisjoint(sharer.blocks):
+                self.preempt(sharer)
 
     def _finish(self, request: Request, step: Step) -> None:
         """Its last token, by `max_tokens`, is made in this step."""
         request.outcome = LENGTH
         self.on_leave(request)
+        self._filled.pop(request.id, None)
         request.stop_decoding()
-        self.pool.release(request.blocks)
-        request.blocks = []
-        del self.running[request.id]
         step.finishing.append(request.id)
+        del self.running[request.id]
+        if self.config.release == COMPLETED:
+            request._last_step = step.index
+            self.held[request.id] = request
+        else:
+            self._release(request)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
-from engine.config import ServingConfig
+from engine.config import WHOLE, ServingConfig
 from engine.request import Request
 from engine.scheduler.base import Scheduler
 from engine.scheduler.lazy_heap import LazyHeap
@@ -97,9 +97,10 @@ class KeyedScheduler(Scheduler):
     def _fits(self, head: Request) -> bool:
         if head.cpu_blocks:
             return self._has_room(head, head.computed + 1)
-        if self.chunked:  # should the decodes take the whole budget, a victim's token is the head's
-            return self._has_room(head, min(head.to_prefill, max(self.budget, 1)))
-        return self._has_room(head, head.to_prefill)
+        if self.config.admit == WHOLE:
+            return self._can_admit(head, self._hits(head), head.to_prefill)
+        # Should the decodes take the whole budget, a victim's token is the head's.
+        return self._has_room(head, min(head.to_prefill, max(self.budget, 1)) if self.chunked else head.to_prefill)
 
     def _reversed(self, request: Request) -> Key:
         return tuple(-part for part in self.key(request))

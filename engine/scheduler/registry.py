@@ -24,6 +24,7 @@ from engine.scheduler.priority import StrictPriority
 from engine.scheduler.sjf import ShortestJobFirst
 from engine.scheduler.srpt import ShortestRemainingFirst
 from engine.scheduler.swiftllm import SwiftLlm
+from engine.scheduler.vllm import Vllm, VllmPriority
 from engine.scheduler.vtc import VirtualTokenCounter
 from traces.errors import TandemError
 
@@ -37,6 +38,8 @@ POLICIES: dict[str, type[Scheduler]] = {
     "sjf": ShortestJobFirst,
     "srpt": ShortestRemainingFirst,
     "swiftllm": SwiftLlm,
+    "vllm": Vllm,
+    "vllm_priority": VllmPriority,
     "vtc": VirtualTokenCounter,
 }
 

@@ -95,7 +95,7 @@ class Publisher:
 
     def _enter(self, step: Step) -> None:
         self._preemptions += len(step.preempted) + len(step.swapped_out)
-        for request_id in (*step.dropped, *step.preempted, *step.swapped_out):
+        for request_id in step.leaving:
             self._leave(request_id)
         if step.joined:
             self._decoding.update(dict.fromkeys(step.joined))
