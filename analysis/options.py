@@ -59,6 +59,17 @@ class Limits:
     prefix_caching: Annotated[
         bool | None, typer.Option("--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once.")
     ] = None
+    admit: Annotated[
+        str | None, typer.Option(help="What must fit before a request is admitted: whole (its known tokens), first_chunk.")
+    ] = None
+    release: Annotated[
+        str | None,
+        typer.Option(help="When what ends by max_tokens gives its blocks back: planned, or completed (its last step)."),
+    ] = None
+    prefix_rules: Annotated[
+        str | None,
+        typer.Option(help="What prefix caching shares: prompts, or vllm (in the same step, outputs too)."),
+    ] = None
     max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output served.")] = None

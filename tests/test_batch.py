@@ -183,12 +183,12 @@ class FollowedBackend(CheckedBackend):
 @settings(max_examples=150, deadline=None)
 @given(workloads(), configs(), st.data())
 def test_a_running_batch_feeds_every_request_its_own_tokens_and_blocks(requests, config, data):
-    env = simpy.Environment()
-    backend = FollowedBackend(SimBackend(env, requests, ProfiledTiming(small_profile())), config)
+    env, scheduler = simpy.Environment(), data.draw(schedulers(config))
+    backend = FollowedBackend(SimBackend(env, requests, ProfiledTiming(small_profile())), scheduler.config)
     backend.running = RunningBatch(requests, None, 100, config)
     backend.seats, backend.pending, backend.made = {}, [], {each.id: [] for each in requests}
     recorder = Recorder()
-    env.run(until=env.process(serving_loop(backend, data.draw(schedulers(config)), recorder)))
+    env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
     for request_id, output in backend.running.outputs.items():
         assert output == backend.made[request_id]
 

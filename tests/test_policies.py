@@ -51,10 +51,10 @@ def of(trace: Trace, run: RunRecords, latency: str, chosen: Callable[[TraceReque
     )
 
 
-def heavy_tailed(rate: float, noise: float) -> Trace:
+def heavy_tailed(rate: float, noise: float, seed: int = 1) -> Trace:
     """Lengths spread over two orders of magnitude, near saturation. Clients ask for more than they need."""
-    trace = synthetic(300, 1, "lognormal:4.5:1", "lognormal:4.5:1.2")
-    trace = predict_lengths(assign_arrivals(trace, "poisson", rate=rate, seed=1), noise, seed=1)
+    trace = synthetic(300, seed, "lognormal:4.5:1", "lognormal:4.5:1.2")
+    trace = predict_lengths(assign_arrivals(trace, "poisson", rate=rate, seed=seed), noise, seed=seed)
     requests = [replace(each, max_tokens=4000 - each.prompt_len) for each in trace.requests]
     return replace(trace, requests=requests)
 
@@ -72,9 +72,12 @@ def test_with_an_oracle_short_jobs_first_halves_the_wait_and_preemption_halves_i
 
 @pytest.mark.parametrize("policy", ["sjf", "srpt"])
 def test_the_worse_the_predictions_the_less_is_won_but_bad_ones_still_win(policy):
-    means = [mean_latency(heavy_tailed(60, noise), policy) for noise in (0, 1, 2)]
+    def mean_of_seeds(policy: str, noise: float) -> float:
+        return sum(mean_latency(heavy_tailed(60, noise, seed), policy) for seed in (1, 2, 3, 4)) / 4
+
+    means = [mean_of_seeds(policy, noise) for noise in (0, 1, 2)]
     assert means == sorted(means) and means[0] < 0.8 * means[-1]
-    assert means[-1] < 0.7 * mean_latency(heavy_tailed(60, 0), "chunked_prefill")
+    assert means[-1] < 0.7 * mean_of_seeds("chunked_prefill", 0)
 
 
 def test_without_predictions_srpt_goes_by_what_clients_ask_for():

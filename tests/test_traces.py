@@ -149,13 +149,13 @@ def test_a_file_cut_anywhere_is_refused_or_gives_its_whole_lines(
 @both_formats
 def test_a_trace_of_another_schema_version_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"t{suffix}"
-    header = '{"tandem_trace": 3, "meta": {}}'
+    header = '{"tandem_trace": 4, "meta": {}}'
     if suffix == ".jsonl":
         path.write_text(header + "\n")
     else:
         table = pa.table({"arrival_ns": [0], "prompt_len": [1], "output_len": [1]})
         pq.write_table(table.replace_schema_metadata({"tandem_trace": header}), path)
-    assert "schema version 3: this Tandem reads versions up to 2" in refusal(path)
+    assert "schema version 4: this Tandem reads versions up to 3" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vllm_logs import FIELDS, LISTS, config_of, decisions, logged, merged, read_case
+from vllm_logs import FIELDS, LISTS, config_of, decisions, logged, merged, read_case
 
 ADMIT = {"true": "whole", "false": "first_chunk"}
 
