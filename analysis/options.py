@@ -60,7 +60,8 @@ class Limits:
         bool | None, typer.Option("--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once.")
     ] = None
     admit: Annotated[
-        str | None, typer.Option(help="What must fit before a request is admitted: whole (its known tokens), first_chunk.")
+        str | None,
+        typer.Option(help="What must fit before a request is admitted: whole (its known tokens), first_chunk."),
     ] = None
     release: Annotated[
         str | None,

@@ -51,10 +51,20 @@ class Content(NamedTuple):
         return Content(hashes, block_size)
 
 
+def tells_blocks(source: TraceRequest, block_size: int) -> bool:
+    """Whether a trace says what all KV blocks hold that a prompt fills: else none of the output can be found."""
+    content = Content.of(source)
+    return content is not None and len(content.ids) * content.width >= source.prompt_len // block_size * block_size
+
+
 def all_hashes(source: TraceRequest, block_size: int) -> Sequence[int]:
-    """The hash of each KV block that a request fills until it stops, of its output too, which its trace must tell."""
-    prompt = Content.of(source)
-    assert prompt is not None and source.output_ids is not None
-    whole = Content([*prompt.ids[: source.prompt_len // prompt.width], *source.output_ids], prompt.width)
-    of_prompt = prompt.hashes(source.prompt_len, block_size)
+    """The hash of each KV block that a request fills until it stops, of its output too, as far as its trace tells."""
+    content = Content.of(source)
+    if content is None:
+        return ()
+    of_prompt = content.hashes(source.prompt_len, block_size)
+    full = source.prompt_len // content.width
+    if source.output_ids is None or not tells_blocks(source, block_size) or len(content.ids) < full:
+        return of_prompt.ids
+    whole = Content([*content.ids[:full], *source.output_ids], content.width)
     return whole.hashes(source.prompt_len + source.output_len, block_size, of_prompt.ids).ids

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shadow import serve
 
-from engine.config import ServingConfig
+from engine.config import RULES, ServingConfig
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.base import Scheduler
@@ -43,13 +43,16 @@ def workloads(draw: st.DrawFn) -> list[TraceRequest]:
         max_tokens = draw(st.integers(1, 40))
         cancelled = draw(st.integers(0, 9)) == 0
         prompt_len = draw(st.integers(1, 90))
+        prompt = draw(st.none() | hash_ids(number, -(-prompt_len // width)))
+        told = None if prompt is None else draw(st.none() | hash_ids(number, 1 + max_tokens // width))
         requests.append(
             TraceRequest(
                 id=number,
                 arrival_ns=arrival_ns,
                 prompt_len=prompt_len,
-                hash_ids=draw(st.none() | hash_ids(number, -(-prompt_len // width))),
+                hash_ids=prompt,
                 hash_block_size=width,
+                output_ids=told,
                 output_len=draw(st.one_of(st.just(max_tokens), st.integers(1, max_tokens))),
                 max_tokens=max_tokens,
                 predicted_length=draw(st.none() | st.integers(1, 60)),
@@ -76,6 +79,7 @@ def configs(draw: st.DrawFn) -> ServingConfig:
         pipeline_depth=draw(st.sampled_from([1, 2])),
         num_cpu_blocks=draw(st.sampled_from([0, 0, 5, 60])),
         prefix_caching=draw(st.booleans()),
+        **{option: draw(st.sampled_from(rules)) for option, rules in RULES.items()},
     )
 
 
@@ -91,6 +95,9 @@ class Whimsical(Scheduler):
     def plan(self, now: int) -> None:
         if len(self.running) > 1 and self.whims.random() < 0.1:
             self.preempt(self.victim())
+        decoding = [each for each in self.running.values() if each.id in self.decoding]
+        if len(decoding) > 1 and self.whims.random() < 0.2:
+            self.skip(self.whims.choice(decoding))
         for verb in self.whims.sample([self.decode, self.fill], 2):
             verb()
 

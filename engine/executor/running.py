@@ -15,7 +15,7 @@ import numpy as np
 from engine.backend import Filled, Shown, Stop
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
-from engine.prefix import Content, chain_hash
+from engine.prefix import Content, chain_hash, tells_blocks
 from engine.step import Step
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -138,9 +138,10 @@ class RunningBatch:
 
     def _fills(self, sequence: _Sequence) -> bool:
         """Whether its newest token, not computed yet, is the last of a block that others may look for."""
-        known, source = len(sequence.prompt) + len(sequence.made), sequence.source
-        told = source.prompt_token_ids is not None or source.hash_ids is not None
-        return known % self._block_size == 0 and told and not sequence.stopped
+        known = len(sequence.prompt) + len(sequence.made)
+        return (
+            known % self._block_size == 0 and not sequence.stopped and tells_blocks(sequence.source, self._block_size)
+        )
 
     def _fill(self, sequence: _Sequence) -> Filled:
         size, prompt = self._block_size, sequence.prompt

@@ -246,7 +246,7 @@ class Scheduler(ABC):
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known: some end their requests, some fill blocks that others may share."""
-        for request_id, block_hash in completion.filled:
+        for request_id, block_hash in completion.filled if self._shares_at_once else ():
             self._learn(request_id, block_hash)
         for request_id in self._ended(completion) if self.held else [stop.request_id for stop in completion.stops]:
             self.stopped(request_id)
@@ -396,6 +396,8 @@ class Scheduler(ABC):
         for place in (self.waiting, self.running, self.prefilling, self._filled, self._out_of_block):
             place.pop(request.id, None)
         self._withdraw(request)
+        if request.id in self._step.skipped:
+            self._step.skipped.remove(request.id)
         for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found):
             part.pop(request.id, None)
         request.stop_decoding()
