@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from vllm_logs import FIELDS, LISTS, config_of, decisions, logged, merged, read_case
 
 ADMIT = {"true": "whole", "false": "first_chunk"}
