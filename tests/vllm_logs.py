@@ -150,9 +150,12 @@ class Log(Recorder):
 
     def completed(self, completion: Completion) -> None:
         super().completed(completion)
-        finished = self.steps[completion.step]["finished"]
-        finished += [stop.request_id for stop in completion.stops]
-        finished.sort()
+        stopped = {stop.request_id for stop in completion.stops}
+        for index, step in self.steps.items():  # a later step may have been planned to finish it
+            if index > completion.step:
+                step["finished"] = [each for each in step["finished"] if each not in stopped]
+        step = self.steps[completion.step]
+        step["finished"] = sorted({*step["finished"], *stopped})
 
 
 def decisions(case: dict[str, Any], config: ServingConfig) -> list[dict[str, Any]]:
