@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.backend import Completion, Launch, Stop
 from engine.events import Event
 from engine.records import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
-from engine.request import CANCELLED, REJECTED, Request
+from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class _Life:
     context: int = 0
 
     @property
+    def outcome(self) -> str | None:
+        """How it ended: by its stop token even where that was found after the step that finishes it was planned."""
+        return STOP if self.request.outcome == LENGTH and self.output_len is not None else self.request.outcome
+
+    @property
     def over(self) -> bool:
         """Whether nothing but the steps in flight can add to it."""
         return self.request.outcome is not None and not self.more_events
@@ -88,7 +93,7 @@ class Recorder:
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
-        self.ended += event.request.outcome in (REJECTED, CANCELLED)
+        self.ended += event.request.outcome == (CANCELLED if event.is_cancel else REJECTED)
         if event.is_cancel:
             life = self._lives[event.request.id]
             life.cancel_ns, life.cancel_reason, life.more_events = event.time_ns, event.reason, not event.is_last
@@ -151,7 +156,7 @@ class Recorder:
             life = self._lives[stop.request_id]
             if life.request.outcome != CANCELLED:  # else nobody asked any more
                 life.last_token_ns, life.output_len = completed_ns, stop.output_len
-        self.ended += len(stops)
+            self.ended += life.request.outcome is None  # else it was counted as it was cancelled, or finishing
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
@@ -203,7 +208,7 @@ class Recorder:
             *(life.first_token_ns, life.last_token_ns),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
-            *(request.preemptions, request.swaps, request.outcome or "unfinished", reason),
+            *(request.preemptions, request.swaps, life.outcome or "unfinished", reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
             *(request.cached_tokens, *_recorded(request)),
         )

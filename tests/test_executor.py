@@ -106,6 +106,21 @@ def test_the_models_own_stop_token_ends_a_request(executor):
     assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("short", [1, 2])
+def test_a_request_that_stops_just_before_max_tokens_is_recorded_as_stopped(executor, depth, short):
+    """At depth 2 the step that makes its last token by `max_tokens` is planned before the stop is known."""
+    requests = [dataclasses.replace(each, max_tokens=each.output_len + short) for each in workload()]
+    config = dataclasses.replace(LIMITS, num_blocks=100, pipeline_depth=depth)
+    run, outputs = serve(executor, requests, config)
+    for row in run.tables["requests"].to_pylist():
+        wasted = min(short, depth - 1)
+        assert (row["outcome"], row["output_len"]) == ("stop", requests[row["request"]].output_len)
+        assert row["wasted_tokens"] == wasted == len(outputs[row["request"]]) - row["output_len"]
+    again = replay(run, config).tables
+    assert all(again[name].equals(run.tables[name]) for name in again)
+
+
 def test_at_depth_2_step_n_plus_1_is_planned_while_step_n_runs(executor):
     config = dataclasses.replace(LIMITS, num_blocks=100, pipeline_depth=2)
     steps = serve(executor, workload(), config)[0].tables["steps"].to_pylist()
