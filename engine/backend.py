@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Nanoseconds since the run's start."""
 
     def due(self, now: int) -> Sequence[Event]:
-        """Take the external events that are due by `now`, in order of time, then sequence."""
+        """Take the external events that are due by `now`, in the order in which they are to be delivered."""
 
     def launch(self, step: Step) -> Any:
         """Start a step; yields a `Launch` once the host's work for it is done."""

@@ -48,6 +48,7 @@ class _Life:
     delivered_ns: int
     more_events: bool
     cancel_ns: int | None = None
+    cancel_event: int | None = None
     cancel_reason: str | None = None
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
@@ -81,6 +82,7 @@ class Recorder:
         """
         self.ended = 0
         self._write = write
+        self._events = 0
         self._lives: dict[int, _Life] = {}  # in order of delivery
         self._over = 0  # how many of the first of them had ended at the last flush
         self._decoding: dict[int, _Life] = {}
@@ -97,8 +99,10 @@ class Recorder:
         if event.is_cancel:
             life = self._lives[event.request.id]
             life.cancel_ns, life.cancel_reason, life.more_events = event.time_ns, event.reason, not event.is_last
+            life.cancel_event = self._events
         else:
             self._lives[event.request.id] = _Life(event.request, now, not event.is_last)
+        self._events += 1
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
@@ -211,6 +215,7 @@ class Recorder:
             *(request.preemptions, request.swaps, life.outcome or "unfinished", reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
             *(request.cached_tokens, *_recorded(request)),
+            *(request.refused is not None, life.cancel_event),
         )
 
 

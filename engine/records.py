@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BATCH = 65536  # rows
 
 NULL = -(2**63)  # stands for None in rows of `steps` and `iterations`
@@ -59,6 +59,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
         "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
         "hash_block_size": _INT,
+        "refused": "bool",  # rejected because the backend could not take it, whatever the limits
+        "cancel_event": _INT,  # which of the run's events its cancellation was, in order of delivery, from 0
     },
     "steps": {
         "step": _INT,
@@ -101,6 +103,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
+_ADDED_BY_4 = {"refused": False, "cancel_event": None}
 _ADDED: dict[int, dict[str, dict[str, int | None]]] = {
     2: {
         "requests": {
@@ -109,8 +112,10 @@ _ADDED: dict[int, dict[str, dict[str, int | None]]] = {
             "cached_tokens": 0,
             "hash_ids": None,
             "hash_block_size": None,
+            **_ADDED_BY_4,
         }
-    }
+    },
+    3: {"requests": _ADDED_BY_4},
 }
 """Older schema versions that are read -> the columns that they lack, and what stands for them."""
 _ADDED_TO_SYSTEM = {2: {"prefix_caching": False}}  # likewise, of a manifest

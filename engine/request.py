@@ -33,6 +33,7 @@ class Request:
         preemptions: how often it has lost its blocks.
         swaps: how often they were swapped out.
         cached_tokens: prompt tokens that were found in the prefix cache, each time that it was admitted.
+        refused: why the backend cannot take it, or None: whoever delivers it knows, and it is rejected as it arrives.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
     """
@@ -53,6 +54,7 @@ class Request:
     preemptions: int = 0
     swaps: int = 0
     cached_tokens: int = 0
+    refused: str | None = None
     outcome: str | None = None
     reason: str | None = None
     _computed: int = 0
@@ -60,7 +62,7 @@ class Request:
     _decoding: DecodeSet | None = None
 
     @classmethod
-    def from_trace(cls, source: TraceRequest) -> Request:
+    def from_trace(cls, source: TraceRequest, refused: str | None = None) -> Request:
         """The scheduler's view of a trace's request: everything but where it stops."""
         return cls(
             source.id,
@@ -73,6 +75,7 @@ class Request:
             source.ttft_slo_ns,
             source.e2e_slo_ns,
             Content.of(source),
+            refused=refused,
         )
 
     @property
@@ -128,3 +131,12 @@ class Request:
         """Preemption by recompute: the tokens stay, their keys and values are lost."""
         self._computed = 0
         self.preemptions += 1
+
+
+def unknown_token(source: TraceRequest, vocab_size: int) -> str | None:
+    """Why a model cannot take a prompt: a token id is none of its `vocab_size`. None if it can take it."""
+    ids = source.prompt_token_ids
+    if ids is None or 0 <= min(ids) <= max(ids) < vocab_size:
+        return None
+    unknown = max(ids) if min(ids) >= 0 else min(ids)
+    return f"token id {unknown} is not in the model's vocabulary, which has {vocab_size}"

@@ -16,6 +16,7 @@ import simpy
 from engine.config import ServingConfig
 from engine.live import LiveEvents, Terms
 from engine.recorder import Observer
+from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
@@ -106,10 +107,11 @@ class PacedRider:
         begun(self._events, self._env.start_ns)
         self._env.run(until=self._env.process(serving_loop(self._backend, scheduler, observer)))
 
-    def _admit(self, source: TraceRequest, terms: Terms) -> None:
+    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
         lengths = [source.max_tokens]
         if terms.output_len is not None:
             lengths.append(terms.output_len)
         elif self._draw is not None and not terms.ignore_eos:
             lengths.append(max(self._draw(source.id), terms.min_tokens))
         self._backend.endings.seen(replace(source, output_len=min(lengths)))
+        return unknown_token(source, self.facts["vocab_size"])

@@ -16,7 +16,6 @@ from engine.backend import Stop
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
 from engine.step import Step
-from traces.errors import TandemError
 from traces.request import TraceRequest
 
 
@@ -178,11 +177,6 @@ class RunningBatch:
     def _prompt(self, source: TraceRequest) -> list[int]:
         """The trace's token ids; where it has none, ids drawn with its hash ids as seeds, then with its number."""
         if source.prompt_token_ids is not None:
-            if not 0 <= min(source.prompt_token_ids) <= max(source.prompt_token_ids) < self._vocab_size:
-                raise TandemError(
-                    f"request {source.id} has token ids outside the model's vocabulary of {self._vocab_size}: "
-                    "make the trace with this model's tokenizer"
-                )
             return list(source.prompt_token_ids)
         drawn = [self._draw((each, 1), source.hash_block_size) for each in source.hash_ids or ()]
         shared = [token for block in drawn for token in block][: source.prompt_len]

@@ -196,8 +196,8 @@ class Scheduler(ABC):
     # -- for the serving loop ----------------------------------------------------------------------------
 
     def arrive(self, request: Request) -> None:
-        """Queue a request, or reject it (`outcome`, `reason`) if it could never run under these limits."""
-        request.reason = self._misfit(request)
+        """Queue a request, or reject it (`outcome`, `reason`): it was refused, or could never run under these limits."""
+        request.reason = request.refused or self._misfit(request)
         if request.reason:
             request.outcome = REJECTED
         else:
