@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -125,7 +126,7 @@ class EngineLink:
             prompt_len=len(prompt),
             output_len=max_tokens,
             max_tokens=max_tokens,
-            prompt_token_ids=None if self.ready.facts["backend"] == "sim" else prompt,
+            prompt_token_ids=array("i", prompt),
             predicted_length=predicted_length,
             priority=priority,
             client=client,
