@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 from engine.request import Request
 from traces.request import TraceRequest
 
-
 Refusal = Callable[[TraceRequest], str | None]
 """Why a backend cannot take a request, or None. What is refused is delivered all the same, and recorded as rejected."""
 

@@ -65,7 +65,7 @@ class ProfiledTiming:
         return Launch(planned, launched), launched
 
     def _copy(self, step: Step, launched: int) -> int:
-        """Let the step's copies run, and the device wait for those that its compute needs; returns how long they take."""
+        """Let the step's copies run, and the device wait for those that its compute needs. Returns what they take."""
         copies_ns = 0
         if step.swapped_out or step.swapped_in:
             copies_ns = self.latency.copies_ns(step)

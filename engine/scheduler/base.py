@@ -196,7 +196,7 @@ class Scheduler(ABC):
     # -- for the serving loop ----------------------------------------------------------------------------
 
     def arrive(self, request: Request) -> None:
-        """Queue a request, or reject it (`outcome`, `reason`): it was refused, or could never run under these limits."""
+        """Queue a request, or reject it (`outcome`, `reason`) if it was refused, or could never run in these limits."""
         request.reason = request.refused or self._misfit(request)
         if request.reason:
             request.outcome = REJECTED
