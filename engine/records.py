@@ -103,7 +103,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-_ADDED_BY_4 = {"refused": False, "cancel_event": None}
+_ADDED_BY_4: dict[str, int | None] = {"refused": False, "cancel_event": None}
 _ADDED: dict[int, dict[str, dict[str, int | None]]] = {
     2: {
         "requests": {

@@ -38,18 +38,18 @@ POLICIES = ("chunked_prefill", "fcfs", "prefill_first")
 CASES = [*product(POLICIES, (1, 2), (0, 200))]  # policy, depth, KV blocks in host memory
 
 EXPECTED: dict[tuple[str, int, int], str] = {
-    ("chunked_prefill", 1, 0): "60f96f3e48771162",
-    ("chunked_prefill", 1, 200): "1ac2fcc90391f050",
-    ("chunked_prefill", 2, 0): "aa3a6ac49688a0e6",
-    ("chunked_prefill", 2, 200): "35db073b7626f3f9",
-    ("fcfs", 1, 0): "6f0da73d1a448b27",
-    ("fcfs", 1, 200): "b54474135e9d8de4",
-    ("fcfs", 2, 0): "ea26dbd5a0aca9e2",
-    ("fcfs", 2, 200): "580d66ac2060f601",
-    ("prefill_first", 1, 0): "951cf673ac9340d9",
-    ("prefill_first", 1, 200): "c4b3e2547e24701c",
-    ("prefill_first", 2, 0): "954e1d7b2dfb200f",
-    ("prefill_first", 2, 200): "48cef491522f27a4",
+    ("chunked_prefill", 1, 0): "e7877c1b6467a675",
+    ("chunked_prefill", 1, 200): "bffcf37908e26b97",
+    ("chunked_prefill", 2, 0): "506f49445134488f",
+    ("chunked_prefill", 2, 200): "feac85b6682a8a46",
+    ("fcfs", 1, 0): "6176b5a39b781d20",
+    ("fcfs", 1, 200): "f05c2df1f8a99288",
+    ("fcfs", 2, 0): "f49c0dfac752afbc",
+    ("fcfs", 2, 200): "2660b8a0145ae911",
+    ("prefill_first", 1, 0): "0d0fa15e64e6eef2",
+    ("prefill_first", 1, 200): "0676eee7a9f09767",
+    ("prefill_first", 2, 0): "c1e6b05f591b46f4",
+    ("prefill_first", 2, 200): "28bb2a978b388c88",
 }
 
 
