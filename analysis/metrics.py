@@ -53,7 +53,7 @@ PERCENTILES = (50, 90, 99)
 
 TOTALS = {
     "completed": "requests that ended by length or stop token",
-    "rejected": "requests that could never run under the limits",
+    "rejected": "requests that could never run under the limits, or have tokens that the model lacks",
     "cancelled": "requests whose client gave up",
     "unfinished": "requests that were still in the system when the records end",
     "total_input_tokens": "prompt tokens of completed requests",

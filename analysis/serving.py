@@ -73,6 +73,7 @@ class SimService:
             self.filler,
             self.vocab_size,
             None if self.output is None else self._draw,
+            self.records,
         )
         return self._rider
 
@@ -90,7 +91,8 @@ class SimService:
             return manifest.workload(trace, profile.model, profile.meta["dtype"], "trace")
 
         assert self.out
-        _write(recorder, workload, parts, self.out, partial, summary={"pacing_lag_ms": lag_ms})
+        prompts = self._rider.prompts
+        _write(recorder, workload, parts, self.out, partial, prompts, summary={"pacing_lag_ms": lag_ms})
 
     def _draw(self, request_id: int) -> int:
         assert self.output
@@ -134,7 +136,7 @@ class RealService:
             return manifest.workload(trace, executor.model, executor.dtype, "model")
 
         assert self.out
-        _write(recorder, workload, parts, self.out, partial, prompts=self._rider.prompts)
+        _write(recorder, workload, parts, self.out, partial, self._rider.prompts)
 
 
 def _check(config: ServingConfig, out: Path | None) -> None:
@@ -147,13 +149,13 @@ def _write(
     parts: dict[str, Any],
     out: Path,
     partial: bool,
+    prompts: Mapping[int, Sequence[int]],
     summary: Mapping[str, Any] | None = None,
-    prompts: Mapping[int, Sequence[int]] | None = None,
 ) -> None:
     """Write a served run as any run, and beside it the trace of what was asked, to simulate it anew."""
     run = RunRecords(parts, recorder.tables(), partial=partial)
     requests = [
-        replace(source, prompt_token_ids=None if prompts is None else prompts[source.id])
+        replace(source, prompt_token_ids=prompts[source.id], hash_ids=None)  # whose hashes these were
         for source in recorded_requests(run)
     ]
     if not requests:

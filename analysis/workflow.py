@@ -34,7 +34,7 @@ from sim.drift import DriftCheck, check_same, drift_report
 from sim.memory import card_blocks
 from sim.profile import Profile, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
-from sim.simulate import predict, recorded_requests, replay, replay_parts
+from sim.simulate import predict, recorded_requests, refusals, replay, replay_parts
 from traces.errors import TandemError
 from traces.format import Trace, atomic_file
 from traces.request import TraceRequest
@@ -189,7 +189,7 @@ def simulate_run(
         config: limits and policy.
         out: the run's folder.
         console: where progress is shown.
-        like: a real run of the trace: requests stop where they stopped there.
+        like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
         what: the progress bar's label.
         check: whether `engine.integrity` looks at every step.
 
@@ -210,7 +210,8 @@ def simulate_run(
     with RunWriter(out) as writer:
         recorder = Recorder(writer.add)
         with watched(console, what, recorder, len(requests)):
-            coverage = predict(requests, config, profile, recorder, check=check)
+            refused = refusals(like) if like else None
+            coverage = predict(requests, config, profile, recorder, check=check, refused=refused)
         recorder.close()
         summary = metrics(RunRecords(parts, writer.written()))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
@@ -306,6 +307,12 @@ def real_run(
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
     run.summary = metrics(run)
     run.write(out)
+    if refused := refusals(run):
+        console.print(
+            f"note: {len(refused)} of {len(trace.requests)} requests were rejected, for tokens that the model lacks: "
+            "make the trace with this model's tokenizer",
+            highlight=False,
+        )
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure

@@ -29,10 +29,13 @@ class Stop(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """The tokens of a request's next KV block, beyond those that its prompt fills, are all known: the block's hash."""
+    """The tokens of a request's next KV block, beyond those that its prompt fills, are all known.
+
+    `own` says what they are: token ids, or the ids that a trace has in their place.
+    """
 
     request_id: int
-    block_hash: int
+    own: Sequence[int]
 
 
 class Shown(NamedTuple):
@@ -69,7 +72,7 @@ class Backend(Protocol):
         """Nanoseconds since the run's start."""
 
     def due(self, now: int) -> Sequence[Event]:
-        """Take the external events that are due by `now`, in order of time, then sequence."""
+        """Take the external events that are due by `now`, in the order in which they are to be delivered."""
 
     def launch(self, step: Step) -> Any:
         """Start a step; yields a `Launch` once the host's work for it is done."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
 from engine.request import Request
 from traces.request import TraceRequest
 
+Refusal = Callable[[TraceRequest], str | None]
+"""Why a backend cannot take a request, or None. What is refused is delivered all the same, and recorded as rejected."""
+
 
 class Event(NamedTuple):
-    """A request arrives, or is cancelled (and why), at `time_ns`. Ties are broken by `sequence`.
+    """A request arrives, or is cancelled (and why), at `time_ns`. A trace's ties are broken by `sequence`.
 
     `is_last` says that no other event of the request will follow.
     """
@@ -28,7 +31,7 @@ class EventSource(Protocol):
     """Where a backend's external events come from: a trace, or clients."""
 
     def due(self, now: int) -> list[Event]:
-        """Take the events whose time has come."""
+        """Take the events whose time has come, in the order in which they are to be delivered."""
 
     def next_ns(self, until_ns: int | None = None) -> int | None:
         """When the next event is due, or `until_ns` if that comes first; None if there is neither.
@@ -44,18 +47,19 @@ class EventQueue:
     """
 
     def __init__(self, events: Iterator[tuple[int, Event]]) -> None:
-        """`events`: with the time from which each may be delivered, in that order, then of sequence."""
+        """`events`: with the time from which each may be delivered, in that order."""
         self._events = events
         self._next = next(events, None)
 
     @classmethod
-    def from_trace(cls, requests: Iterable[TraceRequest]) -> EventQueue:
+    def from_trace(cls, requests: Iterable[TraceRequest], refusal: Refusal | None = None) -> EventQueue:
         """Arrivals, and cancellations; of events at one time, an earlier request's come first.
 
         Args:
             requests: in order of arrival; taken one by one.
+            refusal: of the backend, if there is something that it cannot take.
         """
-        return cls(_in_order(requests))
+        return cls(_in_order(requests, refusal or _take_all))
 
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
@@ -72,7 +76,11 @@ class EventQueue:
         return self._next[0] if until_ns is None else min(self._next[0], until_ns)
 
 
-def _in_order(requests: Iterable[TraceRequest]) -> Iterator[tuple[int, Event]]:
+def _take_all(_: TraceRequest) -> None:
+    """Refuses nothing."""
+
+
+def _in_order(requests: Iterable[TraceRequest], refusal: Refusal) -> Iterator[tuple[int, Event]]:
     """The events of requests that are in order of arrival; one is cancelled no sooner than it arrives."""
     latest_ns = 0
     cancels: list[Event] = []  # a heap: sequences differ, so that no two events compare by more than these
@@ -83,7 +91,7 @@ def _in_order(requests: Iterable[TraceRequest]) -> Iterator[tuple[int, Event]]:
         arrival = (source.arrival_ns, 2 * source.id)
         while cancels and cancels[0] < arrival:
             yield cancels[0].time_ns, heappop(cancels)
-        request = Request.from_trace(source)
+        request = Request.from_trace(source, refusal(source))
         yield latest_ns, Event(*arrival, request, is_last=source.cancel_ns is None)
         if source.cancel_ns is not None:
             heappush(cancels, Event(source.cancel_ns, 2 * source.id + 1, request, is_cancel=True))

@@ -31,11 +31,14 @@ class Terms(NamedTuple):
     output_len: int | None = None
 
 
-Admit = Callable[[TraceRequest, Terms], None]
+Admit = Callable[[TraceRequest, Terms], str | None]
 
 
 class LiveEvents:
-    """Implements `engine.events.EventSource` for events that other threads put in, in the order of their times."""
+    """Implements `engine.events.EventSource` for events that another thread puts in, and delivers them in that order.
+
+    That need not be the order of their times: while a long prompt was read, somebody may have given up.
+    """
 
     def __init__(self, clock: Callable[[], int], admit: Admit) -> None:
         """Start empty and open.
@@ -43,6 +46,7 @@ class LiveEvents:
         Args:
             clock: nanoseconds since the run's start, now; the events' times are on it.
             admit: told of each request just before the loop is, on the loop's thread: what the backend alone may know.
+                Returns why the backend cannot take it, or None.
         """
         self._clock = clock
         self._admit = admit
@@ -60,8 +64,10 @@ class LiveEvents:
         self._put(time_ns, request_id, reason)
 
     def cancel_all(self, reason: str) -> None:
-        """Nobody is there any more to take what the loop makes."""
-        for request_id in list(self._requests):
+        """Nobody is there any more to take what the loop makes. Called by the thread that puts in requests."""
+        coming = [what[0].id for _, what, _ in tuple(self._inbox) if isinstance(what, tuple)]
+        known = [each.id for ref in self._requests.valuerefs() if (each := ref()) and each.outcome is None]
+        for request_id in dict.fromkeys((*coming, *known)):
             self.cancel(request_id, self._clock(), reason)
 
     def close(self) -> None:
@@ -71,13 +77,13 @@ class LiveEvents:
             self._changed.notify()
 
     def due(self, now: int) -> list[Event]:
-        """Take the events whose time has come, in order of time, then sequence."""
+        """Take the events whose time has come, but for those that came after one whose time has not."""
         events = []
         while self._inbox and self._inbox[0][0] <= now:
             event = self._event(*self._inbox.popleft())
             if event is not None:
                 events.append(event)
-        return sorted(events, key=lambda event: event[:2])
+        return events
 
     def next_ns(self, until_ns: int | None = None) -> int | None:
         """Wait for an event, no longer than `until_ns`; returns the time at which it can be delivered, or that time.
@@ -97,10 +103,9 @@ class LiveEvents:
     def _event(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> Event | None:
         if isinstance(what, tuple):
             source, terms = what
-            self._admit(source, terms)
-            request = self._requests[source.id] = Request.from_trace(source)
+            request = self._requests[source.id] = Request.from_trace(source, self._admit(source, terms))
             return Event(time_ns, 2 * source.id, request, is_last=False)
-        known = self._requests.get(what)
-        if known is None:  # it has ended
+        known = self._requests.pop(what, None)
+        if known is None:  # it has ended, or was cancelled before
             return None
         return Event(time_ns, 2 * what + 1, known, True, reason)

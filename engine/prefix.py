@@ -37,17 +37,15 @@ class Content(NamedTuple):
             return cls(source.prompt_token_ids, 1)
         return None if source.hash_ids is None else cls(source.hash_ids, source.hash_block_size)
 
-    def hashes(self, tokens: int, block_size: int, before: Sequence[int] = ()) -> Content:
-        """The hash of each full block of the first `tokens` tokens, if all of its tokens are known.
+    def own(self, start: int, end: int) -> Sequence[int]:
+        """The ids that stand for the tokens from `start` to `end`; fewer if these are not all known."""
+        return self.ids[start // self.width : -(-end // self.width)]
 
-        Args:
-            before: hashes of the first blocks, which are taken as they are.
-        """
-        known = min(tokens, len(self.ids) * self.width)
-        hashes = array("q", before)
-        for start in range(len(hashes) * block_size, known - block_size + 1, block_size):
-            own = self.ids[start // self.width : -(-(start + block_size) // self.width)]
-            hashes.append(chain_hash(hashes[-1] if hashes else None, own))
+    def hashes(self, tokens: int, block_size: int) -> Content:
+        """The hash of each full block of the first `tokens` tokens, if all of its tokens are known."""
+        known, hashes = min(tokens, len(self.ids) * self.width), array("q")
+        for start in range(0, known - block_size + 1, block_size):
+            hashes.append(chain_hash(hashes[-1] if hashes else None, self.own(start, start + block_size)))
         return Content(hashes, block_size)
 
 
@@ -57,14 +55,10 @@ def tells_blocks(source: TraceRequest, block_size: int) -> bool:
     return content is not None and len(content.ids) * content.width >= source.prompt_len // block_size * block_size
 
 
-def all_hashes(source: TraceRequest, block_size: int) -> Sequence[int]:
-    """The hash of each KV block that a request fills until it stops, of its output too, as far as its trace tells."""
+def with_output(source: TraceRequest, block_size: int) -> Content | None:
+    """What a trace says of a prompt and its output; None if it does not tell all that blocks of the output follow."""
     content = Content.of(source)
-    if content is None:
-        return ()
-    of_prompt = content.hashes(source.prompt_len, block_size)
+    if content is None or source.output_ids is None or not tells_blocks(source, block_size):
+        return None
     full = source.prompt_len // content.width
-    if source.output_ids is None or not tells_blocks(source, block_size) or len(content.ids) < full:
-        return of_prompt.ids
-    whole = Content([*content.ids[:full], *source.output_ids], content.width)
-    return whole.hashes(source.prompt_len + source.output_len, block_size, of_prompt.ids).ids
+    return Content([*content.ids[:full], *source.output_ids], content.width) if len(content.ids) >= full else None

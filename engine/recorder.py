@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.backend import Completion, Launch, Stop
 from engine.events import Event
 from engine.records import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
-from engine.request import CANCELLED, REJECTED, Request
+from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class _Life:
     delivered_ns: int
     more_events: bool
     cancel_ns: int | None = None
+    cancel_event: int | None = None
     cancel_reason: str | None = None
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
@@ -55,6 +56,11 @@ class _Life:
     output_len: int | None = None
     decodes_from: int = 0
     context: int = 0
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended: by its stop token even where that was found after the step that finishes it was planned."""
+        return STOP if self.request.outcome == LENGTH and self.output_len is not None else self.request.outcome
 
     @property
     def over(self) -> bool:
@@ -76,6 +82,7 @@ class Recorder:
         """
         self.ended = 0
         self._write = write
+        self._events = 0
         self._lives: dict[int, _Life] = {}  # in order of delivery
         self._over = 0  # how many of the first of them had ended at the last flush
         self._decoding: dict[int, _Life] = {}
@@ -88,12 +95,14 @@ class Recorder:
 
     def delivered(self, event: Event, now: int) -> None:
         """An event was handed to the scheduler."""
-        self.ended += event.request.outcome in (REJECTED, CANCELLED)
+        self.ended += event.request.outcome == (CANCELLED if event.is_cancel else REJECTED)
         if event.is_cancel:
             life = self._lives[event.request.id]
             life.cancel_ns, life.cancel_reason, life.more_events = event.time_ns, event.reason, not event.is_last
+            life.cancel_event = self._events
         else:
             self._lives[event.request.id] = _Life(event.request, now, not event.is_last)
+        self._events += 1
 
     def launched(self, step: Step, now: int, launch: Launch) -> None:
         """A step that was planned at `now` is on its way."""
@@ -151,7 +160,7 @@ class Recorder:
             life = self._lives[stop.request_id]
             if life.request.outcome != CANCELLED:  # else nobody asked any more
                 life.last_token_ns, life.output_len = completed_ns, stop.output_len
-        self.ended += len(stops)
+            self.ended += life.request.outcome is None  # else it was counted as it was cancelled, or finishing
 
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
@@ -203,9 +212,10 @@ class Recorder:
             *(life.first_token_ns, life.last_token_ns),
             *(request.prompt_len, request.max_tokens, request.predicted_length, life.cancel_ns),
             *(output_len, generated - output_len),
-            *(request.preemptions, request.swaps, request.outcome or "unfinished", reason),
+            *(request.preemptions, request.swaps, life.outcome or "unfinished", reason),
             *(request.priority, request.client, request.ttft_slo_ns, request.e2e_slo_ns),
             *(request.cached_tokens, *_recorded(request)),
+            *(request.refused is not None, life.cancel_event),
         )
 
 
@@ -214,10 +224,10 @@ def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None, Seque
     if request.block_hashes is None or request.content is None:
         return None, None, None
     hashes, size = request.block_hashes
-    prompt = request.prompt_len // size
-    if request.content.width != 1 and len(hashes) <= prompt:
-        return *request.content, None
-    return hashes[:prompt], size, hashes[prompt:] or None
+    told = request.output_ids or None
+    if request.content.width == size or (request.content.width != 1 and told is None):
+        return *request.content, told
+    return hashes[: request.prompt_len // size], size, told
 
 
 def _blocks(swaps: Mapping[int, Copies]) -> int:

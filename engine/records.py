@@ -61,6 +61,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
         "hash_block_size": _INT,
         "output_ids": _INTS,  # where outputs are cached too: likewise, of the blocks after those of the prompt
+        "refused": "bool",  # rejected because the backend could not take it, whatever the limits
+        "cancel_event": _INT,  # which of the run's events its cancellation was, in order of delivery, from 0
     },
     "steps": {
         "step": _INT,
@@ -103,7 +105,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-_SINCE_4: dict[str, int | None] = {"output_ids": None}
+_SINCE_4: dict[str, int | None] = {"output_ids": None, "refused": False, "cancel_event": None}
 _SINCE_3: dict[str, int | None] = {
     "ttft_slo_ns": None,
     "e2e_slo_ns": None,

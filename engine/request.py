@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.decode_set import DecodeSet
-from engine.prefix import Content
+from engine.prefix import Content, chain_hash
 from traces.request import TraceRequest
 
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
@@ -29,12 +31,14 @@ class Request:
         content: what its prompt begins with, if the workload says so.
         block_hashes: one for each KV block that its prompt fills, where prefixes are cached, and where outputs are
             cached too, for each that its known output fills.
+        output_ids: what these last blocks hold, one id for each.
         blocks: ids of its KV blocks, in order of position.
         cpu_blocks: ids of the blocks that keep its cache in host memory, while it is swapped out.
         preemptions: how often it has lost its blocks.
         swaps: how often they were swapped out.
         admission: the number, among all admissions of the run, of its last.
         cached_tokens: prompt tokens that were found in the prefix cache, each time that it was admitted.
+        refused: why the backend cannot take it, or None: whoever delivers it knows, and it is rejected as it arrives.
         outcome: how it ended (`length`, `stop`, `cancelled`, `rejected`), or None.
         reason: why it was rejected.
     """
@@ -50,12 +54,14 @@ class Request:
     e2e_slo_ns: int | None = None
     content: Content | None = None
     block_hashes: Content | None = None
+    output_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     cpu_blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
     swaps: int = 0
     admission: int = -1
     cached_tokens: int = 0
+    refused: str | None = None
     outcome: str | None = None
     reason: str | None = None
     _published: int = 0  # of its blocks, how many of the first may be found by their hash, or never will
@@ -65,7 +71,7 @@ class Request:
     _decoding: DecodeSet | None = None
 
     @classmethod
-    def from_trace(cls, source: TraceRequest) -> Request:
+    def from_trace(cls, source: TraceRequest, refused: str | None = None) -> Request:
         """The scheduler's view of a trace's request: everything but where it stops."""
         return cls(
             source.id,
@@ -78,6 +84,7 @@ class Request:
             source.ttft_slo_ns,
             source.e2e_slo_ns,
             Content.of(source),
+            refused=refused,
         )
 
     @property
@@ -108,6 +115,14 @@ class Request:
         """Tokens still to be cached before the request can make its next token."""
         return self.prompt_len + self._generated - self._computed
 
+    def learn(self, own: Sequence[int]) -> None:
+        """Take note of what the next block holds beyond those with a hash."""
+        if self.block_hashes and self.content:
+            hashes, size = self.block_hashes
+            assert isinstance(hashes, array), "as `Content.hashes` makes them"
+            hashes.append(chain_hash(hashes[-1] if hashes else None, own))
+            self.output_ids.append(own[0] if self.content.width == size else hashes[-1])
+
     def prefilled(self, tokens: int) -> None:
         """Count a planned prefill chunk, or tokens found in the prefix cache."""
         self._computed += tokens
@@ -133,3 +148,12 @@ class Request:
         """Preemption by recompute: the tokens stay, their keys and values are lost."""
         self._computed = self._published = 0
         self.preemptions += 1
+
+
+def unknown_token(source: TraceRequest, vocab_size: int) -> str | None:
+    """Why a model cannot take a prompt: a token id is none of its `vocab_size`. None if it can take it."""
+    ids = source.prompt_token_ids
+    if ids is None or 0 <= min(ids) <= max(ids) < vocab_size:
+        return None
+    unknown = max(ids) if min(ids) >= 0 else min(ids)
+    return f"token id {unknown} is not in the model's vocabulary, which has {vocab_size}"

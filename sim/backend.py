@@ -6,14 +6,14 @@ Host time never enters: the clock is SimPy's, in integer nanoseconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import simpy
 
 from engine.backend import Completion, Filled, Shown, Stop
 from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
-from engine.prefix import all_hashes
+from engine.prefix import Content, with_output
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest
@@ -87,31 +87,31 @@ class Endings:
         """`block_size`: tokens of a KV block where prefixes are cached; 0: no block's hash is asked for."""
         self._block_size = block_size
         self._early: dict[int, TraceRequest] = {}
-        self._hashes: dict[int, Sequence[int]] = {}  # of a request's blocks, those of its output included
+        self._contents: dict[int, Content] = {}  # what requests are, their outputs included
         self._decoding = DecodeSet()
 
     def seen(self, source: TraceRequest) -> TraceRequest:
         """Take note of a request before it arrives, and hand it on."""
         if source.output_len < source.max_tokens:
             self._early[source.id] = source
-        if self._block_size and source.output_ids is not None:
-            self._hashes[source.id] = all_hashes(source, self._block_size)
+        if self._block_size and (content := with_output(source, self._block_size)):
+            self._contents[source.id] = content
         return source
 
     def forget(self, request_id: int) -> None:
         """The request has ended, and all its steps have completed."""
         self._early.pop(request_id, None)
-        self._hashes.pop(request_id, None)
+        self._contents.pop(request_id, None)
         self._decoding.discard(request_id)
 
     def shown_by(self, step: Step) -> Shown:
         """The requests whose end-of-sequence is among the step's tokens, and the blocks whose last token is."""
-        if not self._early and not self._hashes:
+        if not self._early and not self._contents:
             return Shown()
         for request_id in step.leaving:
             self._decoding.discard(request_id)
         for request_id, context in step.joined.items():
-            if request_id in self._early or request_id in self._hashes:
+            if request_id in self._early or request_id in self._contents:
                 self._decoding.add(request_id, context)
                 self._wake(request_id, context)
         cached = {request_id: each.start + each.tokens for request_id, each in step.chunks.items() if each.samples}
@@ -125,17 +125,16 @@ class Endings:
         stops = [
             Stop(each, self._early[each].output_len) for each, context in cached.items() if self._ends(each, context)
         ]
-        filled = [
-            Filled(each, self._hash(each, context)) for each, context in cached.items() if self._fills(each, context)
-        ]
-        return Shown(stops, filled)
+        return Shown(
+            stops, [each for request_id, context in cached.items() for each in self._fills(request_id, context)]
+        )
 
     def _wake(self, request_id: int, context: int) -> None:
         """Ask for the request to ring when its next token shows something."""
         ticks = []
         if request_id in self._early:
             ticks.append(_last_context(self._early[request_id]) - context)
-        if request_id in self._hashes:
+        if request_id in self._contents:
             ticks.append(self._block_size - (context + 1) % self._block_size)
         for each in ticks:
             if each > 0:
@@ -144,15 +143,12 @@ class Endings:
     def _ends(self, request_id: int, context: int) -> bool:
         return request_id in self._early and _last_context(self._early[request_id]) == context
 
-    def _fills(self, request_id: int, context: int) -> bool:
-        """Whether the newest token, which is not cached yet, is the last of a block."""
-        hashes = self._hashes.get(request_id, ())
-        return (
-            bool(hashes) and (context + 1) % self._block_size == 0 and (context + 1) // self._block_size <= len(hashes)
-        )
-
-    def _hash(self, request_id: int, context: int) -> int:
-        return self._hashes[request_id][(context + 1) // self._block_size - 1]
+    def _fills(self, request_id: int, context: int) -> list[Filled]:
+        """The block whose last token is the newest, which is not cached yet, if it is known what the block holds."""
+        content, end = self._contents.get(request_id), context + 1
+        if content is None or end % self._block_size or end > len(content.ids) * content.width:
+            return []
+        return [Filled(request_id, content.own(end - self._block_size, end))]
 
 
 def _last_context(source: TraceRequest) -> int:

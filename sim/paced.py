@@ -16,6 +16,7 @@ import simpy
 from engine.config import ServingConfig
 from engine.live import LiveEvents, Terms
 from engine.recorder import Observer
+from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
@@ -57,6 +58,9 @@ class PacedRider:
     """Implements `engine.server.rider.Rider`: the times of a profile, and text that says nothing, of the right length.
 
     A request makes `max_tokens` tokens, or as many as its client tells or `draw` says, whatever is the least.
+
+    Attributes:
+        prompts: token ids by request, if they are kept.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class PacedRider:
         filler: Sequence[int],
         vocab_size: int,
         draw: Callable[[int], int] | None = None,
+        keep_prompts: bool = False,
     ) -> None:
         """Build the rider.
 
@@ -84,6 +89,8 @@ class PacedRider:
         self._profile = profile
         self._filler = tuple(filler)
         self._draw = draw
+        self.prompts: dict[int, Sequence[int]] = {}
+        self._keep_prompts = keep_prompts
         self._env = PacedEnvironment()
         self._events = LiveEvents(self._env.wall_ns, self._admit)
         self._backend = SimBackend(self._env, (), DeliveredTiming(profile), self._events)
@@ -106,10 +113,13 @@ class PacedRider:
         begun(self._events, self._env.start_ns)
         self._env.run(until=self._env.process(serving_loop(self._backend, scheduler, observer)))
 
-    def _admit(self, source: TraceRequest, terms: Terms) -> None:
+    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
+        if self._keep_prompts and source.prompt_token_ids is not None:
+            self.prompts[source.id] = source.prompt_token_ids
         lengths = [source.max_tokens]
         if terms.output_len is not None:
             lengths.append(terms.output_len)
         elif self._draw is not None and not terms.ignore_eos:
             lengths.append(max(self._draw(source.id), terms.min_tokens))
         self._backend.endings.seen(replace(source, output_len=min(lengths)))
+        return unknown_token(source, self.facts["vocab_size"])

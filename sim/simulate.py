@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import simpy
@@ -65,18 +66,21 @@ def predict(
     recorder: Recorder,
     ignore: Collection[str] = (),
     check: bool = False,
+    refused: Mapping[int, str] | None = None,
 ) -> dict[str, int]:
     """Simulate on the times of a profile.
 
     Args:
         ignore: what is to count for nothing: `sim.latency.PARTS`, and `host`.
         check: whether `engine.integrity` looks at every step.
+        refused: requests that are rejected as they arrive, and why, as `refusals` has them.
 
     Returns:
         How often the profile was asked outside its measured range, by table; `lookups` counts all questions.
     """
     timing = ProfiledTiming(profile, ignore)
-    simulate(requests, config, timing, recorder, check=check)
+    events = EventQueue.from_trace(requests, lambda source: refused.get(source.id)) if refused else None
+    simulate(requests, config, timing, recorder, check=check, events=events)
     return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
 
 
@@ -108,26 +112,53 @@ def _recorded_prefix(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("hash_ids", "hash_block_size", "output_ids")}
 
 
-def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:
-    """The events of a recorded run, each due when the serving loop took it.
+def refusals(run: RunRecords) -> dict[int, str]:
+    """The requests that a recorded run's backend could not take, and why."""
+    rows = run.tables["requests"].select(["request", "refused", "reason"]).to_pylist()
+    return {row["request"]: row["reason"] for row in rows if row["refused"]}
 
-    Behind a server that is later than the client's time by the way there, which is not the scheduler's to know. A
-    cancellation's delivery follows from the counts of events: those of a turn that are no arrivals are cancellations.
+
+def deliveries(run: RunRecords, requests: Sequence[TraceRequest]) -> EventQueue:
+    """The events of a recorded run, each due when the serving loop took it, in the order in which it did.
+
+    Behind a server that is later than the client's time by the way there, which is not the scheduler's to know. The
+    table of requests is in the order of their deliveries; a cancellation's place among all events is recorded, and the
+    counts of events say in which turn that is. What the backend refused, it refuses again.
     """
-    rows = run.tables["requests"].select(["request", "delivered_ns", "reason"]).to_pylist()
-    delivered, reasons = ({row["request"]: row[name] for row in rows} for name in ("delivered_ns", "reason"))
-    arrivals = Counter(delivered.values())
+    columns = ["request", "arrival_ns", "delivered_ns", "cancel_ns", "cancel_event", "reason"]
+    rows, refused = run.tables["requests"].select(columns).to_pylist(), refusals(run)
     turns = run.tables["iterations"].select(["now_ns", "events"]).to_pylist()
-    taken = (turn["now_ns"] for turn in turns for _ in range(turn["events"] - arrivals.pop(turn["now_ns"], 0)))
-    events, cancels = [], []
-    for source in requests:
-        request, cancelled = Request.from_trace(source), source.cancel_ns is not None
-        arrival = Event(source.arrival_ns, 2 * source.id, request, is_last=not cancelled)
-        events.append((delivered[source.id], arrival))
-        if source.cancel_ns is not None:
-            cancels.append(Event(source.cancel_ns, 2 * source.id + 1, request, True, reasons[source.id]))
-    events += zip(taken, sorted(cancels, key=lambda event: event[:2]), strict=False)
-    return EventQueue(iter(sorted(events, key=lambda pair: (pair[0], pair[1][:2]))))
+    taken = [turn["now_ns"] for turn in turns for _ in range(turn["events"])]
+    cancels = _cancellations(rows, taken)
+    cancelled = set(cancels.values())
+    others = (place for place in count() if place not in cancelled)
+    sources = {source.id: source for source in requests}
+    events: list[tuple[int, int, Event]] = []
+    for row, place in zip(rows, others, strict=False):
+        source, due_ns = sources[row["request"]], row["delivered_ns"]
+        request = Request.from_trace(source, refused.get(source.id))
+        arrival = Event(source.arrival_ns, 2 * source.id, request, is_last=row["cancel_ns"] is None)
+        events.append((due_ns, place, arrival))
+        if (place := cancels.get(source.id, len(taken))) < len(taken):  # else the run was cut off before
+            cancel = Event(row["cancel_ns"], 2 * source.id + 1, request, True, row["reason"])
+            events.append((max(due_ns, taken[place]), place, cancel))
+    return EventQueue((due_ns, event) for due_ns, _, event in sorted(events))
+
+
+def _cancellations(rows: Sequence[Mapping[str, Any]], taken: Sequence[int]) -> dict[int, int]:
+    """Which of the events, taken at those times, cancelled a request.
+
+    Before schema 4 the events of a turn were delivered in the order of their times, and those that were no arrivals
+    were cancellations.
+    """
+    cancelled = [row for row in rows if row["cancel_ns"] is not None]
+    if all(row["cancel_event"] is not None for row in cancelled):
+        return {row["request"]: row["cancel_event"] for row in cancelled}
+    others = Counter(taken) - Counter(row["delivered_ns"] for row in rows)
+    cancels = sorted((row["cancel_ns"], 2 * row["request"] + 1) for row in cancelled)
+    events = [(row["delivered_ns"], row["arrival_ns"], 2 * row["request"]) for row in rows]
+    events += [(due_ns, *cancel) for due_ns, cancel in zip(sorted(others.elements()), cancels, strict=False)]
+    return {sequence // 2: place for place, (_, _, sequence) in enumerate(sorted(events)) if sequence % 2}
 
 
 def replay(

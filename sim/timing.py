@@ -51,27 +51,31 @@ class ProfiledTiming:
         plan_ns, launch_ns, notice_ns, turn_ns, _ = self._host.of(step)
         planned = now + plan_ns
         launched = planned + launch_ns
+        copies_ns = 0
         if step.swapped_out or step.swapped_in or self._copied_ns:
-            self._copy(step, launched)
+            copies_ns = self._copy(step, launched)
         if step.decodes or step.chunks:
             start = max(launched, self._device_free_ns)
             device_ns = self.latency.device_ns(step, start)
             self._device_free_ns = start + device_ns
         else:
-            device_ns = self.latency.copies_ns(step)
+            device_ns = copies_ns
             start = self._copies_free_ns - device_ns
         self._in_flight.append((start, device_ns, notice_ns, turn_ns))
         return Launch(planned, launched), launched
 
-    def _copy(self, step: Step, launched: int) -> None:
-        """Let the step's copies run, and the device wait for those that its compute needs."""
+    def _copy(self, step: Step, launched: int) -> int:
+        """Let the step's copies run, and the device wait for those that its compute needs. Returns what they take."""
+        copies_ns = 0
         if step.swapped_out or step.swapped_in:
+            copies_ns = self.latency.copies_ns(step)
             copy_start = max(launched, self._device_free_ns, self._copies_free_ns)
-            self._copied_ns[step.index] = self._copies_free_ns = copy_start + self.latency.copies_ns(step)
+            self._copied_ns[step.index] = self._copies_free_ns = copy_start + copies_ns
         if (needed := self._copies.needs(step)) is not None:
             # Later compute is held up too, should this step have none: `CopyOrder` names what to wait for once.
             self._device_free_ns = max(self._device_free_ns, self._copied_ns[needed])
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
+        return copies_ns
 
     def complete(self, now: int) -> tuple[int, int, int, int]:
         """The host notices a little after the device's end, or at once if that is past."""

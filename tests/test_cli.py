@@ -138,6 +138,20 @@ def test_requests_that_can_never_run_are_rejected_and_recorded_and_the_others_ru
     assert all("max_model_len" in row["reason"] or "KV blocks" in row["reason"] for row in rejected)
 
 
+def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_by_a_run_and_by_a_simulation_like_it(work):
+    prompts = [[5, 6, 7], [5, 300, 7], [8, 9]]  # the model has 300
+    lines = [json.dumps({"arrival_s": 0, "prompt_token_ids": ids, "output_len": 4}) for ids in prompts]
+    (work / "foreign.jsonl").write_text("\n".join(lines))
+    run = ("run", "--trace", "foreign.jsonl", "--model", "model", "--threads", 1, *LIMITS, "--out", "foreign")
+    assert "note: 1 of 3 requests were rejected, for tokens that the model lacks" in tandem(*run, cwd=work).stderr
+    like = ("simulate", "--trace", "foreign.jsonl", "--profile", "profile", "--like", "foreign", "--out", "foreignsim")
+    tandem(*like, cwd=work)
+    for name in ("foreign", "foreignsim"):
+        rows = read_run(work / name).tables["requests"].to_pylist()
+        assert [row["outcome"] for row in rows] == ["length", "rejected", "length"]
+        assert "token id 300" in rows[1]["reason"]
+
+
 def wait_until_shown(terminal: int, pattern: bytes) -> bytes:
     """Read a terminal until it shows `pattern`."""
     shown = b""

@@ -106,6 +106,21 @@ def test_the_models_own_stop_token_ends_a_request(executor):
     assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("short", [1, 2])
+def test_a_request_that_stops_just_before_max_tokens_is_recorded_as_stopped(executor, depth, short):
+    """At depth 2 the step that makes its last token by `max_tokens` is planned before the stop is known."""
+    requests = [dataclasses.replace(each, max_tokens=each.output_len + short) for each in workload()]
+    config = dataclasses.replace(LIMITS, num_blocks=100, pipeline_depth=depth)
+    run, outputs = serve(executor, requests, config)
+    for row in run.tables["requests"].to_pylist():
+        wasted = min(short, depth - 1)
+        assert (row["outcome"], row["output_len"]) == ("stop", requests[row["request"]].output_len)
+        assert row["wasted_tokens"] == wasted == len(outputs[row["request"]]) - row["output_len"]
+    again = replay(run, config).tables
+    assert all(again[name].equals(run.tables[name]) for name in again)
+
+
 def test_at_depth_2_step_n_plus_1_is_planned_while_step_n_runs(executor):
     config = dataclasses.replace(LIMITS, num_blocks=100, pipeline_depth=2)
     steps = serve(executor, workload(), config)[0].tables["steps"].to_pylist()
@@ -121,10 +136,35 @@ def test_at_depth_1_it_is_not(executor):
     assert all(a["completed_ns"] < b["planned_ns"] for a, b in itertools.pairwise(steps))
 
 
-def test_a_failing_data_plane_ends_the_run_with_its_own_error(executor):
-    bad = [TraceRequest(0, 0, 1, 5, 5, [100_000])]
-    with pytest.raises(TandemError, match="request 0 has token ids outside the model's vocabulary of 101"):
-        serve(executor, bad, LIMITS)
+def test_a_failing_data_plane_ends_the_run_with_its_own_error(executor, monkeypatch):
+    def fail(*_: object) -> None:
+        raise TandemError("the processor is on fire")
+
+    monkeypatch.setattr(executor.llama, "forward", fail)
+    with pytest.raises(TandemError, match="the processor is on fire"):
+        serve(executor, workload(1), LIMITS)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("token", [101, 100_000, -1])
+def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_and_the_others_get_their_tokens(
+    executor, expected, depth, token
+):
+    config = dataclasses.replace(LIMITS, pipeline_depth=depth)
+    requests = workload()
+    bad = {3: [token], 4: [5, 6, token, 7], 19: [7] * 40 + [token]}
+    for each, ids in bad.items():
+        requests[each] = dataclasses.replace(requests[each], prompt_len=len(ids), prompt_token_ids=ids)
+    run, outputs = serve(executor, requests, config, check=True)
+    assert outputs == {each: made for each, made in expected.items() if each not in bad}
+    rows = run.tables["requests"].to_pylist()
+    assert {row["request"] for row in rows if row["outcome"] == "rejected" and row["refused"]} == set(bad)
+    assert {row["reason"] for row in rows} == {
+        None,
+        f"token id {token} is not in the model's vocabulary, which has 101",
+    }
+    again = replay(run, config).tables
+    assert all(again[name].equals(run.tables[name]) for name in again)
 
 
 def test_a_trace_without_token_ids_is_served_with_seeded_ones(executor):

@@ -127,15 +127,14 @@ def test_every_request_ends_with_exactly_its_tokens_and_no_step_breaks_an_invari
     # `serve` checks every step: budgets, blocks owned once in plan order, contexts, what is lost.
     recorder, served = serve(requests, config, scheduler=data.draw(schedulers(config)))
     rows = recorder.tables()["requests"].to_pylist()
-    assert len(rows) == len(requests) == len(served)
+    assert len(rows) == len(requests) == len(served) == recorder.ended
     for source, row in zip(requests, sorted(rows, key=lambda row: row["request"]), strict=True):
         if row["outcome"] == CANCELLED:
             assert source.cancel_ns is not None
         elif row["outcome"] == REJECTED:
             assert row["reason"] and row["first_scheduled_ns"] is None
         else:
-            expected = LENGTH if source.output_len == source.max_tokens else (STOP, LENGTH)
-            assert row["outcome"] in expected
+            assert row["outcome"] == (LENGTH if source.output_len == source.max_tokens else STOP)
             assert row["output_len"] == source.output_len
             assert source.arrival_ns <= row["delivered_ns"] <= row["first_scheduled_ns"]
             assert row["first_scheduled_ns"] < row["first_token_ns"] <= row["last_token_ns"]

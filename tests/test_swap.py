@@ -346,6 +346,21 @@ def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without
     assert starts[2] == starts[0] + device_ns[0]
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(0, swapped_out={1: Copies([0], [0])}),
+        Step(0, swapped_in={1: Copies([0], [0])}),
+        chunk_step(0, swapped_out={1: Copies([0], [0])}),
+    ],
+    ids=["only out", "only in", "beside compute"],
+)
+def test_the_copies_of_a_step_are_looked_up_once(step):
+    timing = ProfiledTiming(small_profile())
+    timing.launch(step, 0)
+    assert timing.latency.lookups["swap"] == 1
+
+
 def test_a_profile_without_swap_times_serves_until_somebody_swaps(tmp_path):
     whole = small_profile()
     tables = {name: rows for name, rows in whole.tables.items() if name != "swap"}

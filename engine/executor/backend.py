@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -59,6 +60,19 @@ class _Later:
     wait: Callable[[], Any]
 
 
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """For a run that ends: a collection can take as long as many steps, and a run's records hold no cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 class ExecutorBackend:
     """Implements `engine.backend.Backend` on the machine's own time. Use as a context manager.
 
@@ -73,15 +87,10 @@ class ExecutorBackend:
 
     def __enter__(self) -> ExecutorBackend:
         self._data_plane.__enter__()
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # a collection can take as long as many steps, and a run's records hold no cycles
         self.start_ns = time.perf_counter_ns()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        gc.enable()
-        gc.unfreeze()
         self._data_plane.__exit__(*exception)
 
     def now(self) -> int:

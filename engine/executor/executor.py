@@ -12,7 +12,7 @@ import torch
 from engine.backend import drive
 from engine.config import ServingConfig
 from engine.events import EventQueue
-from engine.executor.backend import DataPlane, ExecutorBackend
+from engine.executor.backend import DataPlane, ExecutorBackend, no_collections
 from engine.executor.batch import KVCache
 from engine.executor.cpu import Cpu
 from engine.executor.model import Llama
@@ -23,6 +23,7 @@ from engine.executor.weights import dummy_weights, load_weights
 from engine.integrity import CheckedBackend
 from engine.model_config import load_model_config
 from engine.recorder import Recorder
+from engine.request import unknown_token
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from traces.errors import TandemError
@@ -193,6 +194,8 @@ class Executor:
     ) -> RunningBatch:
         """Serve requests on the machine's own time; returns the running batch, which holds the outputs.
 
+        A request with a token that the model lacks is rejected.
+
         Args:
             stop_rule: as in `engine.manifest.workload`.
             check: whether `engine.integrity` looks at every step before it runs.
@@ -203,7 +206,8 @@ class Executor:
         """
         scheduler = load_scheduler(config)
         running, data_plane = self.session(requests, config, stop_rule)
-        with ExecutorBackend(data_plane, EventQueue.from_trace(requests)) as backend:
+        events = EventQueue.from_trace(requests, lambda source: unknown_token(source, self.model.vocab_size))
+        with no_collections(), ExecutorBackend(data_plane, events) as backend:
             checked = CheckedBackend(backend, scheduler.config) if check else backend
             drive(serving_loop(checked, scheduler, recorder))
         return running

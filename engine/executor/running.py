@@ -15,9 +15,8 @@ import numpy as np
 from engine.backend import Filled, Shown, Stop
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
-from engine.prefix import Content, chain_hash, tells_blocks
+from engine.prefix import tells_blocks
 from engine.step import Step
-from traces.errors import TandemError
 from traces.request import TraceRequest
 
 
@@ -51,7 +50,6 @@ class _Sequence:
     seat: int = -1
     blocks: int = 0  # in its row
     stopped: bool = False
-    newest_hash: int | None = None  # of its last full block beyond the prompt's
 
 
 class Work(NamedTuple):
@@ -144,14 +142,9 @@ class RunningBatch:
         )
 
     def _fill(self, sequence: _Sequence) -> Filled:
-        size, prompt = self._block_size, sequence.prompt
-        start = len(prompt) + len(sequence.made) - size
-        if start // size == len(prompt) // size and (content := Content.of(sequence.source)):
-            of_prompt = content.hashes(len(prompt), size).ids
-            sequence.newest_hash = of_prompt[-1] if of_prompt else None
-        own = prompt[start:] + sequence.made[max(start - len(prompt), 0) :]
-        sequence.newest_hash = chain_hash(sequence.newest_hash, own)
-        return Filled(sequence.source.id, sequence.newest_hash)
+        start = len(sequence.prompt) + len(sequence.made) - self._block_size
+        own = sequence.prompt[start:] + sequence.made[max(start - len(sequence.prompt), 0) :]
+        return Filled(sequence.source.id, own)
 
     def _stop(self, sequence: _Sequence) -> Stop:
         sequence.stopped = True
@@ -202,11 +195,6 @@ class RunningBatch:
     def _prompt(self, source: TraceRequest) -> list[int]:
         """The trace's token ids; where it has none, ids drawn with its hash ids as seeds, then with its number."""
         if source.prompt_token_ids is not None:
-            if not 0 <= min(source.prompt_token_ids) <= max(source.prompt_token_ids) < self._vocab_size:
-                raise TandemError(
-                    f"request {source.id} has token ids outside the model's vocabulary of {self._vocab_size}: "
-                    "make the trace with this model's tokenizer"
-                )
             return list(source.prompt_token_ids)
         drawn = [self._draw((each, 1), source.hash_block_size) for each in source.hash_ids or ()]
         shared = [token for block in drawn for token in block][: source.prompt_len]

@@ -231,8 +231,8 @@ class Scheduler(ABC):
     # -- for the serving loop ----------------------------------------------------------------------------
 
     def arrive(self, request: Request) -> None:
-        """Queue a request, or reject it (`outcome`, `reason`) if it could never run under these limits."""
-        request.reason = self._misfit(request)
+        """Queue a request, or reject it (`outcome`, `reason`) if it was refused, or could never run in these limits."""
+        request.reason = request.refused or self._misfit(request)
         if request.reason:
             request.outcome = REJECTED
         else:
@@ -246,8 +246,8 @@ class Scheduler(ABC):
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known: some end their requests, some fill blocks that others may share."""
-        for request_id, block_hash in completion.filled if self._shares_at_once else ():
-            self._learn(request_id, block_hash)
+        for request_id, own in completion.filled if self._shares_at_once else ():
+            self._learn(request_id, own)
         for request_id in self._ended(completion) if self.held else [stop.request_id for stop in completion.stops]:
             self.stopped(request_id)
 
@@ -505,11 +505,10 @@ class Scheduler(ABC):
                 cache.publish(request.blocks[place], hashes.ids[place])
             request._published = max(request._published, last)
 
-    def _learn(self, request_id: int, block_hash: int) -> None:
+    def _learn(self, request_id: int, own: Sequence[int]) -> None:
         """The tokens of a request's next block are known; they are computed by the next decode at the latest."""
-        request = self._find(request_id)
-        if request and request.block_hashes:
-            request.block_hashes.ids.append(block_hash)
+        if request := self._find(request_id):
+            request.learn(own)
             if request_id in self.running:
                 self._filled[request_id] = request
 

@@ -12,10 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
 from engine.server.dialect import DONE, Choice, Dialect
-from engine.server.link import EngineLink
+from engine.server.link import BROKEN, EngineLink
 from engine.server.protocol import Refused
 from engine.server.text import Writer
 
+_STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
 GONE, STOP_STRING = "the client is gone", "stop"
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
 
@@ -67,7 +68,7 @@ class Output:
             self._finish(outcome)
         else:
             self.finish_reason = "error"
-            self._answer.failed(Refused(400 if outcome == REJECTED else 503, reason or outcome))
+            self._answer.failed(Refused(_STATUS.get(outcome, 503), reason or outcome))
 
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason
@@ -181,7 +182,7 @@ class AnswerResponse(Response):
         watcher.add_done_callback(lambda done: answer.abandon() if not done.cancelled() else None)
         try:
             first = await answer.more()
-            if answer.refused and not first:
+            if answer.refused:  # nothing is sent yet, though some may have been made
                 await send_json(send, answer.refused.status, answer.refused.body)
             elif answer.streamed:
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))

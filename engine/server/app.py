@@ -76,6 +76,7 @@ def build_app(link: EngineLink, text: Text, manners: Manners) -> ASGIApp:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RecursionError)(_too_deep)
+    app.exception_handler(Exception)(_fault)
     return Guard(app, manners)
 
 
@@ -174,14 +175,17 @@ class _Api:
         if isinstance(prompt, str):
             return await self._read(prompt, self._text.encode)
         if max(prompt) >= (vocab_size := self._link.ready.facts["vocab_size"]):
-            raise Refused(400, f"token id {max(prompt)} is not below the vocabulary's size, {vocab_size}", "prompt")
+            raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
     async def _read(self, text: str, encode: Any) -> list[int]:
         longest = self._link.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
-        ids: list[int] = encode(text) if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode, text)
+        try:
+            ids: list[int] = encode(text) if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode, text)
+        except Exception as error:  # the tokenizer's, which has no type of its own
+            raise Refused(400, f"the tokenizer cannot read the prompt: {error}", "prompt") from error
         if not ids:
             raise Refused(400, "the prompt is empty", "prompt")
         return ids
@@ -281,6 +285,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return await _refuse(request, Refused(error.status_code, str(error.detail)))
+
+
+async def _fault(request: Request, error: Exception) -> JSONResponse:
+    """The traceback is logged by whoever called us."""
+    return await _refuse(request, Refused(500, f"the server is at fault: {type(error).__name__}: {error}"))
 
 
 async def _too_deep(request: Request, _: Exception) -> JSONResponse:

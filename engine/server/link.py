@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+import traceback
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -22,6 +24,8 @@ from engine.server.rider import Service
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
+BROKEN = "broken"
+
 
 class Sink(Protocol):
     """Who waits for a request's tokens."""
@@ -30,7 +34,7 @@ class Sink(Protocol):
         """A token; after the last, `end` follows at once."""
 
     def end(self, outcome: str, reason: str | None) -> None:
-        """The last was taken, or none will come: `length`, `stop`, `rejected`, or `failed`."""
+        """The last was taken, or none will come: `length`, `stop`, `rejected`, `failed`, or `broken` by the sink."""
 
 
 class _Open:
@@ -125,7 +129,7 @@ class EngineLink:
             prompt_len=len(prompt),
             output_len=max_tokens,
             max_tokens=max_tokens,
-            prompt_token_ids=None if self.ready.facts["backend"] == "sim" else prompt,
+            prompt_token_ids=array("i", prompt),
             predicted_length=predicted_length,
             priority=priority,
             client=client,
@@ -198,7 +202,17 @@ class EngineLink:
                 if outcome != REJECTED:
                     took_ns = time.perf_counter_ns() - ended.arrival_ns
                     self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
-                ended.sink.end(outcome, reason)
+                try:
+                    ended.sink.end(outcome, reason)
+                except Exception as error:
+                    self._broken(request_id, ended.sink, error)
+
+    def _broken(self, request_id: int, sink: Sink, error: Exception) -> None:
+        """What goes wrong as one request's answer is written ends that request alone."""
+        traceback.print_exception(error)
+        why = f"its answer cannot be written: {type(error).__name__}: {error}"
+        self.cancel(request_id, why)
+        sink.end(BROKEN, why)
 
     def _forget(self, request_id: int) -> _Open | None:
         ended = self._open.pop(request_id, None)
@@ -222,7 +236,10 @@ class EngineLink:
                 self.metrics.first_tokens.add(now - request.arrival_ns)
             request.tokens += 1
             request.last_ns = now
-            request.sink.take(token, request_id in ending)
+            try:
+                request.sink.take(token, request_id in ending)
+            except Exception as error:
+                self._broken(request_id, request.sink, error)
         for gap, times in Counter(gaps).items():  # when all have their token, and mostly the same
             self.metrics.gaps.add(gap, times)
 

@@ -11,6 +11,7 @@ from engine.events import Event
 from engine.recorder import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
+from engine.server.garbage import collect_now
 from engine.server.messages import End, Load, Progress
 from engine.server.rider import Rider
 from engine.step import Step
@@ -82,7 +83,7 @@ class Publisher:
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
-        """Sends what the turn brought, if anything."""
+        """Sends what the turn brought, if anything. While nothing is to be done, garbage is collected."""
         if self._recorder:
             self._recorder.iteration(now, events, step, launch, completion)
         ids, tokens = self._take_tokens(completion) if completion else ([], [])
@@ -92,6 +93,8 @@ class Publisher:
             self._ended = []
         while self._over and (idle or (completion and self._over[0][0] <= completion.step)):
             self._rider.forget(self._over.popleft()[1])
+        if idle:
+            collect_now()
 
     def _enter(self, step: Step) -> None:
         self._preemptions += len(step.preempted) + len(step.swapped_out)

@@ -13,6 +13,7 @@ from engine.executor.executor import Executor
 from engine.executor.running import Ending
 from engine.live import LiveEvents, Terms
 from engine.recorder import Observer
+from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.serving_loop import serving_loop
 from traces.request import TraceRequest
@@ -55,8 +56,9 @@ class RealRider:
             begun(events, backend.start_ns)
             drive(serving_loop(backend, scheduler, observer))
 
-    def _admit(self, source: TraceRequest, terms: Terms) -> None:
+    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
         if self._keep_prompts and source.prompt_token_ids is not None:
             self.prompts[source.id] = source.prompt_token_ids
         stop_tokens = frozenset[int]() if terms.ignore_eos else self._stop_tokens
         self._running.add(source, Ending(stop_tokens, terms.min_tokens, terms.output_len))
+        return unknown_token(source, self._executor.model.vocab_size)

@@ -35,13 +35,11 @@ class Text:
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation as the model was taught to read it. Raises ValueError if it cannot be written so."""
-        import jinja2
-
         if not self._tokenizer.chat_template:
             raise ValueError("this model has no chat template: use /v1/completions")
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and fails as programs do
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
     def encode_chat(self, text: str) -> list[int]:
