@@ -27,6 +27,7 @@ from engine.config import ServingConfig
 from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.records import RunRecords, RunWriter, StoredTables, check_out
+from engine.request import REJECTED
 from engine.scheduler import load_scheduler
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
@@ -215,7 +216,16 @@ def simulate_run(
         summary = metrics(RunRecords(parts, writer.written()))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
+    _note_rejected(run, console)
     return run
+
+
+def _note_rejected(run: RunRecords, console: Console) -> None:
+    """Say it where a policy or a limit keeps everybody out, as a run of nothing is soon over."""
+    ends = run.select("requests", "outcome", "reason").group_by("outcome").aggregate([("reason", "min")]).to_pylist()
+    if [each["outcome"] for each in ends] == [REJECTED]:
+        note = f"note: every request was rejected, for reasons such as: {ends[0]['reason_min']}"
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _stopping_like(trace: Trace, like: RunRecords) -> list[TraceRequest]:
@@ -258,7 +268,9 @@ def simulate_policies(
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
     """
     configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
-    folders = {policy: out / policy.replace(":", "-") for policy in configs}
+    folders = {policy: out / _folder_name(policy) for policy in configs}
+    if len(set(folders.values())) < len(folders):
+        raise TandemError(f"two of {', '.join(folders)} would be written to one folder: call a file otherwise")
     if (out / "manifest.json").exists():
         raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
     for policy, each in configs.items():
@@ -273,6 +285,11 @@ def simulate_policies(
     title = f"{len(runs)} policies, {len(trace.requests):,} requests on {profile.name}"
     write_policy_page(comparison, runs, out / "policies.html", title)
     return comparison
+
+
+def _folder_name(policy: str) -> str:
+    """Of one folder, even if a policy is given by the path of its file."""
+    return policy.replace(":", "-").replace("/", "-").lstrip(".-")
 
 
 def real_run(
@@ -306,6 +323,7 @@ def real_run(
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
     run.summary = metrics(run)
     run.write(out)
+    _note_rejected(run, console)
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure
