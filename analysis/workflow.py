@@ -20,6 +20,7 @@ from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
 from analysis.options import Limits, Loading
+from analysis.planned_again import check_deterministic
 from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
 from engine import manifest
@@ -29,6 +30,7 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, RunWriter, StoredTables, check_out
 from engine.request import REJECTED
 from engine.scheduler import load_scheduler
+from engine.scheduler.registry import is_own
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
@@ -192,7 +194,7 @@ def simulate_run(
         console: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there.
         what: the progress bar's label.
-        check: whether `engine.integrity` looks at every step.
+        check: whether `engine.integrity` looks at every step, and all of them are planned again elsewhere.
 
     Raises:
         TandemError: `like` is a run of another trace, or a policy is at fault.
@@ -213,7 +215,9 @@ def simulate_run(
         with watched(console, what, recorder, len(requests)):
             coverage = predict(requests, config, profile, recorder, check=check)
         recorder.close()
-        summary = metrics(RunRecords(parts, writer.written()))
+        written = writer.written()
+        plan_again(written.folder, parts["system"], check, console)
+        summary = metrics(RunRecords(parts, written))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
     _note_rejected(run, console)
@@ -327,7 +331,21 @@ def real_run(
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure
+    plan_again(out, parts["system"], check, console)
     return run
+
+
+def plan_again(folder: Path, system: Mapping[str, Any], check: bool, console: Console) -> None:
+    """See whether a policy is deterministic, by the run in `folder`: of one's own its opening, if `check` all of any.
+
+    Raises:
+        TandemError: as `analysis.planned_again.check_deterministic`.
+    """
+    if check or is_own(system["scheduler"]):
+        with console.status("planning again"):
+            unknown = check_deterministic(folder, system, whole=check)
+        if unknown:
+            console.print(f"note: {unknown}", highlight=False, soft_wrap=True)
 
 
 def compare_runs(
@@ -350,10 +368,14 @@ def compare_runs(
         The comparison, also written to `out` as compare.json, with report.html beside it.
     """
     config = manifest.config_of(real.manifest)
+    changed = manifest.changed_sources(real.manifest)
+    if changed:
+        note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
+        console.print(note, highlight=False, soft_wrap=True)
     replayed = replay(real, config, profile)
     parts = replay_parts(real, config, profile)
     comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts)
-    comparison["decisions"]["negative_controls"] = negative_controls(real, config)
+    comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress_bar(console, "ablate", len(terms) + 1) as show:
             comparison["ablation"] = ablate(real, profile, terms, show)

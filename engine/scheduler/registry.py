@@ -24,6 +24,7 @@ from engine.scheduler.own import NO_SUPER, check_policy, import_policy, uses_unm
 from engine.scheduler.prefill_first import PrefillFirst
 from engine.scheduler.priority import StrictPriority
 from engine.scheduler.sjf import ShortestJobFirst
+from engine.scheduler.source import source_digests
 from engine.scheduler.srpt import ShortestRemainingFirst
 from engine.scheduler.swiftllm import SwiftLlm
 from engine.scheduler.vtc import VirtualTokenCounter
@@ -42,6 +43,8 @@ POLICIES: dict[str, type[Scheduler]] = {
     "vtc": VirtualTokenCounter,
 }
 
+PARAMETER_TYPES = (int, float, str, bool)
+
 
 def load_scheduler(config: ServingConfig) -> Scheduler:
     """Build the scheduler that `config.scheduler` names, with its parameters.
@@ -51,6 +54,7 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
         PolicyError: the class cannot be made, or what it makes could not serve.
     """
     policy, values = find_policy(config.scheduler)
+    source_digests(policy)  # now: a run tells what was imported, not what the files are by its end
     try:
         inspect.signature(policy).bind(config, **values)
     except TypeError as error:
@@ -147,7 +151,7 @@ def _given(policy: type[Scheduler], texts: Sequence[str]) -> dict[str, Any]:
 
 def _value(key: str, text: str, kind: type) -> Any:
     """A parameter's value, of its default's type."""
-    if kind not in (int, float, str, bool):
+    if kind not in PARAMETER_TYPES:
         raise TandemError(f"{key} cannot be given in words: its default is of type {kind.__name__}")
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
