@@ -45,10 +45,10 @@ class ByClock(KeyedScheduler):
 
 
 class ByElapsed(ChunkedPrefill):
-    """Admits nobody once it has run for ten minutes, which no test does."""
+    """Decodes alone once it has run for ten minutes, which no test does."""
     def plan(self, now):
         self.start = getattr(self, "start", None) or time.monotonic()
-        if time.monotonic() < self.start + 600 or not self.running: super().plan(now)
+        if time.monotonic() < self.start + 600 or not self.decoding: super().plan(now)
         else: self.decode()
 
 
@@ -124,7 +124,8 @@ def test_a_policy_that_is_not_deterministic_ends_the_run_with_the_step_where_pla
     with pytest.raises(PolicyError) as caught:
         run(policies, policy)
     assert re.match(
-        rf"{policy} \({policies}/mine\.py:{line}\) is not deterministic: planned again, step \d+ (differs \(.*\)|is missing); "
+        rf"{policy} \({policies}/mine\.py:{line}\) is not deterministic: planned again, step \d+ "
+        r"differs \(.*\); "
         r"a policy may use its state, the events and `now`: no clock, no random numbers",
         str(caught.value),
     )

@@ -222,7 +222,7 @@ class Scheduler(ABC):
         self._preempted_now.clear()
         if self._ready:
             self._start_decoding()
-        made: object = self.plan(now)  # type: ignore[func-returns-value]
+        made: object = self.plan(now)
         if made is not None:
             kind = type(made).__name__
             raise PolicyError(f"returns a {kind} from plan: its calls of prefill, decode and preempt are the plan")
