@@ -44,6 +44,7 @@ _DECISION_COLUMNS = (
     *("running", "waiting", "preemptions"),
 )
 _ABSENT = "(absent)"
+_OF_POLICY = ("scheduler_parameters", "scheduler_source")
 
 TWIN_KV = 0.05  # twin steps' KV tokens differ by no more than this
 KV_TOKENS_MAX = 2**40
@@ -148,7 +149,7 @@ def manifest_differences(
         theirs = flatten_manifest(run)
         for field in sorted(ours.keys() | theirs.keys()):
             values = {reference: ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
-            if values[reference] != values[name]:
+            if values[reference] != values[name] and not _is_of_another_policy(field, real, run):
                 differences.setdefault(field, {}).update(values)
     refused = [field for field in differences if not any(f"{field}.".startswith(f"{each}.") for each in allowed)]
     if refused:
@@ -156,6 +157,14 @@ def manifest_differences(
         options = " ".join(f"--allow-different {field}" for field in refused)
         raise TandemError(f"the runs are not alike ({told}): run them alike, or compare anyway with {options}")
     return differences
+
+
+def _is_of_another_policy(field: str, *runs: RunRecords) -> bool:
+    """Whether a field tells of a policy that is another by name, which is said by itself, or a run is silent of it."""
+    systems = [run.manifest.get("system", {}) for run in runs]
+    part = field.split(".")[1]
+    known = all(part in system for system in systems)
+    return part in _OF_POLICY and not (known and len({system["scheduler"] for system in systems}) == 1)
 
 
 def flatten_manifest(run: RunRecords, parts: Sequence[str] = ("workload", "system")) -> dict[str, Any]:

@@ -32,7 +32,8 @@ Model = Annotated[
 ModelShape = Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
 Check = Annotated[
-    bool, typer.Option("--check", help="Verify every step's invariants, by a second account of blocks and tokens.")
+    bool,
+    typer.Option("--check", help="Verify every step, by a second account of blocks and tokens, and plan all again."),
 ]
 Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace', or where the 'model' says so.")]
 Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]

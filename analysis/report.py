@@ -113,6 +113,12 @@ def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _decisions_sentence(decisions: Mapping[str, Any]) -> str:
+    if changed := decisions.get("changed_sources"):
+        return f"{', '.join(changed)} changed since the real run was recorded. {_equal_steps_sentence(decisions)}"
+    return _equal_steps_sentence(decisions)
+
+
+def _equal_steps_sentence(decisions: Mapping[str, Any]) -> str:
     if decisions["identical"]:
         same = f"Given the real run's times, the simulator planned all {decisions['steps']:,} steps the same."
         return f"{same} {_controls_sentence(decisions.get('negative_controls') or {})}".rstrip()

@@ -20,6 +20,7 @@ from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
 from analysis.options import Limits, Loading
+from analysis.planned_again import check_deterministic
 from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
 from engine import manifest
@@ -27,7 +28,9 @@ from engine.config import ServingConfig
 from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.records import RunRecords, RunWriter, StoredTables, check_out
+from engine.request import REJECTED
 from engine.scheduler import load_scheduler
+from engine.scheduler.registry import is_own
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
@@ -191,7 +194,7 @@ def simulate_run(
         console: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
         what: the progress bar's label.
-        check: whether `engine.integrity` looks at every step.
+        check: whether `engine.integrity` looks at every step, and all of them are planned again elsewhere.
 
     Raises:
         TandemError: `like` is a run of another trace, or a policy is at fault.
@@ -213,10 +216,21 @@ def simulate_run(
             refused = refusals(like) if like else None
             coverage = predict(requests, config, profile, recorder, check=check, refused=refused)
         recorder.close()
-        summary = metrics(RunRecords(parts, writer.written()))
+        written = writer.written()
+        plan_again(written.folder, parts["system"], check, console)
+        summary = metrics(RunRecords(parts, written))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
+    _note_rejected(run, console)
     return run
+
+
+def _note_rejected(run: RunRecords, console: Console) -> None:
+    """Say it where a policy or a limit keeps everybody out, as a run of nothing is soon over."""
+    ends = run.select("requests", "outcome", "reason").group_by("outcome").aggregate([("reason", "min")]).to_pylist()
+    if [each["outcome"] for each in ends] == [REJECTED]:
+        note = f"note: every request was rejected, for reasons such as: {ends[0]['reason_min']}"
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _stopping_like(trace: Trace, like: RunRecords) -> list[TraceRequest]:
@@ -259,7 +273,9 @@ def simulate_policies(
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
     """
     configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
-    folders = {policy: out / policy.replace(":", "-") for policy in configs}
+    folders = {policy: out / _folder_name(policy) for policy in configs}
+    if len(set(folders.values())) < len(folders):
+        raise TandemError(f"two of {', '.join(folders)} would be written to one folder: call a file otherwise")
     if (out / "manifest.json").exists():
         raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
     for policy, each in configs.items():
@@ -274,6 +290,11 @@ def simulate_policies(
     title = f"{len(runs)} policies, {len(trace.requests):,} requests on {profile.name}"
     write_policy_page(comparison, runs, out / "policies.html", title)
     return comparison
+
+
+def _folder_name(policy: str) -> str:
+    """Of one folder, even if a policy is given by the path of its file."""
+    return policy.replace(":", "-").replace("/", "-").lstrip(".-")
 
 
 def real_run(
@@ -313,10 +334,25 @@ def real_run(
             "make the trace with this model's tokenizer",
             highlight=False,
         )
+    _note_rejected(run, console)
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure
+    plan_again(out, parts["system"], check, console)
     return run
+
+
+def plan_again(folder: Path, system: Mapping[str, Any], check: bool, console: Console) -> None:
+    """See whether a policy is deterministic, by the run in `folder`: of one's own its opening, if `check` all of any.
+
+    Raises:
+        TandemError: as `analysis.planned_again.check_deterministic`.
+    """
+    if check or is_own(system["scheduler"]):
+        with console.status("planning again"):
+            unknown = check_deterministic(folder, system, whole=check)
+        if unknown:
+            console.print(f"note: {unknown}", highlight=False, soft_wrap=True)
 
 
 def compare_runs(
@@ -339,10 +375,14 @@ def compare_runs(
         The comparison, also written to `out` as compare.json, with report.html beside it.
     """
     config = manifest.config_of(real.manifest)
+    changed = manifest.changed_sources(real.manifest)
+    if changed:
+        note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
+        console.print(note, highlight=False, soft_wrap=True)
     replayed = replay(real, config, profile)
     parts = replay_parts(real, config, profile)
     comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts)
-    comparison["decisions"]["negative_controls"] = negative_controls(real, config)
+    comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress_bar(console, "ablate", len(terms) + 1) as show:
             comparison["ablation"] = ablate(real, profile, terms, show)

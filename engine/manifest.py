@@ -12,6 +12,8 @@ from typing import Any
 
 from engine.config import ServingConfig
 from engine.model_config import ModelConfig
+from engine.scheduler.registry import PARAMETER_TYPES, find_policy
+from engine.scheduler.source import source_digests
 from traces.errors import TandemError
 from traces.format import Trace
 
@@ -37,8 +39,24 @@ def workload(trace: Trace, model: ModelConfig, dtype: str, stop_rule: str) -> di
 
 
 def system(device: str, config: ServingConfig) -> dict[str, Any]:
-    """The second part of a manifest."""
-    return {"device": device} | asdict(config)
+    """The second part of a manifest; of the policy it has all parameters and a digest of each source file."""
+    policy, values = find_policy(config.scheduler)
+    plain = {name: value for name, value in values.items() if isinstance(value, PARAMETER_TYPES)}
+    of_policy = {"scheduler_parameters": plain, "scheduler_source": source_digests(policy)}
+    return {"device": device} | asdict(config) | of_policy
+
+
+def changed_sources(manifest: Manifest) -> list[str]:
+    """The source files of a recorded run's policy that are not what they were, as far as the manifest tells.
+
+    Raises:
+        TandemError: the policy cannot be found.
+    """
+    then = manifest["system"].get("scheduler_source")
+    if then is None:
+        return []
+    now = source_digests(find_policy(manifest["system"]["scheduler"])[0])
+    return sorted(file for file in then.keys() | now.keys() if then.get(file) != now.get(file))
 
 
 def config_of(manifest: Manifest) -> ServingConfig:

@@ -215,11 +215,14 @@ class RunRecords:
 class StoredTables(Mapping[str, "pa.Table"]):
     """The tables of a run's folder, read whenever they are asked for.
 
+    Attributes:
+        folder: where they lie.
+
     Reading raises OSError or pyarrow.ArrowInvalid if a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def __getitem__(self, name: str) -> pa.Table:
         return self.select(name, None)
@@ -229,7 +232,7 @@ class StoredTables(Mapping[str, "pa.Table"]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
+        with pq.ParquetFile(self.folder / f"{name}.parquet") as file:
             table = file.read(columns, use_threads=False)
         pa.default_memory_pool().release_unused()  # what reading took, and earlier tables
         return table
@@ -239,7 +242,7 @@ class StoredTables(Mapping[str, "pa.Table"]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self._folder / f"{name}.parquet") as file:
+        with pq.ParquetFile(self.folder / f"{name}.parquet") as file:
             if not file.metadata.num_rows:
                 yield file.read(columns)
             for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):

@@ -9,9 +9,10 @@ from collections.abc import Generator
 from typing import Any
 
 from engine.backend import Backend, Completion, Launch
+from engine.events import Event
 from engine.recorder import Observer
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError, blame
+from engine.scheduler.blame import PolicyError, blame, idle_plan
 from engine.step import Step
 
 
@@ -42,7 +43,7 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
         now = backend.now()
         events = backend.due(now)
         for event in events:
-            (scheduler.cancel if event.is_cancel else scheduler.arrive)(event.request)
+            _deliver(event, scheduler)
             recorder.delivered(event, now)
         launch: Launch | None = None
         completion: Completion | None = None
@@ -67,8 +68,20 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
                 break
             yield event
     if not scheduler.idle:
-        stuck = len(scheduler.waiting) + len(scheduler.running)
-        raise PolicyError(f"plans nothing, but {stuck} requests wait and nothing is in flight")
+        raise PolicyError(idle_plan(scheduler))
+
+
+def _deliver(event: Event, scheduler: Scheduler) -> None:
+    """Hand over an event; a policy that does not pass it on to the base class is found out here."""
+    request = event.request
+    if event.is_cancel:
+        scheduler.cancel(request)
+        if request.outcome is None:
+            raise PolicyError(f"goes on with request {request.id}, which is cancelled: let its cancel call super()'s")
+    else:
+        scheduler.arrive(request)
+        if request.outcome is None and request.id not in scheduler.waiting:
+            raise PolicyError(f"loses request {request.id} as it arrives: let its arrive call super().arrive(request)")
 
 
 def _check_budget(step: Step, scheduler: Scheduler) -> None:

@@ -179,7 +179,9 @@ class RecordedTiming:
         return completed, *work, self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
-        """When the recorded run woke up."""
+        """When the recorded run woke up. Raises ReplayOver if it was over by then."""
+        if self._turn + 1 >= len(self._iterations):
+            raise ReplayOver
         return self._next_read(due_ns)
 
     def _next_read(self, otherwise: int) -> int:

@@ -49,9 +49,12 @@ def test_the_trace_lines_on_the_page_share_what_it_says(tmp_path):
 
 
 def test_the_page_on_wrong_policies_shows_what_is_said_of_them(tmp_path):
-    for name, policy in zip(("grudge", "window"), blocks("integrity.md", "python"), strict=True):
+    for name, policy in zip(("grudge", "window", "lots"), blocks("integrity.md", "python"), strict=True):
         (tmp_path / f"{name}.py").write_text(policy)
-    trace, grudge, window = follow("integrity.md", tmp_path)
-    assert [done.returncode for done in (trace, grudge, window)] == [0, 2, 2]
-    for done, shown in zip((grudge, window), blocks("integrity.md", "text"), strict=True):
-        assert done.stderr.endswith(shown.replace("(", f"({tmp_path}/", 1))
+    trace, *wrong = follow("integrity.md", tmp_path)
+    assert [done.returncode for done in (trace, *wrong)] == [0, 2, 2, 2]
+    *same, lots = (text.replace("(", f"({tmp_path}/", 1) for text in blocks("integrity.md", "text"))
+    for done, shown in zip(wrong, same, strict=False):
+        assert done.stderr.endswith(shown)
+    told = wrong[-1].stderr.splitlines()[-1]
+    assert told.startswith(lots.partition("step")[0]) and re.search(r"step \d+ differs \(prefill_tokens: \d", told)

@@ -152,6 +152,31 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_by_a_run_and_by_
         assert "token id 300" in rows[1]["reason"]
 
 
+def test_a_run_that_rejects_everybody_says_so_and_what_would_help(work):
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-seqs", 4, "--max-batched-tokens", 4)
+    done = tandem(*args, "--scheduler", "fcfs", "--out", "nobody", cwd=work)
+    assert "note: every request was rejected, for reasons such as: a prefill of up to" in done.stderr
+    assert "raise it, or serve with `chunked = True`" in done.stderr
+    assert "rejected" not in tandem(*args, "--scheduler", "chunked_prefill", "--out", "nobody", cwd=work).stderr
+
+
+def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
+    for folder in ("a", "b"):
+        (work / folder).mkdir()
+        (work / folder / "p.py").write_text("from engine.scheduler.fcfs import Fcfs\nclass P(Fcfs): pass\n")
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--out", "files")
+    tandem(*args, "--scheduler", "./a/p.py:P", "--against", f"{work}/b/p.py:P", cwd=work)
+    names = {path.name for path in (work / "files").iterdir()}
+    assert names == {
+        "a-p.py-P",
+        f"{work}/b/p.py:P"[1:].replace("/", "-").replace(":", "-"),
+        "policies.json",
+        "policies.html",
+    }
+    clash = tandem(*args, "--scheduler", "./a/p.py:P", "--against", "a/p.py:P", cwd=work, check=False)
+    assert clash.returncode == 2 and "would be written to one folder" in clash.stderr
+
+
 def wait_until_shown(terminal: int, pattern: bytes) -> bytes:
     """Read a terminal until it shows `pattern`."""
     shown = b""

@@ -310,7 +310,8 @@ class SchedulesTheDead(ChunkedPrefill):
     def plan(self, now: int) -> None:
         self.decode()
         for request in self.seen.values():
-            self.prefill(request)  # here
+            if request.id not in self.decoding:
+                self.prefill(request)  # here
 
 
 class PreemptsTheDead(SchedulesTheDead):

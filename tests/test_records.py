@@ -47,14 +47,14 @@ EXPECTED: dict[tuple[str, int, int], str] = {
     ("chunked_prefill", 1, 200): "1ac2fcc90391f050",
     ("chunked_prefill", 2, 0): "aa3a6ac49688a0e6",
     ("chunked_prefill", 2, 200): "35db073b7626f3f9",
-    ("fcfs", 1, 0): "6f0da73d1a448b27",
-    ("fcfs", 1, 200): "b54474135e9d8de4",
-    ("fcfs", 2, 0): "ea26dbd5a0aca9e2",
-    ("fcfs", 2, 200): "580d66ac2060f601",
-    ("prefill_first", 1, 0): "951cf673ac9340d9",
-    ("prefill_first", 1, 200): "c4b3e2547e24701c",
-    ("prefill_first", 2, 0): "954e1d7b2dfb200f",
-    ("prefill_first", 2, 200): "48cef491522f27a4",
+    ("fcfs", 1, 0): "8fc36931a0f212b3",
+    ("fcfs", 1, 200): "8e2a7ca851e9f6e2",
+    ("fcfs", 2, 0): "4287f96d0e4b5cd0",
+    ("fcfs", 2, 200): "716ec4e18493c7a7",
+    ("prefill_first", 1, 0): "47daa6543a234a25",
+    ("prefill_first", 1, 200): "a3d234a56c360529",
+    ("prefill_first", 2, 0): "541af42996492426",
+    ("prefill_first", 2, 200): "ce04d0da9d0b2fda",
 }
 """Of runs that admit by first chunk, as all did before there was another rule."""
 EXPECTED_OF_WHOLE_PROMPTS = EXPECTED | {

@@ -138,10 +138,12 @@ class Scheduler(ABC):
             False if it does not fit, in which case the step is unchanged (but for preemptions).
 
         Raises:
-            PolicyError: the request has ended.
+            PolicyError: the request has ended, or decodes.
         """
         if request.outcome is not None:
             raise PolicyError(f"schedules request {request.id}, which has ended ({request.outcome})")
+        if request.id in self.decoding:
+            raise PolicyError(f"prefills request {request.id}, whose prefill is complete: decode() runs it")
         if request.cpu_blocks:
             return self._swap_in(request)
         hits = self._hits(request)
@@ -263,7 +265,10 @@ class Scheduler(ABC):
         self._preempted_now.clear()
         if self._ready:
             self._start_decoding()
-        self.plan(now)
+        made: object = self.plan(now)
+        if made is not None:
+            kind = type(made).__name__
+            raise PolicyError(f"returns a {kind} from plan: its calls of prefill, decode and preempt are the plan")
         return self._seal()
 
     @property
@@ -280,7 +285,8 @@ class Scheduler(ABC):
         if self.pool.blocks_for(cached) > config.num_blocks:
             return f"needs {self.pool.blocks_for(cached)} KV blocks, there are {config.num_blocks}"
         if not self.chunked and cached > config.max_batched_tokens:
-            return f"a prefill of up to {cached} tokens exceeds max_batched_tokens {config.max_batched_tokens}"
+            limit = f"max_batched_tokens {config.max_batched_tokens}"
+            return f"a prefill of up to {cached} tokens exceeds {limit}: raise it, or serve with `chunked = True`"
         return None
 
     def _can_admit(self, request: Request, hits: Sequence[int], tokens: int) -> bool:
@@ -376,6 +382,8 @@ class Scheduler(ABC):
                 self._give_up(victim)
                 continue
             self.preempt(victim)
+            if victim.id in self.running:
+                raise PolicyError(f"keeps request {victim.id} running in its preempt: let that call super().preempt")
             if victim is request:
                 return False
         blocks = self.pool.allocate(missing)

@@ -25,10 +25,38 @@ def blame(policy: type[Scheduler], error: Exception) -> PolicyError | None:
         its class), and what it did. None if the policy has no part in the exception.
     """
     line, involved = _policy_line(policy, error)
-    name = f"{policy.__name__} ({line or _class_line(policy)})"
+    name = called(policy, line)
     if isinstance(error, PolicyError):
         return type(error)(f"{name} {error}")
-    return PolicyError(f"{name} raised {type(error).__name__}: {error}") if involved else None
+    return PolicyError(f"{name} raised {type(error).__name__}: {error}{_hint(error)}") if involved else None
+
+
+def called(policy: type[Scheduler], line: str | None = None) -> str:
+    """A policy's name, with file and line: of its class, if nothing nearer is known."""
+    return f"{policy.__name__} ({line or _class_line(policy)})"
+
+
+def idle_plan(scheduler: Scheduler) -> str:
+    """What a scheduler does wrong that plans nothing although nothing else can happen: what it could have run.
+
+    The verbs are tried, so that it must not go on afterwards.
+    """
+    stuck, running = len(scheduler.waiting) + len(scheduler.running), len(scheduler.running)
+    said = f"plans nothing, but {stuck} requests wait and nothing is in flight"
+    if decodes := len(scheduler.decoding):
+        return f"{said}: decode() was not called, and {decodes} requests could decode"
+    candidates = (*scheduler.prefilling.values(), *scheduler.waiting.values())
+    if fit := sum(scheduler.prefill(each) for each in candidates):
+        return f"{said}: prefill(request) was not called for {fit} of them that fit"
+    free, limits = scheduler.pool.free, scheduler.config
+    room = f"{free} of {limits.num_blocks} KV blocks are free, {running} of max_seqs {limits.max_seqs} run"
+    return f"{said}: after what it has preempted, none fits ({room})"
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, RuntimeError) and "during iteration" in str(error):
+        return "; the verbs change the queues: go through self.queue(), or through tuple(...) of one"
+    return ""
 
 
 def _class_line(policy: type[Scheduler]) -> str:

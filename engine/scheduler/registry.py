@@ -1,27 +1,30 @@
 """From a policy's name to its scheduler: the policies that ship, and `module:Class` for one's own.
 
-Parameters follow the name: `vtc:output_weight=4`, `my_module:MyPolicy:quantum=8:ratio=4`. They are keyword arguments
-of the class, and what they mean and default to is written there. As a part of the name they are in the manifest.
+One's own is given as a file too, `path/to/file.py:Class`. Parameters follow the name: `vtc:output_weight=4`,
+`my_module:MyPolicy:quantum=8:ratio=4`. They are keyword arguments of the class, and what they mean and default to is
+written there. As a part of the name they are in the manifest.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from engine.config import ServingConfig
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import blame
+from engine.scheduler.blame import PolicyError, blame, called
 from engine.scheduler.chunked_prefill import ChunkedPrefill
 from engine.scheduler.edf import EarliestDeadlineFirst
 from engine.scheduler.fastserve import SkipJoinMlfq
 from engine.scheduler.fcfs import Fcfs
+from engine.scheduler.own import NO_SUPER, check_policy, import_policy, uses_unmade
 from engine.scheduler.prefill_first import PrefillFirst
 from engine.scheduler.priority import StrictPriority
 from engine.scheduler.sjf import ShortestJobFirst
+from engine.scheduler.source import source_digests
 from engine.scheduler.srpt import ShortestRemainingFirst
 from engine.scheduler.swiftllm import SwiftLlm
 from engine.scheduler.vllm import Vllm, VllmPriority
@@ -43,62 +46,117 @@ POLICIES: dict[str, type[Scheduler]] = {
     "vtc": VirtualTokenCounter,
 }
 
+PARAMETER_TYPES = (int, float, str, bool)
+
 
 def load_scheduler(config: ServingConfig) -> Scheduler:
     """Build the scheduler that `config.scheduler` names, with its parameters.
 
     Raises:
-        TandemError: no such policy, module, class or parameter, a value that a parameter cannot take, or the class is
-            not a Scheduler.
-        PolicyError: the class cannot be made.
+        TandemError: as `find_policy`, or the policy refuses a value or the config.
+        PolicyError: the class cannot be made, or what it makes could not serve.
     """
-    parts = config.scheduler.split(":")
-    named = [part for part in parts if "=" not in part]
-    given = dict(part.split("=", 1) for part in parts if "=" in part)
-    name = ":".join(named)
-    policy = _import_policy(name) if len(named) > 1 else POLICIES.get(name)
-    if policy is None:
-        known = ", ".join(sorted(POLICIES))
-        raise TandemError(f"unknown scheduler '{name}': choose {known}, or give your own as module:Class")
-    values = {key: _value(policy, name, key, text) for key, text in given.items()}
+    policy, values = find_policy(config.scheduler)
+    source_digests(policy)  # now: a run tells what was imported, not what the files are by its end
     try:
-        return policy(config, **values)
+        inspect.signature(policy).bind(config, **values)
+    except TypeError as error:
+        raise PolicyError(f"{called(policy)} cannot be made from the config alone: {error}") from None
+    try:
+        return _make(policy, config, values)
+    except PolicyError:
+        raise
     except TandemError as error:
         raise TandemError(f"scheduler '{config.scheduler}': {error}") from None
+
+
+def _make(policy: type[Scheduler], config: ServingConfig, values: Mapping[str, Any]) -> Scheduler:
+    try:
+        scheduler = policy(config, **values)
+        if policy not in POLICIES.values():
+            check_policy(scheduler)
     except Exception as error:
-        if fault := blame(policy, error):
+        told = PolicyError(NO_SUPER).with_traceback(error.__traceback__) if uses_unmade(error) else error
+        if type(told) is not TandemError and (fault := blame(policy, told)):
             raise fault from error
         raise
+    return scheduler
+
+
+def find_policy(scheduler: str) -> tuple[type[Scheduler], dict[str, Any]]:
+    """The class of a policy by its name, and all its parameters, as given there or by default.
+
+    Raises:
+        TandemError: no such policy, module, file, class or parameter, a value that a parameter cannot take, or the
+            class is not a Scheduler, or lacks a method.
+    """
+    name, *rest = scheduler.split(":")
+    own = is_own(scheduler) and rest and "=" not in rest[0]
+    if not own and name not in POLICIES:
+        raise TandemError(_unknown(name))
+    try:
+        policy = import_policy(name, rest.pop(0)) if own else POLICIES[name]
+        return policy, parameters(policy) | _given(policy, rest)
+    except PolicyError:
+        raise
+    except TandemError as error:
+        raise TandemError(f"scheduler '{scheduler}': {error}") from error.__cause__
+
+
+def is_own(scheduler: str) -> bool:
+    """Whether a policy, by its name, is none of those that ship."""
+    return scheduler.partition(":")[0] not in POLICIES
+
+
+def _unknown(name: str) -> str:
+    file = name if name.endswith(".py") else f"{name}.py"
+    near = get_close_matches(name.lower(), POLICIES, 1)
+    hint = f"did you mean {near[0]}? Else " if near else ""
+    hint = f"for {file}, say {name}:Class; else " if Path(file).is_file() else hint
+    known = ", ".join(sorted(POLICIES))
+    return f"unknown scheduler '{name}': {hint}choose {known}, or give your own as module:Class or file.py:Class"
+
+
+# -- parameters ------------------------------------------------------------------------------------------------
 
 
 def parameters(policy: type[Scheduler]) -> dict[str, Any]:
-    """A policy's parameters, and their defaults."""
-    known = inspect.signature(policy).parameters.values()
-    return {each.name: each.default for each in known if each.kind is each.KEYWORD_ONLY}
+    """A policy's parameters, and their defaults: what its `__init__` takes beside the config."""
+    known: dict[str, Any] = {}
+    for each in policy.__mro__:
+        if "__init__" in vars(each):
+            own = list(inspect.signature(vars(each)["__init__"]).parameters.values())[2:]
+            named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            known = {one.name: one.default for one in own if one.kind in named} | known
+            if all(one.kind is not one.VAR_KEYWORD for one in own):  # else it hands on what it does not know
+                break
+    return known
 
 
-def _value(policy: type[Scheduler], name: str, key: str, text: str) -> Any:
+def _given(policy: type[Scheduler], texts: Sequence[str]) -> dict[str, Any]:
+    """The parameters that were given, each of its default's type."""
+    defaults, given = parameters(policy), dict[str, Any]()
+    for key, default in defaults.items():
+        if default is inspect.Parameter.empty:
+            raise PolicyError(f"{called(policy)} has a parameter {key} without a default: give it one, such as {key}=1")
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise TandemError(f"cannot read '{text}': give a parameter as {key}=VALUE")
+        if key in given:
+            raise TandemError(f"{key} is given twice")
+        if key not in defaults:
+            known = ", ".join(f"{each}={default}" for each, default in defaults.items()) or "none"
+            raise TandemError(f"it has no parameter '{key}': it has {known}")
+        given[key] = _value(key, value, type(defaults[key]))
+    return given
+
+
+def _value(key: str, text: str, kind: type) -> Any:
     """A parameter's value, of its default's type."""
-    defaults = parameters(policy)
-    if key not in defaults:
-        known = ", ".join(f"{each}={default}" for each, default in defaults.items()) or "none"
-        raise TandemError(f"scheduler '{name}' has no parameter '{key}': it has {known}")
-    kind = type(defaults[key])
+    if kind not in PARAMETER_TYPES:
+        raise TandemError(f"{key} cannot be given in words: its default is of type {kind.__name__}")
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise TandemError(f"scheduler '{name}': {key} is '{text}', not of type {kind.__name__}") from None
-
-
-def _import_policy(name: str) -> type[Scheduler]:
-    module_name, _, class_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # an installed `tandem` does not look where the user stands
-        sys.path.insert(0, here)
-    try:
-        policy = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError as error:
-        raise TandemError(f"scheduler '{name}': cannot import {module_name} ({error}); run from its folder") from error
-    if not (isinstance(policy, type) and issubclass(policy, Scheduler)):
-        raise TandemError(f"scheduler '{name}': {module_name} has no Scheduler subclass called '{class_name}'")
-    return policy
+        raise TandemError(f"{key} is '{text}', not of type {kind.__name__}") from None

@@ -1,0 +1,182 @@
+"""A user's own policy: imported from a module or a file, and looked over before it runs, so that a mistake is one line.
+
+Every complaint says where it is and what to do. What comes to light only while a policy runs is for `blame`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from engine.scheduler.base import Scheduler
+from engine.scheduler.blame import PolicyError, called
+from engine.scheduler.fcfs import Fcfs
+from traces.errors import TandemError
+
+ROOT = Path(__file__).parents[2]
+_NOT_USERS = (*(ROOT / each for each in ("engine", "sim", "traces", "analysis")), Path(sysconfig.get_path("stdlib")))
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is the user's: not Tandem's, not Python's, not that of an installed package."""
+    path = Path(file).resolve()
+    installed = not _INSTALLED.isdisjoint(path.parts) or any(map(path.is_relative_to, _NOT_USERS))
+    return path.suffix == ".py" and not installed
+
+
+def import_policy(source: str, class_name: str) -> type[Scheduler]:
+    """Find a policy's class.
+
+    Args:
+        source: a module, looked for where the user stands too, or the path of a `.py` file.
+        class_name: of a class in it.
+
+    Raises:
+        TandemError: it cannot be imported, has no such class, or the class is no policy or not a whole one.
+    """
+    module = _import(source)
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise TandemError(f"{source} has no class '{class_name}'{_others(module, class_name)}")
+    if not (isinstance(found, type) and issubclass(found, Scheduler)):
+        raise TandemError(f"{source}: {class_name} is not a Scheduler; derive it from engine.scheduler.Scheduler")
+    if lacking := sorted(found.__abstractmethods__):
+        methods = " and ".join(f"{name}({', '.join(_arguments(getattr(found, name)))})" for name in lacking)
+        raise PolicyError(f"{called(found)} has no {methods}: write that method")
+    return found
+
+
+# -- importing -------------------------------------------------------------------------------------------------
+
+
+def _import(source: str) -> ModuleType:
+    try:
+        return _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    except TandemError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TandemError(f"cannot import {source}: {_import_fault(source, error)}") from error
+
+
+def _load_module(name: str) -> ModuleType:
+    here = Path.cwd()
+    if str(here) not in sys.path:  # an installed `tandem` does not look where the user stands
+        sys.path.insert(0, str(here))
+    top = name.partition(".")[0]
+    mine = here / f"{top}.py"
+    known = getattr(sys.modules.get(top), "__file__", None)
+    if mine.exists() and (top in sys.stdlib_module_names or known not in (None, str(mine))):
+        owner = known or "by Python"
+        raise TandemError(f"the name {top} is taken ({owner}): rename {mine.name}, or say ./{mine.name}:Class")
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file under its path as a name, which no module has."""
+    if not path.is_file():
+        raise TandemError(f"there is no file {path}: give its path from where you stand")
+    name, folder = str(path.resolve()), str(path.resolve().parent)
+    if name not in sys.modules:
+        if folder not in sys.path:  # for what it imports from beside it
+            sys.path.insert(0, folder)
+        spec = importlib.util.spec_from_file_location(name, path.resolve())
+        assert spec and spec.loader
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _import_fault(source: str, error: BaseException) -> str:
+    """What kept a module from being imported, and the innermost line of the user's that was running."""
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{source}.".startswith(f"{error.name}."):
+        return f"{error}; run from its folder, or give its file, as path/to/{source}.py:Class"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{each.filename}:{each.lineno} " for each in frames if is_users(each.filename)]
+    return f"{lines[-1] if lines else ''}raised {type(error).__name__}: {error}"
+
+
+def _others(module: ModuleType, class_name: str) -> str:
+    """The policies that a module has, or the one whose name is much like the one that it has not."""
+    names = [name for name, each in vars(module).items() if _is_policy_of(module, each)]
+    if near := get_close_matches(class_name, names, 1):
+        return f": did you mean {near[0]}?"
+    return f": its policies are {', '.join(names)}" if names else ", and no other policy"
+
+
+def _is_policy_of(module: ModuleType, value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Scheduler) and value.__module__ == module.__name__
+
+
+# -- looking over ----------------------------------------------------------------------------------------------
+
+
+def check_policy(scheduler: Scheduler) -> None:
+    """Look over a policy that was made. Raises PolicyError at what cannot work, as a predicate."""
+    _check_state(scheduler)
+    for name, original in _methods(type(scheduler)):
+        mine = getattr(scheduler, name)
+        if getattr(mine, "__func__", None) is not original:
+            _check_method(name, mine, original)
+
+
+def uses_unmade(error: Exception) -> bool:
+    """Whether a policy's `__init__` failed since it uses what `super().__init__` would have made."""
+    return isinstance(error, AttributeError) and isinstance(error.obj, Scheduler) and "_step" not in vars(error.obj)
+
+
+def _check_state(scheduler: Scheduler) -> None:
+    state = vars(scheduler)
+    if "_step" not in state:
+        raise PolicyError(NO_SUPER)
+    for name, value in vars(Fcfs(replace(scheduler.config, num_blocks=1, num_cpu_blocks=0))).items():
+        if value is not None and not isinstance(state[name], type(value)):
+            kind = type(state[name]).__name__
+            raise PolicyError(f"keeps a {kind} in `{name}`, where the base class has its own: choose another name")
+
+
+NO_SUPER = "does not begin its __init__ with super().__init__(config), which makes what all policies need"
+
+
+def _methods(policy: type[Scheduler]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The public methods of Tandem's classes that a policy inherits, as they are there."""
+    ours = [each for each in policy.__mro__ if each.__module__.startswith("engine.scheduler.")]
+    for name in dict.fromkeys(name for each in ours for name in vars(each) if not name.startswith("_")):
+        original = next(vars(each)[name] for each in ours if name in vars(each))
+        if inspect.isfunction(original):
+            yield name, original
+
+
+def _check_method(name: str, mine: object, original: Callable[..., Any]) -> None:
+    """Whether the loop and the base class can call a policy's method in place of theirs."""
+    arguments = _arguments(original)
+    if not callable(mine):
+        raise PolicyError(f"has a `{name}` that is not a method: the base class calls {name}({', '.join(arguments)})")
+    if inspect.iscoroutinefunction(mine):
+        raise PolicyError(f"has an async {name}, which nobody awaits: leave out async")
+    if inspect.isgeneratorfunction(mine) and original.__annotations__.get("return") == "None":
+        raise PolicyError(f"has a {name} that yields, so that nothing of it runs: leave out yield")
+    try:
+        inspect.signature(mine).bind(*arguments)
+    except TypeError as error:
+        raise PolicyError(f"has a {name} that cannot be called as {name}({', '.join(arguments)}): {error}") from None
+
+
+def _arguments(method: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(method).parameters if name != "self"]
