@@ -86,6 +86,9 @@ class Backend(Protocol):
         Returns None when there will be no event, and no time is given.
         """
 
+    def close(self) -> None:
+        """The run is over: no request is left, and none will come."""
+
 
 class Waitable(Protocol):
     """What a backend without an event loop of its own hands out."""

@@ -26,7 +26,7 @@ class IntegrityError(PolicyError):
 class CheckedBackend:
     """A backend whose steps are checked: implements `engine.backend.Backend` on top of another.
 
-    `launch` raises IntegrityError at the first step that breaks an invariant, before that step runs; `wait`, when all
+    `launch` raises IntegrityError at the first step that breaks an invariant, before that step runs; `close`, when all
     is over, if something was lost.
     """
 
@@ -54,11 +54,13 @@ class CheckedBackend:
         return self._backend.complete()
 
     def wait(self, until_ns: int | None) -> Any:
-        """Waits for the next external event; if there will be none, checks that nothing was lost."""
-        waiting = self._backend.wait(until_ns)
-        if waiting is None:
-            self.books.close()
-        return waiting
+        """Waits for the next external event, or until then."""
+        return self._backend.wait(until_ns)
+
+    def close(self) -> None:
+        """Checks that nothing was lost."""
+        self.books.close()
+        self._backend.close()
 
 
 @dataclass(slots=True, eq=False)

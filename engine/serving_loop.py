@@ -69,6 +69,7 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
             yield event
     if not scheduler.idle:
         raise PolicyError(idle_plan(scheduler))
+    backend.close()
 
 
 def _deliver(event: Event, scheduler: Scheduler) -> None:

@@ -76,6 +76,9 @@ class SimBackend:
         due_ns = self._events.next_ns(until_ns)
         return None if due_ns is None else self._env.timeout(self._timing.wake(due_ns) - self.now())
 
+    def close(self) -> None:
+        """Nothing is left to do."""
+
 
 class Endings:
     """What a step's tokens show: which requests end before their `max_tokens`, and which blocks outputs have filled.

@@ -112,6 +112,9 @@ class TickBackend:
     def wait(self, until_ns: int | None) -> Waited | None:
         return Waited() if self._events or until_ns is not None else None
 
+    def close(self) -> None:
+        assert not self._flight and not self._events
+
 
 def _events(requests: list[TraceRequest]) -> Iterator[Event]:
     for source in requests:

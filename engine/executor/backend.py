@@ -116,6 +116,9 @@ class ExecutorBackend:
         due_ns = self._events.next_ns(until_ns)
         return None if due_ns is None else _Later(lambda: time.sleep(max(0, due_ns - self.now()) / 1e9))
 
+    def close(self) -> None:
+        """Nothing is left to do."""
+
     def _complete(self) -> Completion:
         step, start_ns, device_ns, shown = self._data_plane.complete()
         return Completion(step, self.now(), start_ns - self.start_ns, device_ns, *shown)
