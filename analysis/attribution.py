@@ -190,11 +190,12 @@ def fit_kernels(real: RunRecords, parts: Sequence[Mapping[str, float]]) -> dict[
         parts: for each of its steps, the microseconds that each kernel is predicted to take.
 
     Returns:
-        {steps, kernels: {kernel: {steps, error, uncertainty, ms_per_step, certain}}, largest}:
+        {steps, kernels: {kernel: {steps, error, uncertainty, ms_per_step, ms_uncertainty, certain}}, largest}:
 
         - `error`: (predicted - fitted) / fitted, None where the fit leaves nothing
-        - `uncertainty`: the standard error of fitted / predicted, None where kernels cannot be told apart
-        - `ms_per_step`: what the error adds to a mean step
+        - `uncertainty`: how far, at most, a standard error of the fit moves `error`; None where that has no end, as of
+          kernels that cannot be told apart
+        - `ms_per_step`: what the error adds to a mean step; `ms_uncertainty`: the standard error of that
         - `certain`: whether the kernel may be named; `largest` is the one with most ms among these
     """
     computes = (step_kinds(real.tables["steps"]) != "swap") & (column(real.tables["steps"], "device_ns") > 0)
@@ -211,14 +212,16 @@ def fit_kernels(real: RunRecords, parts: Sequence[Mapping[str, float]]) -> dict[
     return {"steps": len(chosen), "kernels": kernels, "largest": largest}
 
 
-def _kernel(predicted_us: Floats, factor: float, uncertainty: float) -> dict[str, Any]:
-    steps = int(np.count_nonzero(predicted_us))
-    clear = factor > 0 and abs(factor - 1) > max(NEGLIGIBLE, CERTAIN * uncertainty)
+def _kernel(predicted_us: Floats, factor: float, off: float) -> dict[str, Any]:
+    """What a factor, fitted / predicted, and its standard error say of a kernel."""
+    steps, mean_ms, known = int(np.count_nonzero(predicted_us)), float(predicted_us.mean()) / 1e3, np.isfinite(off)
+    clear = factor > 0 and abs(factor - 1) > max(NEGLIGIBLE, CERTAIN * off)
     return {
         "steps": steps,
         "error": 1 / factor - 1 if factor > 0 else None,
-        "uncertainty": uncertainty if np.isfinite(uncertainty) else None,
-        "ms_per_step": float(predicted_us.mean()) * (1 - factor) / 1e3,
+        "uncertainty": 1 / (factor - off) - 1 / factor if off < factor else None,
+        "ms_per_step": mean_ms * (1 - factor),
+        "ms_uncertainty": mean_ms * off if known else None,
         "certain": clear and steps >= STEPS_MIN,
     }
 
@@ -283,9 +286,8 @@ def _terms_table(attribution: Mapping[str, Any]) -> TextTable:
     columns = ["", *(name for latency in found for name in (f"{LATENCIES[latency]} ms", "error"))]
     rows = [[TERMS[term], *_cells(part["terms"][term] for part in found.values())] for term in terms]
     whole = ["all", *_cells({"ms": part["error_ms"], "error": part["error"]} for part in found.values())]
-    return TextTable(
-        "Where the closed-loop error of the means comes from", attribution["sentence"], columns, [*rows, whole]
-    )
+    shown = [*rows, whole] if found else []
+    return TextTable("Where the closed-loop error of the means comes from", attribution["sentence"], columns, shown)
 
 
 def _cells(errors: Iterable[Mapping[str, float]]) -> list[str]:
@@ -302,13 +304,15 @@ def _kernel_tables(kernels: Mapping[str, Any] | None) -> list[TextTable]:
             signed(kernel["error"]),
             "–" if kernel["uncertainty"] is None else f"±{kernel['uncertainty']:.1%}",
             f"{kernel['ms_per_step']:+z.3f}",
+            "–" if kernel["ms_uncertainty"] is None else f"±{kernel['ms_uncertainty']:.3f}",
             "yes" if kernel["certain"] else "no",
         )
         for name, kernel in kernels["kernels"].items()
     ]
     note = (
         f"Each kernel's predicted times, fitted by a factor to the {kernels['steps']:,} measured steps. "
-        f"Clear: at least {STEPS_MIN} steps, and {CERTAIN:.0f} standard errors."
+        f"±: how far one standard error moves the number before it. Clear: at least {STEPS_MIN} steps, and "
+        f"{CERTAIN:.0f} standard errors in ms a step."
     )
-    columns = ("kernel", "steps", "predicted", "std error", "ms a step", "clear")
+    columns = ("kernel", "steps", "predicted", "±", "ms a step", "±", "clear")
     return [TextTable("Which kernel is predicted too long (+) or too short (-)", note, columns, rows)]

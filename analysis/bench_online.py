@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench import Row, decode_steps, number, table
-from analysis.metrics import metrics
+from analysis.caveats import NOTHING_COMPLETED, missing_sentences
+from analysis.metrics import metrics, not_completed
 from analysis.options import Limits
 from analysis.workflow import real_config, real_run, watched
 from engine.config import ServingConfig
@@ -139,13 +140,16 @@ class Online:
         return RunRecords({}, recorder.tables())
 
     def tables(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """What was served, each latency, and the decode steps: a table each, with a row for each scenario."""
+        """Whom it did not serve, what was served, each latency, and the decode steps: a table each, with a row for each
+        scenario."""
+        yield from _missing(rows)
         served = {"completed": "completed", "rejected": "rejected", "preemptions": "preemptions"}
         rates = {"request_throughput": "req/s", "output_throughput": "output tok/s"}
         yield _metrics_table("Served (mean over seeds; lowest to highest)", served | rates, rows)
         for latency, title in LATENCIES.items():
             columns = {f"{statistic}_{latency}_ms": statistic for statistic in STATISTICS}
-            yield _metrics_table(f"{title}, ms", columns, rows)
+            if any(row["metrics"][key]["mean"] is not None for row in rows for key in columns):
+                yield _metrics_table(f"{title}, ms", columns, rows)
         yield _decode_table(rows)
 
 
@@ -159,7 +163,19 @@ def _online_row(scenario: Scenario, runs: Mapping[str, RunRecords]) -> Row:
         "metrics": _over_runs([*summaries.values()]),
         "decode_steps": {str(batch): decode_steps(steps, batch, batch // SLACK) for batch in DECODE_BATCHES},
         "runs": summaries,
+        "not_completed": {name: not_completed(run) for name, run in runs.items()},
     }
+
+
+def _missing(rows: Sequence[Row]) -> Iterator[str]:
+    """Requests that did not complete, by run; nothing where all did."""
+    for row in rows:
+        for run, groups in row["not_completed"].items():
+            yield from (f"{run}: {sentence}" for sentence in missing_sentences(groups, row["requests"]))
+            if not row["runs"][run]["completed"]:
+                yield f"{run}: {NOTHING_COMPLETED}"
+    if any(groups for row in rows for groups in row["not_completed"].values()):
+        yield "Latencies are of the requests that completed."
 
 
 def _over_runs(summaries: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:

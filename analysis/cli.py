@@ -8,13 +8,15 @@ from typing import NoReturn
 import typer
 
 from analysis.commands import bench, compare, fidelity, profile, run, serve, trace
-from traces.errors import TandemError
+from traces.errors import TandemError, UnmetError
 
 app = typer.Typer(
     name="tandem",
     help="One scheduler, two riders: try an LLM serving policy in simulation, then on the real engine, and compare.",
     no_args_is_help=True,
     add_completion=False,
+    epilog="Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request "
+    "completed, --strict); 2 bad input; 130 interrupted.",
 )
 for group in (run, compare, serve):
     app.add_typer(group.app)  # without a name: its commands are of the top level
@@ -25,9 +27,11 @@ app.add_typer(fidelity.app, name="fidelity")
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend becomes one line and exit status 2."""
+    """Entry point: an error that the user can mend becomes one line and exit status 2, and 1 what was not met."""
     try:
         status = app(standalone_mode=False)
+    except UnmetError as error:
+        _fail(str(error), 1)
     except TandemError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.caveats import p99_sentence
 from analysis.client import Reply, Target
-from analysis.metrics import LATENCIES, latencies, latency_statistics, metrics
+from analysis.metrics import LATENCIES, asked_for, completed_requests, latencies, latency_statistics, summarize
 from analysis.tables import TextTable
 from engine import manifest
 from engine.records import RunRecords, tables_from_rows
@@ -113,7 +114,7 @@ def _summary(
 ) -> dict[str, Any]:
     known = {
         name: value
-        for name, value in metrics(run).items()
+        for name, value in summarize(run).items()
         if not name.startswith(UNKNOWN) and UNKNOWN_LATENCY not in name
     }
     late = [
@@ -132,9 +133,14 @@ def side_by_side(client: RunRecords, other: RunRecords) -> TextTable:
         for name in LATENCIES
         if name != UNKNOWN_LATENCY
         for stat in ("mean", "p50", "p90", "p99")
-        if (values := [each[name][stat] for each in columns])
+        if (values := [each[name][stat] for each in columns]) != [None, None]
     ]
-    return TextTable("Latencies, ms", "P99 is shown from 200 requests up.", ["", "client", "other", "difference"], rows)
+    counts = [(len(completed_requests(run, columns=("request",))), asked_for(run)) for run in (client, other)]
+    heads, note = ["client", "other"], p99_sentence(min(done for done, _ in counts))
+    if any(done < asked for done, asked in counts):
+        heads = [f"{head} ({done:,} of {asked:,})" for head, (done, asked) in zip(heads, counts, strict=True)]
+        note = f"Each column is of the requests that completed there, which need not be the same ones. {note}".rstrip()
+    return TextTable("Latencies, ms", note, ["", *heads, "difference"], rows)
 
 
 def _difference(one: float | None, other: float | None) -> float | None:

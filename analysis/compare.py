@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from analysis.attribution import attribute
 from analysis.metrics import (
     Floats,
     Ints,
+    asked_for,
     column,
     latencies,
     latency_statistics,
     metrics,
+    not_completed,
     request_metrics,
     step_kinds,
 )
@@ -37,6 +40,9 @@ KINDS = ("prefill", "decode", "mixed", "swap", "all")
 
 WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
 DIVERGED = "decisions differ"
+
+RIDERS = {"executor": "real", "simulator": "simulated"}
+"""Backends of a manifest's provenance -> what such a run is called."""
 
 # What a scheduler decided and what it decided on: these columns of a step must be equal in a replay.
 _DECISION_COLUMNS = (
@@ -73,6 +79,7 @@ def compare(
     targets: Targets = DEFAULT_TARGETS,
     drift: Mapping[str, float] | None = None,
     parts: Sequence[Mapping[str, float]] = (),
+    coverage: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
 
@@ -85,6 +92,7 @@ def compare(
         targets: the errors allowed.
         drift: how far the machine has moved since it was profiled, {mean_error, mape}, if that was measured.
         parts: for each of the real run's steps, the microseconds that each of its kernels is predicted to take.
+        coverage: how far these predictions rest on what was measured: `sim.latency.LatencyModel.coverage`.
 
     Returns:
         The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
@@ -99,6 +107,8 @@ def compare(
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
           a perfect model would show, from what twin steps of the runs differ by}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
+        - `asked`: requests of the trace; `not_completed`: {run: what `analysis.metrics.not_completed` says}
+        - `coverage`: as given; `machine`: {real run: what the machine did besides, or None if that is not on record}
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
     Raises:
@@ -117,6 +127,10 @@ def compare(
         "overall": _overall(decisions["identical"], [item["verdict"] for item in verdict.values()]),
         "verdict": verdict,
         "requests": len(ids),
+        "asked": asked_for(real),
+        "not_completed": {name: not_completed(run) for name, run in ({"real": real} | others).items()},
+        "coverage": coverage,
+        "machine": {name: _machine(run) for name, run in ({"real": real} | others).items() if name != "sim"},
         "partial": [name for name, run in ({"real": real} | others).items() if run.partial],
         "decisions": decisions,
         "latency_model": latency_model,
@@ -130,7 +144,67 @@ def compare(
     }
 
 
+def _machine(run: RunRecords) -> dict[str, Any] | None:
+    seen: dict[str, Any] | None = run.manifest.get("provenance", {}).get("machine")
+    return seen
+
+
+def is_met(comparison: Mapping[str, Any]) -> bool:
+    """Whether decisions are the same and no error is outside. A machine too noisy to judge fails nobody."""
+    verdicts = [item["verdict"] for item in comparison["verdict"].values()]
+    return comparison["decisions"]["identical"] and OUTSIDE not in verdicts and comparison["requests"] > 0
+
+
 # -- what was run ------------------------------------------------------------------------------------------
+
+
+def rider(name: str, run: RunRecords) -> str:
+    """Whether a run is `real` or `simulated`. Raises TandemError if its manifest says neither."""
+    backend = run.manifest.get("provenance", {}).get("backend")
+    if backend == "client":
+        raise TandemError(
+            f"{name} is what a client saw, without steps: compare the server's own run (tandem serve --out), or give "
+            "tandem replay --against"
+        )
+    if backend not in RIDERS:
+        raise TandemError(
+            f"{name}: provenance.backend is {backend}, not {' or '.join(RIDERS)}: is it real or simulated?"
+        )
+    return RIDERS[backend]
+
+
+def check_once(runs: Mapping[str, RunRecords]) -> None:
+    """Raises TandemError if a real run is given twice, be it as a copy: that it agrees with itself says nothing."""
+    real = {name: run for name, run in runs.items() if rider(name, run) == "real"}
+    for (one, first), (other, second) in combinations(real.items(), 2):
+        if all(first.tables[name].equals(second.tables[name]) for name in ("requests", "steps")):
+            raise TandemError(f"{one} and {other} are one and the same run: give each run once")
+
+
+def check_roles(sim: str, real: str, runs: Mapping[str, RunRecords], repeats: Collection[str] = ()) -> None:
+    """Make sure that `sim` is simulated, and `real` and its repeats are real.
+
+    Args:
+        sim, real, repeats: names of runs, as the command line gives them.
+        runs: by these names.
+
+    Raises:
+        TandemError: they are not, with the command that would be right where there is one.
+    """
+    riders = {name: rider(name, run) for name, run in runs.items()}
+    again = "".join(f" --repeat {name}" for name in repeats)
+    if (riders[sim], riders[real]) == ("real", "simulated"):
+        raise TandemError(
+            f"{sim} is the real run, and {real} the simulated one; the simulated one comes first: "
+            f"tandem compare {real} {sim}{again} …"
+        )
+    if riders[sim] == riders[real] == "real":
+        raise TandemError(
+            f"{sim} and {real} are both real: to set a simulation beside them, tandem compare SIM {sim} "
+            f"--repeat {real}{again} …"
+        )
+    if simulated := [name for name in repeats if riders[name] != "real"]:
+        raise TandemError(f"--repeat {simulated[0]} is simulated: it takes further real runs")
 
 
 def manifest_differences(
@@ -186,24 +260,26 @@ def _both(values: Mapping[str, Any]) -> str:
 # -- part 1: decisions -------------------------------------------------------------------------------------
 
 
-def compare_decisions(real: RunRecords, replayed: RunRecords) -> dict[str, Any]:
+def compare_decisions(
+    real: RunRecords, replayed: RunRecords, names: tuple[str, str] = ("real", "replay")
+) -> dict[str, Any]:
     """Whether a replay reproduced every digest, and if not, the first step that differs and how.
 
-    Digests are chained, so that all steps before the first difference are equal in everything.
+    Digests are chained, so that all steps before the first difference are equal in everything. The runs go by `names`.
     """
     ours, theirs = (run.tables["steps"]["digest"].to_pylist() for run in (real, replayed))
     step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     identical = step == len(ours) == len(theirs)
-    difference = None if identical else _first_difference(step, real, replayed)
+    difference = None if identical else _first_difference(step, dict(zip(names, (real, replayed), strict=True)))
     return {"identical": identical, "steps": len(ours), "first_difference": difference}
 
 
-def _first_difference(step: int, real: RunRecords, replayed: RunRecords) -> dict[str, Any]:
-    rows = {name: _step_row(run, step) for name, run in (("real", real), ("replay", replayed))}
+def _first_difference(step: int, runs: Mapping[str, RunRecords]) -> dict[str, Any]:
+    rows = {name: _step_row(run, step) for name, run in runs.items()}
     digests = {name: row["digest"].hex() if row else None for name, row in rows.items()}
     values = {name: {which: row.get(name) for which, row in rows.items()} for name in _DECISION_COLUMNS}
-    columns = {name: value for name, value in values.items() if value["real"] != value["replay"]}
-    launched_in = (real if rows["real"] else replayed).tables["iterations"]["step"].to_pylist()
+    columns = {name: value for name, value in values.items() if len(set(value.values())) > 1}
+    launched_in = next(run for name, run in runs.items() if rows[name]).tables["iterations"]["step"].to_pylist()
     return {"step": step, "iteration": launched_in.index(step), **digests, "columns": columns}
 
 
@@ -286,6 +362,7 @@ def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
 
 
 def _repeat_spread(runs: Sequence[RunRecords], ids: Ints) -> dict[str, Any]:
+    ids = np.intersect1d(ids, common_requests(*runs))  # what other requests saw is no noise
     tables = [latency_statistics(latencies(run, ids)) for run in runs]
     closed_loop = {
         name: {stat: relative_spread([table[name][stat] for table in tables]) for stat in STATISTICS}

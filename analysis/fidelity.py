@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from analysis.attribution import LATENCIES
+from analysis.caveats import beyond_sentence, sentences_by_run
 from analysis.compare import STATISTICS
 from analysis.ranking import rank, ranking_tables
 from analysis.tables import TextTable, number, percent, signed
@@ -239,10 +240,19 @@ def _verdict(case: str, what: str, error: float | None, allowed: float, spread: 
 def study_tables(study: Mapping[str, Any]) -> list[TextTable]:
     """The latency model and the closed loop of every case, the rankings, and what is not within its target."""
     cases = sorted(study["cases"].values(), key=lambda case: (case["policy"], case["load"]))
-    tables = [_model_table(cases), *(_closed_loop_table(cases, latency) for latency in LATENCIES)]
+    said = [sentence for name, case in study["cases"].items() for sentence in _caveats(name, case["result"])]
+    before = [TextTable("Before the numbers", "\n".join(said), (), ())] if said else []
+    tables = [*before, _model_table(cases), *(_closed_loop_table(cases, latency) for latency in LATENCIES)]
     for load, ranking in study["rankings"].items():
         tables += [replace(table, title=f"{load} load: {table.title}") for table in ranking_tables(ranking)]
     return [*tables, _verdict_table(study["verdicts"])]
+
+
+def _caveats(name: str, result: Mapping[str, Any]) -> Iterator[str]:
+    """Whom a case's runs did not serve, and what of it was extrapolated."""
+    yield from (f"{name}, {sentence}" for sentence in sentences_by_run(result["not_completed"], result["asked"]))
+    if beyond := beyond_sentence(result["coverage"]):
+        yield f"{name}: {beyond[0].lower()}{beyond[1:]}"
 
 
 def _model_table(cases: Sequence[Mapping[str, Any]]) -> TextTable:

@@ -6,6 +6,7 @@ may not know which rider wrote the records. Everything is an array operation: no
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _SPAN_COLUMNS = ("request", "first_step", "last_step")
 PART = 50_000  # requests whose tokens are looked at together, for the sake of memory
 SORTED = 250_000  # gaps that are sorted together, likewise
 SAMPLE = 1000  # gaps that tell where all the others lie
+_NUMBER = re.compile(r"\d+")
 P99_REQUESTS = 200  # below this many requests, P99 is the luck of one or two of them
 
 REQUEST_LATENCIES = {
@@ -379,6 +381,46 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
     totals = _request_totals(run) | steps
     goodput = {} if slos_ms is None else _goodput(run, slos_ms, totals["duration_s"])
     return totals | goodput | {f"{stat}_{name}_ms": table[name][stat] for name in LATENCIES for stat in STATISTICS}
+
+
+def summarize(run: RunRecords) -> dict[str, Any]:
+    """What a run's summary says: all `metrics`, and `not_completed` of the same name."""
+    return metrics(run) | {"not_completed": not_completed(run)}
+
+
+def asked_for(run: RunRecords) -> int:
+    """Requests that were to be served: those of the trace, which a run that was interrupted need not have seen all."""
+    seen = len(run.select("requests", "request"))
+    return max(seen, int(run.manifest.get("workload", {}).get("requests", seen)))
+
+
+def not_completed(run: RunRecords) -> list[dict[str, Any]]:
+    """Requests that were not served to their end, by outcome and kind of reason, most first.
+
+    Returns:
+        [{outcome, requests, reason}]: the outcome is that of the records, or `not delivered` of requests of the trace
+        that an interrupted run never saw; of reasons that differ in numbers alone, the one with the largest stands for
+        all; None where the records give none.
+    """
+    table = run.select("requests", "outcome", "reason", "last_token_ns")
+    ended = _is_in(table["outcome"], [LENGTH, STOP])
+    left = table.filter(~(ended & table["last_token_ns"].is_valid().to_numpy()))
+    outcomes = ["unfinished" if each in (LENGTH, STOP) else each for each in left["outcome"].to_pylist()]
+    found = Counter(zip(outcomes, left["reason"].to_pylist(), strict=True))
+    found["not delivered", None] = asked_for(run) - len(table)
+    kinds: dict[tuple[str, str | None], list[tuple[str | None, int]]] = {}
+    for (outcome, reason), count in found.items():
+        kind = None if reason is None else _NUMBER.sub("#", reason)
+        kinds.setdefault((outcome, kind), []).append((reason, count))
+    groups = [
+        {"outcome": outcome, "requests": sum(count for _, count in of), "reason": max(of, key=_numbers)[0]}
+        for (outcome, _), of in kinds.items()
+    ]
+    return sorted((group for group in groups if group["requests"]), key=lambda group: -group["requests"])
+
+
+def _numbers(reason: tuple[str | None, int]) -> list[int]:
+    return [int(each) for each in _NUMBER.findall(reason[0] or "")]
 
 
 def _request_totals(run: RunRecords) -> dict[str, Any]:

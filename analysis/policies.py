@@ -6,15 +6,16 @@ for those that it rejects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
 from analysis.compare import CLOSED_LOOP, common_requests
 from analysis.figures import LATENCY_NAMES, policy_figures
-from analysis.metrics import LATENCIES, P99_REQUESTS, TOTALS, Ints, latencies, latency_statistics, metrics
+from analysis.metrics import LATENCIES, TOTALS, Ints, asked_for, latencies, latency_statistics, summarize
 from analysis.page import write_page
 from analysis.tables import TextTable, amount, html_table, number, signed
 from engine.records import RunRecords
@@ -47,18 +48,24 @@ def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
 
     Returns:
         - `policies`: their names, in order
-        - `requests`: how many completed under all of them
+        - `requests`: how many completed under all of them; `asked`: how many were to be served
+        - `same`: whether all completed the same ones; `not_completed`: {policy: as `analysis.metrics` says}
+        - `coverage`: {policy: as `sim.latency.LatencyModel.coverage`, or None}
         - `latencies`: {latency: {statistic: {policy: ms}}}, of these requests; p99 is None below `P99_REQUESTS`
         - `totals`: {total: {policy: value}}, of `SHOWN_TOTALS`
         - `clients`: {client: {"requests": how many, latency: {policy: mean in ms}}}, if there are several
     """
     ids = common_requests(*runs.values())
     found = {policy: latency_statistics(latencies(run, ids)) for policy, run in runs.items()}
-    totals = {policy: metrics(run) for policy, run in runs.items()}
+    totals = {policy: summarize(run) for policy, run in runs.items()}
     return {
         "schema": SCHEMA_VERSION,
         "policies": list(runs),
         "requests": len(ids),
+        "asked": max(map(asked_for, runs.values())),
+        "same": all(of["completed"] == len(ids) for of in totals.values()),
+        "not_completed": {policy: of["not_completed"] for policy, of in totals.items()},
+        "coverage": {policy: run.summary.get("profile_lookups") for policy, run in runs.items()},
         "latencies": {
             name: {stat: {policy: of[name][stat] for policy, of in found.items()} for stat in STATISTICS}
             for name in _NAMES
@@ -85,27 +92,80 @@ def _client(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
 
 
 def policy_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """A comparison for people, a row for each policy: latencies, totals and, if there are several, each client's."""
+    """A comparison for people: what is missing; then with a row for each policy latencies, totals and, if there are
+    several, each client's."""
+    missing = "\n".join(caveats(comparison))
+    before = [TextTable("Before the numbers", missing, (), ())] if missing else []
+    return [*before, *_number_tables(comparison)]
+
+
+def caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """What must be known before any number: whom a policy did not serve, and what was extrapolated."""
+    yield from sentences_by_run(comparison["not_completed"], comparison["asked"])
+    if not comparison["same"]:
+        yield f"They did not complete the same requests: latencies are of the {comparison['requests']:,} that all did."
+    if not comparison["requests"]:
+        yield NOTHING_COMPLETED
+    for policy, coverage in comparison["coverage"].items():
+        if beyond := beyond_sentence(coverage):
+            yield f"{policy}: {beyond[0].lower()}{beyond[1:]}"
+
+
+def _number_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     policies = comparison["policies"]
     note = (
-        f"Of the {comparison['requests']:,} requests that completed under every policy; differences to {policies[0]}."
+        f"Of the {comparison['requests']:,} requests that all completed; differences to {policies[0]}. "
+        f"{p99_sentence(comparison['requests'])}"
     )
-    if comparison["requests"] < P99_REQUESTS:
-        note += f" P99 is shown from {P99_REQUESTS} requests up."
+    found = {name: of for name, of in comparison["latencies"].items() if _is_known(of["mean"])}
+    shown = [stat for stat in STATISTICS if any(_is_known(of[stat]) for of in found.values())]
     latency_rows = [
-        (_NAMES[name] if place == 0 else "", policy, *_with_differences(by_statistic.values(), policy, policies[0]))
-        for name, by_statistic in comparison["latencies"].items()
+        (
+            _NAMES[name] if place == 0 else "",
+            *_label(comparison, policy),
+            *_with_differences((of[stat] for stat in shown), policy, policies[0]),
+        )
+        for name, of in found.items()
         for place, policy in enumerate(policies)
     ]
-    columns = [text for stat in STATISTICS for text in (stat, "")]
-    latency = TextTable("Latency, ms", note, ("", "", *columns), latency_rows, labels=2)
+    columns = [text for stat in shown for text in (stat, "")]
+    heads = _heads(comparison)
+    latency = TextTable("Latency, ms", note.rstrip(), ("", *heads, *columns), latency_rows, labels=1 + len(heads))
     return [latency, _totals_table(comparison), *_client_tables(comparison)]
+
+
+def _is_known(values: Values) -> bool:
+    return any(value is not None for value in values.values())
+
+
+def _heads(comparison: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("",) if comparison["same"] else ("", "completed")
+
+
+def _label(comparison: Mapping[str, Any], policy: str) -> tuple[str, ...]:
+    """The policy and, where they completed different requests, how many it did: beside every number."""
+    return (policy,) if comparison["same"] else (policy, _completed(comparison, policy))
+
+
+def _name(comparison: Mapping[str, Any], policy: str) -> str:
+    """As `_label`, in one."""
+    return policy if comparison["same"] else f"{policy} ({_completed(comparison, policy)})"
+
+
+def _completed(comparison: Mapping[str, Any], policy: str) -> str:
+    return f"{comparison['totals']['completed'][policy]:,} of {comparison['asked']:,}"
 
 
 def _totals_table(comparison: Mapping[str, Any]) -> TextTable:
     shown = {name: values for name, values in comparison["totals"].items() if any(values.values())}
-    rows = [(policy, *(amount(values[policy]) for values in shown.values())) for policy in comparison["policies"]]
-    return TextTable("Totals", "", ("", *(SHOWN_TOTALS[name] for name in shown)), rows)
+    if not comparison["same"]:
+        shown.pop("completed", None)  # it is in the label
+    rows = [
+        (*_label(comparison, policy), *(amount(values[policy]) for values in shown.values()))
+        for policy in comparison["policies"]
+    ]
+    heads, note = _heads(comparison), "" if comparison["same"] else "Of the requests that each completed."
+    return TextTable("Totals", note, (*heads, *(SHOWN_TOTALS[name] for name in shown)), rows, labels=len(heads))
 
 
 def _client_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
@@ -113,14 +173,16 @@ def _client_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     rows = [
         (
             *((client, f"{of['requests']:,}") if place == 0 else ("", "")),
-            policy,
+            *_label(comparison, policy),
             *_with_differences((of[name] for name in CLIENT_LATENCIES), policy, policies[0]),
         )
         for client, of in comparison["clients"].items()
         for place, policy in enumerate(policies)
     ]
     columns = [text for name in CLIENT_LATENCIES for text in (f"mean {_NAMES[name]}", "")]
-    return [TextTable("By client, ms", "", ("", "requests", "", *columns), rows, labels=3)] if rows else []
+    heads, note = _heads(comparison), "" if comparison["same"] else "Of the requests that all completed."
+    labels = 2 + len(heads)
+    return [TextTable("By client, ms", note, ("", "requests", *heads, *columns), rows, labels)] if rows else []
 
 
 def _with_differences(values: Iterable[Values], policy: str, first: str) -> Iterator[str]:
@@ -130,11 +192,37 @@ def _with_differences(values: Iterable[Values], policy: str, first: str) -> Iter
         yield signed(value / reference - 1) if value is not None and reference and policy != first else ""
 
 
-def write_policy_page(comparison: Mapping[str, Any], runs: Mapping[str, RunRecords], path: Path, title: str) -> None:
-    """Write the comparison as one self-contained HTML page. Raises TandemError if it cannot be written."""
-    latency, totals, *clients = policy_tables(comparison)
-    bars = {name: comparison["latencies"][name] for name in CLOSED_LOOP}
-    figures = policy_figures(runs, bars)
+def write_policy_page(
+    comparison: Mapping[str, Any],
+    runs: Mapping[str, RunRecords],
+    path: Path,
+    title: str,
+    opening: str = "",
+    further: Sequence[TextTable] = (),
+) -> None:
+    """Write the comparison as one self-contained HTML page.
+
+    Args:
+        comparison: what `compare_policies` returned for these runs.
+        runs: by policy.
+        path: the page.
+        title: its heading.
+        opening: a sentence that comes before all others.
+        further: tables that come after its own.
+
+    Raises:
+        TandemError: the page cannot be written.
+    """
+    latency, totals, *clients = _number_tables(comparison)
+    names = {policy: _name(comparison, policy) for policy in runs}
+    bars = {
+        name: {
+            stat: {names[policy]: value for policy, value in values.items()}
+            for stat, values in comparison["latencies"][name].items()
+        }
+        for name in CLOSED_LOOP
+    }
+    figures = policy_figures({names[policy]: run for policy, run in runs.items()}, bars)
     words = [f"<dt>{name}</dt><dd>{LATENCIES[key]}</dd>" for key, name in LATENCY_NAMES.items()]
     words += [f"<dt>{name}</dt><dd>{TOTALS[key]}</dd>" for key, name in SHOWN_TOTALS.items()]
     body = [
@@ -143,10 +231,11 @@ def write_policy_page(comparison: Mapping[str, Any], runs: Mapping[str, RunRecor
         "ITL of all gaps. A click on a policy hides it. Where there are many values, evenly spaced ones are drawn."
         "</figcaption></figure>",
         f"<figure>{figures['bar_figure']}</figure>",
-        *map(html_table, (totals, *clients)),
+        *map(html_table, (totals, *clients, *further)),
         f"<h2>Definitions</h2><dl>{''.join(words)}</dl>",
     ]
-    write_page(path, title, _headline(comparison), "\n".join(body))
+    headline = " ".join(filter(None, (opening, *caveats(comparison), _headline(comparison))))
+    write_page(path, title, headline, "\n".join(body))
 
 
 def _headline(comparison: Mapping[str, Any]) -> str:
@@ -157,6 +246,6 @@ def _headline(comparison: Mapping[str, Any]) -> str:
         known = {policy: value for policy, value in values.items() if value is not None}
         if known:
             policy = min(known, key=lambda each: known[each])
-            best.append(f"mean {LATENCY_NAMES[name]} {policy} ({number(known[policy])} ms)")
+            best.append(f"mean {LATENCY_NAMES[name]} {_name(comparison, policy)} ({number(known[policy])} ms)")
     lowest = f" Lowest: {', '.join(best)}." if best else ""
     return f"{comparison['requests']:,} requests completed under all of {', '.join(comparison['policies'])}.{lowest}"

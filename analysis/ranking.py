@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from analysis.compare import manifest_differences, relative_spread
-from analysis.metrics import metrics
+from analysis.compare import RIDERS, common_requests, manifest_differences, relative_spread, rider
+from analysis.metrics import asked_for, metrics
 from analysis.tables import TextTable, percent, signed
 from engine.records import RunRecords
 from traces.errors import TandemError
@@ -26,7 +26,6 @@ METRICS = {
 """What policies are ordered by -> its name for people."""
 
 SAME, OTHER, TIE = "same order", "other order", "tie on hardware"
-RIDERS = {"executor": "real", "simulator": "simulated"}
 POLICY = "system.scheduler"
 
 Metrics = Mapping[str, float | None]
@@ -47,6 +46,7 @@ def rank(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) 
           (second - first) / first; `spread` is the larger of the two policies'. The spread of a policy that ran once
           is taken to be the largest of the others'; where no policy was repeated, it is None
         - `decided`, `same`: how many orders hardware decides, and how many of them simulation got right; `sentence`
+        - `asked`: requests that were to be served; `completed`: {run: how many were}; `common`: how many in all runs
         - `manifest_differences`: other fields that differ, by run
 
     Raises:
@@ -67,6 +67,9 @@ def rank(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) 
         "decided": decided,
         "same": same,
         "sentence": _sentence(decided, same, verdicts.count(TIE)),
+        "asked": max(map(asked_for, runs.values())),
+        "completed": {name: len(common_requests(run)) for name, run in runs.items()},
+        "common": len(common_requests(*runs.values())),
         "manifest_differences": differences,
     }
 
@@ -85,28 +88,19 @@ def _policies(runs: Mapping[str, RunRecords]) -> Policies:
     for name, run in runs.items():
         if run.partial:
             raise TandemError(f"{name} was interrupted, so it is not of the whole workload: run it to its end")
-        of_policy = policies.setdefault(run.manifest["system"]["scheduler"], {rider: [] for rider in RIDERS.values()})
-        of_policy[_rider(name, run)].append(metrics(run))
+        of_policy = policies.setdefault(run.manifest["system"]["scheduler"], {each: [] for each in RIDERS.values()})
+        of_policy[rider(name, run)].append(metrics(run))
     if len(policies) < 2:
         raise TandemError(
             f"--rank orders policies, and all runs are of {', '.join(policies)}: give runs of another too"
         )
     for policy, of in policies.items():
         if not of["real"] or len(of["simulated"]) != 1:
-            counts = ", ".join(f"{len(of[rider])} {rider}" for rider in of)
+            counts = ", ".join(f"{len(of[each])} {each}" for each in of)
             raise TandemError(
                 f"--rank needs one simulated run of each policy, and a real one or more: {policy} has {counts}"
             )
     return policies
-
-
-def _rider(name: str, run: RunRecords) -> str:
-    backend = run.manifest.get("provenance", {}).get("backend")
-    if backend not in RIDERS:
-        raise TandemError(
-            f"{name}: provenance.backend is {backend}, not {' or '.join(RIDERS)}: is it real or simulated?"
-        )
-    return RIDERS[backend]
 
 
 # -- how they are ordered --------------------------------------------------------------------------------------
@@ -123,9 +117,7 @@ def _orders(metric: str, policies: Mapping[str, Mapping[str, float | None]]) -> 
     """The order of each pair of policies for which the metric is known (P99 is not, of few requests)."""
     largest = max((of["spread"] for of in policies.values() if of["spread"] is not None), default=None)
     for first, second in combinations(policies, 2):
-        hardware, simulation = (
-            _difference(policies[first][rider], policies[second][rider]) for rider in ("real", "sim")
-        )
+        hardware, simulation = (_difference(policies[first][run], policies[second][run]) for run in ("real", "sim"))
         if hardware is None or simulation is None:
             continue
         spreads = [own if (own := policies[each]["spread"]) is not None else largest for each in (first, second)]
@@ -153,17 +145,31 @@ def _sentence(decided: int, same: int, ties: int) -> str:
 
 
 def ranking_tables(ranking: Mapping[str, Any]) -> list[TextTable]:
-    """A table for each pair of policies, with a row for each metric; the last says how many orders are right."""
-    columns = ("", "verdict", "hardware", "spread", "simulation")
+    """A table for each pair of policies, with a row for each metric; the last says how many orders are right.
+
+    Where the runs completed different requests, a table before them says so, and every row is marked.
+    """
+    same = {*ranking["completed"].values()} == {ranking["common"]}
+    columns = ("", "verdict" if same else "verdict *", "hardware", "spread", "simulation")
     pairs = list(combinations(ranking["policies"], 2))
-    tables = []
+    tables = [] if same else [_completed_table(ranking)]
     for pair in pairs:
-        rows = [_row(order) for order in ranking["orders"] if (order["first"], order["second"]) == pair]
+        orders = [order for order in ranking["orders"] if (order["first"], order["second"]) == pair]
+        rows = [_row(order, "" if same else " *") for order in orders]
         note = ranking["sentence"] if pair == pairs[-1] else ""
         tables.append(TextTable(f"From {pair[0]} to {pair[1]}", note, columns, rows, labels=2))
     return tables
 
 
-def _row(order: Mapping[str, Any]) -> tuple[str, ...]:
+def _completed_table(ranking: Mapping[str, Any]) -> TextTable:
+    rows = [(name, f"{count:,} of {ranking['asked']:,}") for name, count in ranking["completed"].items()]
+    note = (
+        f"The runs did not complete the same requests ({ranking['common']:,} completed in all). Metrics are of those "
+        "that each run completed: an order marked * may come from that alone."
+    )
+    return TextTable("Before the numbers", note, ("", "completed"), rows)
+
+
+def _row(order: Mapping[str, Any], mark: str) -> tuple[str, ...]:
     margins = signed(order["hardware"]), percent(order["spread"]), signed(order["simulation"])
-    return METRICS[order["metric"]], order["verdict"], *margins
+    return METRICS[order["metric"]], f"{order['verdict']}{mark}", *margins

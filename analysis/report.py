@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.ablation import ablation_tables
 from analysis.attribution import attribution_tables
+from analysis.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
 from analysis.compare import (
     CLOSED_LOOP,
     NOISY,
@@ -23,11 +24,8 @@ from analysis.compare import (
     flatten_manifest,
 )
 from analysis.figures import LATENCY_NAMES, html_figures
-from analysis.metrics import (
-    LATENCIES,
-    P99_REQUESTS,
-    TOTALS,
-)
+from analysis.machine import seen_sentences
+from analysis.metrics import LATENCIES, TOTALS
 from analysis.page import write_page
 from analysis.tables import TextTable, amount, html_table, number, percent, print_tables, signed
 from engine.records import RunRecords
@@ -44,11 +42,14 @@ JUDGED_NAMES = {
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
-    """Print the three parts of a comparison, where its error comes from, then the verdict and what it means."""
+    """Print what is missing, the three parts of a comparison, where its error comes from, then the verdict and what it
+    means."""
     from rich.text import Text
 
+    if said := [*_caveats(comparison)]:
+        console.print(Text("\n".join(said) + "\n"))
     print_tables((*_parts(comparison), *_explanations(comparison), _verdict_table(comparison)), console)
-    console.print(Text(headline(comparison)))
+    console.print(Text(" ".join(_sentences(comparison))))
 
 
 def write_report(
@@ -88,8 +89,23 @@ def write_report(
 
 
 def headline(comparison: Mapping[str, Any]) -> str:
-    """What was compared and what came of it, in plain sentences."""
-    return " ".join(_sentences(comparison))
+    """What is missing, what was compared and what came of it, in plain sentences."""
+    return " ".join((*_caveats(comparison), *_sentences(comparison)))
+
+
+def _caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """What must be known before any number: requests that did not complete, and what was extrapolated."""
+    yield from sentences_by_run(comparison["not_completed"], comparison["asked"])
+    if not comparison["requests"]:
+        yield NOTHING_COMPLETED
+    elif _is_some_missing(comparison):
+        yield f"Latencies are of the {comparison['requests']:,} that completed in both runs."
+    if beyond := beyond_sentence(comparison["coverage"]):
+        yield beyond
+
+
+def _is_some_missing(comparison: Mapping[str, Any]) -> bool:
+    return bool(comparison["requests"] < comparison["asked"])
 
 
 def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
@@ -101,15 +117,44 @@ def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
         (NOTHING, "Nothing to judge for"),
         (WITHIN, "Within the error allowed"),
     ):
-        items = [JUDGED_NAMES[name] for name, item in comparison["verdict"].items() if item["verdict"] == word]
+        items = [_judged(name, item) for name, item in comparison["verdict"].items() if item["verdict"] == word]
         if items:
             yield f"{opening}: {', '.join(items)}."
+        if items and word == NOISY:
+            yield from _noise_sentences(comparison)
     if not comparison["repeats"]:
         yield "The real run was not repeated, so its own noise is unknown."
     for name in comparison["partial"]:
         yield f"The {name} run was interrupted: it counts up to there."
     if fields := comparison["manifest_differences"]:
         yield f"The runs were allowed to differ in {', '.join(fields)}."
+
+
+def _judged(name: str, item: Mapping[str, Any]) -> str:
+    """The name of what is judged; of what cannot be, why not."""
+    if item["verdict"] != NOISY:
+        return JUDGED_NAMES[name]
+    if _is_spread(item):
+        spread, allowed = percent(item["spread"]), percent(item["allowed"])
+        return f"{JUDGED_NAMES[name]} (repeats differ by {spread}, {allowed} is allowed)"
+    return f"{JUDGED_NAMES[name]} (the machine has moved by {signed(item['drift'])} since it was profiled)"
+
+
+def _is_spread(item: Mapping[str, Any]) -> bool:
+    return item["spread"] is not None and item["spread"] > item["allowed"]
+
+
+def _noise_sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """What was seen of the machine, and what to do about its noise."""
+    yield from seen_sentences(comparison["machine"])
+    noisy = [_is_spread(item) for item in comparison["verdict"].values() if item["verdict"] == NOISY]
+    if any(noisy):
+        yield (
+            "Close what else runs on the machine, pin the engine to cores of its own (taskset), serve a longer trace, "
+            "or give more runs with --repeat."
+        )
+    if not all(noisy):
+        yield "Profile the machine again, and simulate on that."
 
 
 def _decisions_sentence(decisions: Mapping[str, Any]) -> str:
@@ -151,6 +196,8 @@ def _explanations(comparison: Mapping[str, Any]) -> list[TextTable]:
 def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
     rows = []
     for name, item in comparison["verdict"].items():
+        if item["verdict"] == NOTHING:
+            continue
         error = (percent if name == "latency_model_mape" else signed)(item["error"])
         noise = (_spread(item["spread"], comparison["repeats"]), signed(item["drift"]))
         shown = (error, percent(item["allowed"]), *noise)
@@ -190,20 +237,26 @@ def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
         whole = (percent(part["mape"]), number(part["ks"]))
         for stat in STATISTICS:
             pair, first = part[stat], stat == STATISTICS[0]
-            if stat == "p99" and comparison["requests"] < P99_REQUESTS:
+            if pair["real"] is None and pair["sim"] is None:
                 continue
             values = (number(pair["real"]), number(pair["sim"]), signed(pair["error"]))
             spread_shown = _spread(spread[stat], comparison["repeats"])
             head, tail = (LATENCY_NAMES[name], whole) if first else ("", ("", ""))
             rows.append((head, stat, *values, spread_shown, *tail))
     note = "Spread: of repeats of the real run. MAPE: per request. KS: distance of the two distributions."
-    if comparison["requests"] < P99_REQUESTS:
-        note += f" P99 is shown from {P99_REQUESTS} requests up."
-    return TextTable("3. Closed loop: what the requests saw", note, columns, rows, labels=2)
+    note = f"{note} {p99_sentence(comparison['requests'])}".rstrip() if rows else NOTHING_COMPLETED
+    return TextTable(f"3. Closed loop: what {_whose(comparison)} saw", note, columns, rows, labels=2)
+
+
+def _whose(comparison: Mapping[str, Any]) -> str:
+    if not _is_some_missing(comparison):
+        return "the requests"
+    return f"the {comparison['requests']:,} of {comparison['asked']:,} requests that completed in both runs"
 
 
 def _totals_table(of_runs: Mapping[str, Any]) -> TextTable:
-    rows = [(name, text, *(amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in TOTALS.items()]
+    known = {name: text for name, text in TOTALS.items() if any(of[name] is not None for of in of_runs.values())}
+    rows = [(name, text, *(amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in known.items()]
     return TextTable("Totals", "", ("", "", "real", "sim"), rows, labels=2)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from analysis.metrics import metrics
+from analysis.machine import MachineWatch
+from analysis.metrics import summarize
 from analysis.options import Limits, Loading
 from analysis.workflow import check_before, load_executor, progress_bar, real_config, simulated_config
 from engine import manifest
@@ -122,6 +123,7 @@ class RealService:
 
         executor = self._executor = load_executor(self.loading, Console(stderr=True))
         self._rider = RealRider(executor, real_config(executor, self.limits), self.records)
+        self._machine = MachineWatch()
         return self._rider
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
@@ -129,7 +131,9 @@ class RealService:
         executor: Executor = self._executor
         parts = {
             "system": manifest.system(executor.device, self._rider.config),
-            "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, start_perf_ns=start_ns),
+            "provenance": manifest.provenance(
+                backend="executor", kernels=executor.kernels, start_perf_ns=start_ns, machine=self._machine.seen()
+            ),
         }
 
         def workload(trace: Trace) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def _write(
         return
     trace = Trace(requests, {"source": "served"})
     run.manifest = {"workload": workload(trace)} | parts
-    run.summary = metrics(run) | dict(summary or {})
+    run.summary = summarize(run) | dict(summary or {})
     run.write(out)
     write_trace(out / TRACE, trace)
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from analysis.compare import is_met
 from analysis.options import Limits, Loading
 from analysis.report import print_comparison
 from analysis.workflow import (
@@ -56,7 +57,7 @@ class Job:
 
 
 def validate_one(job: Job, console: Console) -> int:
-    """Run the job; returns the exit status: 0, or 1 where the decisions differ."""
+    """Run the job; returns the exit status: 0, or 1 where decisions differ or an error is outside."""
     trace, executor = _trace(job, console), load_executor(job.loading, console)
     config = real_config(executor, job.limits)
     profile = _profile(job.out / "profile", executor, config, console)
@@ -69,7 +70,7 @@ def validate_one(job: Job, console: Console) -> int:
     comparison = compare_runs(sim, real, repeats, profile, job.out, console, drift=drift)
     print_comparison(comparison, Console())
     console.print(f"report: {job.out / 'report.html'}", highlight=False)
-    return 0 if comparison["decisions"]["identical"] else 1
+    return 0 if is_met(comparison) else 1
 
 
 def validate_matrix(job: Job, console: Console) -> int:

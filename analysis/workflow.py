@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from analysis.ablation import ablate
+from analysis.caveats import beyond_sentence
 from analysis.compare import compare
-from analysis.metrics import metrics
+from analysis.machine import MachineWatch
+from analysis.metrics import summarize
 from analysis.options import Limits, Loading
 from analysis.planned_again import check_deterministic
 from analysis.policies import compare_policies, write_policy_page
@@ -28,7 +30,6 @@ from engine.config import ServingConfig
 from engine.prefix import Content
 from engine.recorder import Recorder
 from engine.records import RunRecords, RunWriter, StoredTables, check_out
-from engine.request import REJECTED
 from engine.scheduler import load_scheduler
 from engine.scheduler.registry import is_own
 from sim.calibrate import calibrate, levels
@@ -37,8 +38,8 @@ from sim.drift import DriftCheck, check_same, drift_report
 from sim.memory import card_blocks
 from sim.profile import Profile, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
-from sim.simulate import predict, recorded_requests, refusals, replay, replay_parts
-from traces.errors import TandemError
+from sim.simulate import predict, recorded_requests, refusals, replay_predicted
+from traces.errors import TandemError, UnmetError
 from traces.format import Trace, atomic_file
 from traces.request import TraceRequest
 from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
@@ -183,6 +184,7 @@ def simulate_run(
     like: RunRecords | None = None,
     what: str = "simulate",
     check: bool = False,
+    strict: bool = False,
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
@@ -195,9 +197,11 @@ def simulate_run(
         like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
         what: the progress bar's label.
         check: whether `engine.integrity` looks at every step, and all of them are planned again elsewhere.
+        strict: whether nothing may be extrapolated beyond the profile.
 
     Raises:
         TandemError: `like` is a run of another trace, or a policy is at fault.
+        UnmetError: `strict` is set, and something was; nothing is written.
     """
     if like and like.manifest["workload"]["trace"] != trace.digest:
         raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
@@ -215,22 +219,23 @@ def simulate_run(
         with watched(console, what, recorder, len(requests)):
             refused = refusals(like) if like else None
             coverage = predict(requests, config, profile, recorder, check=check, refused=refused)
+        if strict:
+            _check_covered(coverage, config.scheduler)
         recorder.close()
         written = writer.written()
         plan_again(written.folder, parts["system"], check, console)
-        summary = metrics(RunRecords(parts, written))
+        summary = summarize(RunRecords(parts, written))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
-    _note_rejected(run, console)
     return run
 
 
-def _note_rejected(run: RunRecords, console: Console) -> None:
-    """Say it where a policy or a limit keeps everybody out, as a run of nothing is soon over."""
-    ends = run.select("requests", "outcome", "reason").group_by("outcome").aggregate([("reason", "min")]).to_pylist()
-    if [each["outcome"] for each in ends] == [REJECTED]:
-        note = f"note: every request was rejected, for reasons such as: {ends[0]['reason_min']}"
-        console.print(note, highlight=False, soft_wrap=True)
+def _check_covered(coverage: Mapping[str, Any], policy: str) -> None:
+    if beyond := beyond_sentence(coverage):
+        raise UnmetError(
+            f"--strict, {policy}: {beyond[0].lower()}{beyond[1:-1]}; profile the machine with limits that hold these, "
+            "simulate with lower ones, or leave out --strict; nothing was kept"
+        )
 
 
 def _stopping_like(trace: Trace, like: RunRecords) -> list[TraceRequest]:
@@ -259,6 +264,7 @@ def simulate_policies(
     console: Console,
     like: RunRecords | None = None,
     check: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Serve a trace in simulation under several policies, and set them side by side.
 
@@ -271,6 +277,7 @@ def simulate_policies(
 
     Raises:
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
+        UnmetError: as `simulate_run`; policies before the one that was refused keep their folders.
     """
     configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
     folders = {policy: out / _folder_name(policy) for policy in configs}
@@ -282,7 +289,7 @@ def simulate_policies(
         check_before(each, folders[policy])
     width = max(map(len, configs))
     runs = {
-        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width), check)
+        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width), check, strict)
         for policy, each in configs.items()
     }
     comparison = compare_policies(runs)
@@ -314,27 +321,21 @@ def real_run(
     _note_useless_cache(trace, config, console)
     with console.status("getting ready"):
         executor.prepare(config)
-    recorder, failure = Recorder(), None
+    recorder, failure, machine = Recorder(), None, MachineWatch()
     with watched(console, "run", recorder, len(trace.requests)):
         try:
             executor.serve(trace.requests, config, recorder, stop_rule, check)
         except BaseException as error:  # whatever it was, the records so far are worth keeping
             failure = error
+    seen = machine.seen()
     parts = {
         "workload": manifest.workload(trace, executor.model, executor.dtype, stop_rule),
         "system": manifest.system(executor.device, config),
-        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels),
+        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, machine=seen),
     }
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
-    run.summary = metrics(run)
+    run.summary = summarize(run)
     run.write(out)
-    if refused := refusals(run):
-        console.print(
-            f"note: {len(refused)} of {len(trace.requests)} requests were rejected, for tokens that the model lacks: "
-            "make the trace with this model's tokenizer",
-            highlight=False,
-        )
-    _note_rejected(run, console)
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure
@@ -379,9 +380,8 @@ def compare_runs(
     if changed:
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
         console.print(note, highlight=False, soft_wrap=True)
-    replayed = replay(real, config, profile)
-    parts = replay_parts(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts)
+    replayed, parts, coverage = replay_predicted(real, config, profile)
+    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts, coverage=coverage)
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress_bar(console, "ablate", len(terms) + 1) as show:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from engine.graph_sizes import GraphSizes
 from engine.step import Copies, Step
@@ -19,7 +20,39 @@ of prefill chunks, of decodes were their contexts all alike, what their unevenne
 by what the device has computed of late."""
 
 
-_Asked = tuple[str, bool]  # a table that was asked, and whether it was measured there
+AXES = {
+    "dense": ("tokens",),
+    "head": ("samples",),
+    "graph": ("rows",),
+    "swap": ("blocks",),
+    "prefill_attention": ("chunk", "context"),
+    "decode_attention": ("sequences", "context"),
+    "mixed_decode_attention": ("sequences", "context"),
+}
+"""Tables that are asked -> by what."""
+
+
+class _Asked(NamedTuple):
+    """A look-up: the table, whether it was measured there, what it said, and where it was asked."""
+
+    table: str
+    covered: bool
+    time_us: float
+    at: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class _Beyond:
+    """Look-ups of one table outside what was measured: the time that they gave, and the ends of where they lay."""
+
+    time_us: float
+    least: tuple[float, ...]
+    most: tuple[float, ...]
+
+    def add(self, time_us: float, at: tuple[float, ...]) -> None:
+        self.time_us += time_us
+        self.least = tuple(map(min, self.least, at))
+        self.most = tuple(map(max, self.most, at))
 
 
 @dataclass(slots=True)
@@ -53,8 +86,10 @@ class LatencyModel:
 
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
-        self._asked: Counter[_Asked] = Counter()  # but for what `_Decodes` count
-        tables = profile.tables
+        self._asked: Counter[tuple[str, bool]] = Counter()  # but for what `_Decodes` count
+        self._beyond: dict[str, _Beyond] = {}  # likewise
+        self._time_us = 0.0  # of all steps and copies
+        tables = self._tables = profile.tables
         self._ignored = [PARTS.index(part) for part in PARTS if part in ignore]
         self._dense = _sum_of(list(_curves(tables["dense"], "op", "tokens").values()))
         self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
@@ -90,7 +125,7 @@ class LatencyModel:
     def _counts(self, covered: Collection[bool]) -> Counter[str]:
         asked = self._asked.copy()
         for batch in self._decodes.values():
-            asked.update(dict.fromkeys(batch.asked, batch.alone))
+            asked.update({(each.table, each.covered): batch.alone for each in batch.asked})
             asked["decode_attention", True] += batch.attended - batch.outside
             asked["decode_attention", False] += batch.outside
         counts: Counter[str] = Counter()
@@ -98,6 +133,50 @@ class LatencyModel:
             if count and is_covered in covered:
                 counts[table] += count
         return counts
+
+    def coverage(self) -> dict[str, Any]:
+        """How far predictions rest on what was measured.
+
+        Returns:
+            - `lookups`: how often tables were asked
+            - `beyond`: {table: {count, lookups, device_time, axes}} of those that were asked outside what was measured:
+              how many look-ups lay there, which share of the table's, which share of all device time these gave
+              (extrapolated), and {axis: {asked: [least, most] of these, measured: [least, most]}}
+        """
+        lookups, outside = self.lookups, self.outside
+        beyond = self._all_beyond()
+        return {
+            "lookups": lookups.total(),
+            "beyond": {
+                table: {
+                    "count": count,
+                    "lookups": count / lookups[table],
+                    "device_time": beyond[table].time_us / self._time_us if self._time_us else 0.0,
+                    "axes": self._axes(table, beyond[table]),
+                }
+                for table, count in outside.items()
+            },
+        }
+
+    def _all_beyond(self) -> dict[str, _Beyond]:
+        found = {table: _Beyond(of.time_us, of.least, of.most) for table, of in self._beyond.items()}
+        for batch in self._decodes.values():
+            for each in batch.asked if batch.alone else ():
+                if not each.covered:
+                    of = found.setdefault(each.table, _Beyond(0.0, each.at, each.at))
+                    of.add(batch.alone * each.time_us, each.at)
+        return found
+
+    def _axes(self, table: str, beyond: _Beyond) -> dict[str, dict[str, list[float]]]:
+        rows = self._tables.get("served", self._tables.get("graph", [])) if table == "graph" else self._tables[table]
+        asked = zip(AXES[table], zip(beyond.least, beyond.most, strict=True), strict=True)
+        measured = {axis: [_along(axis, row) for row in rows] for axis in AXES[table]}
+        return {
+            axis: {"asked": [*ends], "measured": [min(measured[axis]), max(measured[axis])]} for axis, ends in asked
+        }
+
+    def _extrapolated(self, table: str, time_us: float, *at: float) -> None:
+        self._beyond.setdefault(table, _Beyond(0.0, at, at)).add(time_us, at)
 
     def device_ns(self, step: Step, start_ns: int | None = None) -> int:
         """Time that the data plane works on a step: its compute, or its copies if it has nothing else.
@@ -120,6 +199,7 @@ class LatencyModel:
         parts = dense, head, padding, prefill, decode, skew, power
         for part in self._ignored:
             time_us -= parts[part]
+        self._time_us += time_us
         return round(1000 * time_us), parts
 
     def _follow(self, load: Load, slowed: float, time_us: float, best_us: float, start_ns: int | None) -> float:
@@ -149,7 +229,9 @@ class LatencyModel:
         samples = step.decodes + sum(chunk.samples for chunk in step.chunks.values())
         without_us, asked = self._pass_us(step.prefill_tokens + step.decodes, len(step.chunks), samples)
         for each in asked:
-            self._asked[each] += 1
+            self._asked[each.table, each.covered] += 1
+            if not each.covered:
+                self._extrapolated(each.table, each.time_us, *each.at)
         decode_us = self._attention_us(step, self._decodes_of(step.decodes)) if step.decodes else (0.0, 0.0)
         return *without_us, self._prefill_us(step), *decode_us
 
@@ -170,18 +252,20 @@ class LatencyModel:
         if self._sizes is None or rows is None:
             head_us, asked = self._head_us(samples)
             dense_us = self._dense(tokens)
-            return (dense_us, head_us, 0.0, self._most_slowed * dense_us), [
-                ("dense", self._dense.covers(tokens)),
-                *asked,
-            ]
+            dense = _Asked("dense", self._dense.covers(tokens), dense_us, (tokens,))
+            return (dense_us, head_us, 0.0, self._most_slowed * dense_us), [dense, *asked]
         kind = "mixed" if prefills else "decode"
         graph, slowed_us = self._graph[kind], self._slowed[kind](rows) if self._slowed else 0.0
         whole, unpadded = graph(rows), graph(tokens)
         head_us, asked = self._head_us(min(rows, self._sizes.max_seqs))
-        return (unpadded - head_us, head_us, whole - unpadded, slowed_us), [("graph", graph.covers(rows)), *asked]
+        captured = _Asked("graph", graph.covers(rows), whole - head_us, (rows,))
+        return (unpadded - head_us, head_us, whole - unpadded, slowed_us), [captured, *asked]
 
     def _head_us(self, samples: int) -> tuple[float, list[_Asked]]:
-        return (self._head(samples), [("head", self._head.covers(samples))]) if samples else (0.0, [])
+        if not samples:
+            return 0.0, []
+        head_us = self._head(samples)
+        return head_us, [_Asked("head", self._head.covers(samples), head_us, (samples,))]
 
     def copies_ns(self, step: Step) -> int:
         """Time of a step's copies between the tiers. Raises TandemError if the profile has none."""
@@ -196,23 +280,34 @@ class LatencyModel:
                 "measure the profile with --cpu-blocks, or simulate with --cpu-blocks 0"
             )
         blocks, curve = sum(len(copies.source) for copies in swaps.values()), self._swap[direction]
-        self._asked["swap", curve.covers(blocks)] += 1
-        return curve(blocks)
+        time_us, covered = curve(blocks), curve.covers(blocks)
+        self._asked["swap", covered] += 1
+        self._time_us += time_us
+        if not covered:
+            self._extrapolated("swap", time_us, blocks)
+        return time_us
 
     def _prefill_us(self, step: Step) -> float:
-        times, pairs = [], []
+        times: list[float] = []
+        pairs, beyond = [], []
         for start, tokens, _ in step.chunks.values():
-            self._asked["prefill_attention", self._prefill.covers(tokens, start)] += 1
+            covered = self._prefill.covers(tokens, start)
+            self._asked["prefill_attention", covered] += 1
+            if not covered:
+                beyond.append((len(times), tokens, start))
             times.append(self._prefill(tokens, start))
             pairs.append(_pairs(tokens, start))
+        longest = max(range(len(times)), key=times.__getitem__)
+        for place, *at in beyond:  # of chunks that attend at once, the others' time is by pairs
+            counts = self._pair_us is None or place == longest
+            self._extrapolated("prefill_attention", times[place] if counts else 0.0, *at)
         if self._pair_us is None:
             return sum(times)
-        longest = max(range(len(times)), key=times.__getitem__)
         return times[longest] + self._pair_us * (sum(pairs) - pairs[longest])
 
     def _attention_us(self, step: Step, batch: _Decodes) -> tuple[float, float]:
         """Attention of decodes with contexts all alike, and what their unevenness adds."""
-        sequences, levels = step.decodes, self._levels
+        sequences, levels, covered = step.decodes, self._levels, True
         context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
         even, skew = batch.curves[0](context), 0.0
         batch.attended += 1
@@ -220,7 +315,7 @@ class LatencyModel:
             if low <= context <= high:
                 break
         else:
-            batch.outside += 1
+            batch.outside, covered = batch.outside + 1, False
         if len(levels) > 1:
             squares = step.kv_squares + 2 * step.kv_tokens + sequences
             unevenness = min(squares / sequences / context**2, levels[-1])
@@ -230,10 +325,23 @@ class LatencyModel:
             above = batch.curves[right](context)
             skew = max(0.0, below + (unevenness - low) * (above - below) / (high - low)) - even
         if step.chunks and self._mixed_decode and even:
-            self._asked["mixed_decode_attention", self._mixed_decode.covers(sequences, context)] += 1
+            inside = self._mixed_decode.covers(sequences, context)
+            self._asked["mixed_decode_attention", inside] += 1
             mixed = self._mixed_decode(sequences, context)
-            return mixed, skew * mixed / even  # unevenness is taken to cost its share there too
+            even, skew = mixed, skew * mixed / even  # unevenness is taken to cost its share there too
+            if not inside:
+                self._extrapolated("mixed_decode_attention", even, sequences, context)
+            if not covered:
+                self._extrapolated("decode_attention", skew, sequences, context)
+            return even, skew
+        if not covered:
+            self._extrapolated("decode_attention", even + skew, sequences, context)
         return even, skew
+
+
+def _along(axis: str, row: Mapping[str, float]) -> float:
+    """Where a row of a table lies along an axis."""
+    return row["kv_tokens"] / row["sequences"] if axis == "context" and "kv_tokens" in row else row[axis]
 
 
 def _pairs(chunk: float, context: float) -> float:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import simpy
 
@@ -67,7 +67,7 @@ def predict(
     ignore: Collection[str] = (),
     check: bool = False,
     refused: Mapping[int, str] | None = None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Simulate on the times of a profile.
 
     Args:
@@ -76,12 +76,12 @@ def predict(
         refused: requests that are rejected as they arrive, and why, as `refusals` has them.
 
     Returns:
-        How often the profile was asked outside its measured range, by table; `lookups` counts all questions.
+        How far the times rest on what was measured: `sim.latency.LatencyModel.coverage`.
     """
     timing = ProfiledTiming(profile, ignore)
     events = EventQueue.from_trace(requests, lambda source: refused.get(source.id)) if refused else None
     simulate(requests, config, timing, recorder, check=check, events=events)
-    return {"lookups": timing.latency.lookups.total()} | dict(timing.latency.outside)
+    return timing.latency.coverage()
 
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
@@ -179,6 +179,27 @@ def replay(
     recorder = Recorder()
     _replay(run, config, LatencyModel(profile, ignore) if profile else None, recorder)
     return RunRecords(run.manifest, recorder.tables(), partial=run.partial)
+
+
+class Predicted(NamedTuple):
+    """A replay on a profile, and all that its latency model had to say.
+
+    Attributes:
+        records: of the replay, as `replay` returns them.
+        parts_us: of each step of the recorded run, what its time is predicted to be made of: `LatencyModel.parts_us`.
+        coverage: how far that rests on what was measured: `LatencyModel.coverage`.
+    """
+
+    records: RunRecords
+    parts_us: list[dict[str, float]]
+    coverage: dict[str, Any]
+
+
+def replay_predicted(run: RunRecords, config: ServingConfig, profile: Profile) -> Predicted:
+    """As `replay` on a profile, with what each step is made of: one replay for all of it."""
+    recorder, latency = Recorder(), LatencyModel(profile)
+    parts_us = _replay(run, config, latency, recorder).parts_us
+    return Predicted(RunRecords(run.manifest, recorder.tables(), partial=run.partial), parts_us, latency.coverage())
 
 
 def replay_parts(run: RunRecords, config: ServingConfig, profile: Profile) -> list[dict[str, float]]:

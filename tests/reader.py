@@ -40,7 +40,8 @@ def follow(page: Path, folder: Path, measured: dict[str, Path]) -> dict[str, str
         done = subprocess.run(
             [Path(sys.executable).with_name("tandem"), *args], cwd=folder, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        judges = args[0] == "compare" and "Outside the error allowed" in done.stdout  # which a machine's noise decides
+        assert done.returncode == judges, f"{command}\n{done.stderr}"
         printed[command] = done.stdout
         if made := PROFILE.match(command):
             measured[command] = folder / made[1]

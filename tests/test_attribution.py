@@ -197,6 +197,19 @@ def test_noise_hides_no_large_error_and_makes_none_up(seed):
         assert abs(off["error"] - (factor - 1)) < 4 * off["uncertainty"]
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_uncertainty_of_an_error_is_how_much_that_error_differs_between_noisy_runs(factor):
+    run, model = run_on(small_profile(), workload()), scaled(dense=factor)
+    fits = []
+    for seed in range(30):
+        real = noisy(run, seed)
+        parts = replay_parts(real, CONFIG, model)
+        fits.append(compare(real, real, replay(real, CONFIG, model), parts=parts)["attribution"]["kernels"]["kernels"])
+    for error, uncertainty in (("error", "uncertainty"), ("ms_per_step", "ms_uncertainty")):
+        spread = np.std([fit["dense"][error] for fit in fits], ddof=1)
+        assert np.mean([fit["dense"][uncertainty] for fit in fits]) == pytest.approx(spread, rel=0.35)
+
+
 def test_what_a_kernel_costs_a_step_is_its_error_in_the_mean_step():
     real = run_on(small_profile(), workload())
     model = scaled(dense=1.1)

@@ -224,6 +224,15 @@ def test_online_prints_json_alone_on_standard_output_and_without_keep_leaves_not
     assert row["metrics"]["completed"]["mean"] == 5 and set(work.iterdir()) == before
 
 
+def test_online_says_first_whom_it_did_not_serve_and_why(tandem):
+    load = ("-t", "five.parquet", "--rates", 50, "--seconds", 0.1, "--seeds", 7)
+    _, printed, _ = tandem("online", "-m", "model", *load, "--max-model-len", 9, "--max-batched-tokens", 256)
+    said = " ".join(printed.split())
+    assert "rate-50-seed-7: 5 of 5 requests were rejected: prompt + max_tokens above --max-model-len (9)" in said
+    assert said.index("No request completed: there are no latencies.") < said.index("Served (mean over seeds")
+    assert "TTFT" not in said, "a table of what is not there"
+
+
 def interrupted(work: Path, shown: bytes, *args: object) -> tuple[str, dict]:
     """Start a benchmark, press Ctrl-C once its progress shows `shown`; returns what it printed and its JSON."""
     ours, its = pty.openpty()  # progress is drawn on a terminal only

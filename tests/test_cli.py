@@ -7,12 +7,15 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny_models import tiny_model
 
@@ -28,6 +31,15 @@ def tandem(*args: object, cwd: Path, check: bool = True, **options) -> subproces
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def compared(*args: object, cwd: Path) -> dict:
+    """What `tandem compare` found, whose exit status says so too."""
+    done = tandem("compare", *args, "--json", cwd=cwd, check=False)
+    found = json.loads(done.stdout)
+    met = found["decisions"]["identical"] and found["requests"] and found["overall"] != "outside"
+    assert done.returncode == (0 if met else 1), done.stderr
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +64,11 @@ def test_simulate_run_and_compare_work_from_files_to_a_report(work):
     tandem(*run, "--out", "again", cwd=work)
     simulate = ("simulate", "--trace", "t.parquet", "--profile", "profile", "--like", "real", "--out", "sim")
     summary = json.loads(tandem(*simulate, "--json", cwd=work).stdout)
-    assert summary["completed"] == 30
-    compare = ("compare", "sim", "real", "--repeat", "again", "--profile", "profile", "--out", "cmp", "--json")
-    compare += ("--ablate", "host,head", "--ablate", "skew")
-    printed = json.loads(tandem(*compare, cwd=work).stdout)
+    assert summary["completed"] == 30 and summary["not_completed"] == []
+    seen = read_run(work / "real").manifest["provenance"]["machine"]
+    assert seen.keys() == {"cores", "load_average", "steal", "others"}
+    compare = ("sim", "real", "--repeat", "again", "--profile", "profile", "--out", "cmp")
+    printed = compared(*compare, "--ablate", "host,head", "--ablate", "skew", cwd=work)
     assert printed == json.loads((work / "cmp/compare.json").read_text())
     assert printed["decisions"]["identical"] is True
     assert printed["decisions"]["negative_controls"] == {"arrival_moved": True, "step_longer": True}
@@ -143,7 +156,8 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_by_a_run_and_by_
     lines = [json.dumps({"arrival_s": 0, "prompt_token_ids": ids, "output_len": 4}) for ids in prompts]
     (work / "foreign.jsonl").write_text("\n".join(lines))
     run = ("run", "--trace", "foreign.jsonl", "--model", "model", "--threads", 1, *LIMITS, "--out", "foreign")
-    assert "note: 1 of 3 requests were rejected, for tokens that the model lacks" in tandem(*run, cwd=work).stderr
+    said = tandem(*run, cwd=work).stdout.splitlines()[0]
+    assert said.startswith("1 of 3 requests was rejected: tokens that the model lacks, such as 300, for it has 300:")
     like = ("simulate", "--trace", "foreign.jsonl", "--profile", "profile", "--like", "foreign", "--out", "foreignsim")
     tandem(*like, cwd=work)
     for name in ("foreign", "foreignsim"):
@@ -152,12 +166,11 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_by_a_run_and_by_
         assert "token id 300" in rows[1]["reason"]
 
 
-def test_a_run_that_rejects_everybody_says_so_and_what_would_help(work):
+def test_a_policy_that_does_not_chunk_and_rejects_everybody_is_told_what_would_help(work):
     args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-seqs", 4, "--max-batched-tokens", 4)
-    done = tandem(*args, "--scheduler", "fcfs", "--out", "nobody", cwd=work)
-    assert "note: every request was rejected, for reasons such as: a prefill of up to" in done.stderr
-    assert "raise it, or serve with `chunked = True`" in done.stderr
-    assert "rejected" not in tandem(*args, "--scheduler", "chunked_prefill", "--out", "nobody", cwd=work).stderr
+    done = tandem(*args, "--scheduler", "fcfs", "--out", "unsplit", cwd=work, check=False)
+    assert done.returncode == 1 and "take a policy that chunks (`chunked = True`)" in done.stdout
+    assert "rejected:" not in tandem(*args, "--scheduler", "chunked_prefill", "--out", "unsplit", cwd=work).stdout
 
 
 def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
@@ -175,6 +188,66 @@ def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
     }
     clash = tandem(*args, "--scheduler", "./a/p.py:P", "--against", "a/p.py:P", cwd=work, check=False)
     assert clash.returncode == 2 and "would be written to one folder" in clash.stderr
+
+
+def test_who_was_rejected_is_said_before_any_number_with_the_option_that_helps(work):
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-model-len", 60)
+    shown = tandem(*args, "--out", "few", cwd=work).stdout
+    summary = json.loads(tandem(*args, "--out", "few", "--json", cwd=work).stdout)
+    (first, second, *_) = shown.splitlines()
+    assert first.startswith(
+        f"{summary['rejected']} of 30 requests were rejected: prompt + max_tokens above --max-model"
+    )
+    assert second == f"Latencies are of the {summary['completed']} that completed."
+    assert "None" not in shown and "P99 is shown from 200 requests up." in shown
+    assert [each["requests"] for each in summary["not_completed"]] == [summary["rejected"]]
+
+
+def test_a_simulation_that_serves_nobody_says_so_has_no_latencies_and_exits_with_1(work):
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-model-len", 4)
+    done = tandem(*args, "--out", "nobody", cwd=work, check=False)
+    assert done.returncode == 1 and done.stdout.startswith("30 of 30 requests were rejected")
+    assert "No request completed: there are no latencies." in done.stdout
+    assert "None" not in done.stdout and "ttft" not in done.stdout
+    assert tandem(*args, "--out", "nobody", "--json", cwd=work, check=False).returncode == 1
+    assert tandem(*args, "--out", "nobodies", "--against", "sjf", cwd=work, check=False).returncode == 1
+
+
+def test_strict_refuses_to_extrapolate_and_leaves_what_was_there(work):
+    tandem("trace", "synthetic", "--requests", 5, "--prompt", "fixed:900", "--out", "long.parquet", cwd=work)
+    tandem("simulate", "-t", "t.parquet", "-p", "a100", "-o", "covered", "--strict", cwd=work)
+    before = (work / "covered/steps.parquet").read_bytes()
+    limits = ("--kv-blocks", 400, "--max-seqs", 4, "--max-batched-tokens", 128, "--max-model-len", 2000)
+    long = ("simulate", "-t", "long.parquet", "-p", "profile", *limits, "--out", "covered")
+    done = tandem(*long, "--strict", cwd=work, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "--strict, chunked_prefill: beyond the profile: " in done.stderr and "leave out --strict" in done.stderr
+    assert (work / "covered/steps.parquet").read_bytes() == before and not list(work.glob("*.tmp"))
+    first = tandem(*long, cwd=work).stdout.splitlines()[0]
+    assert re.search(r"^Beyond the profile: .*attention [\d.]+ % of its look-ups, [\d.]+ % of the device time", first)
+
+
+def test_two_simulations_get_a_table_of_their_own_that_says_so(work):
+    args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-seqs", 2)
+    for policy in ("fcfs", "sjf"):
+        tandem(*args, "--scheduler", policy, "--out", f"two-{policy}", cwd=work)
+    shown = tandem("compare", "two-fcfs", "two-sjf", "--out", "two", cwd=work).stdout
+    assert shown.startswith("Two simulations: nothing here is measured.")
+    assert ["system.scheduler", "fcfs", "sjf"] in [line.split() for line in shown.splitlines()]
+    assert "Decisions part after" in shown and "MAPE" not in shown
+    found = json.loads((work / "two/simulations.json").read_text())
+    assert found["manifest_differences"]["system.scheduler"] == {"two-fcfs": "fcfs", "two-sjf": "sjf"}
+    ttft = {name: read_run(work / name).summary["mean_ttft_ms"] for name in ("two-fcfs", "two-sjf")}
+    assert found["latencies"]["ttft"]["mean"] == pytest.approx(ttft)
+    page = (work / "two/simulations.html").read_text()
+    assert "Two simulations: nothing here is measured." in page and "Decisions part after" in page
+    tandem(*args, "--scheduler", "fcfs", "--out", "two-again", cwd=work)
+    same = tandem("compare", "two-fcfs", "two-again", cwd=work).stdout
+    assert "steps are decided the same" in same and "with the same limits, policy and profile" in same
+
+
+def test_the_exit_statuses_are_in_the_help(work):
+    assert "Exit status: 0 as asked; 1 asked for and not met" in " ".join(tandem("--help", cwd=work).stdout.split())
 
 
 def wait_until_shown(terminal: int, pattern: bytes) -> bytes:
@@ -203,8 +276,8 @@ def test_ctrl_c_keeps_what_a_real_run_recorded_and_marks_it_partial(work):
     assert run.partial and run.summary["partial"]
     assert 0 < run.summary["completed"] < 30
     tandem("simulate", "--trace", "slow.parquet", "--profile", "profile", "--like", "cut", "--out", "cutsim", cwd=work)
-    compare = ("compare", "cutsim", "cut", "--profile", "profile", "--out", "cutcmp", "--json")
-    assert json.loads(tandem(*compare, cwd=work).stdout)["decisions"]["identical"] is True
+    compare = ("cutsim", "cut", "--profile", "profile", "--out", "cutcmp")
+    assert compared(*compare, cwd=work)["decisions"]["identical"] is True
 
 
 @pytest.fixture(scope="module")
@@ -223,15 +296,21 @@ def broken(work) -> Path:
     tandem("trace", "synthetic", "--requests", 5, "--out", "other.parquet", cwd=work)
     for trace in ("t", "other"):
         tandem("simulate", "-t", f"{trace}.parquet", "-p", "a100", "-o", f"run-{trace}", cwd=work)
+    for name, backend in (("real", "executor"), ("again", "executor"), ("client", "client")):
+        run = read_run(work / "run-t")
+        run.manifest["provenance"]["backend"] = backend
+        if name == "again":  # no two real runs take the same times
+            late = pa.array([ns + 1 for ns in run.tables["steps"]["device_ns"].to_pylist()])
+            at = run.tables["steps"].column_names.index("device_ns")
+            run.tables = {**run.tables, "steps": run.tables["steps"].set_column(at, "device_ns", late)}
+        run.write(work / f"{name}-t")
+    shutil.copytree(work / "real-t", work / "copy-t")
     profile = read_profile(work / "a100")
     write_profile(profile, work / "nan")
     forgetful = {key: value for key, value in profile.meta.items() if key != "memory"}
     write_profile(replace(profile, meta=forgetful), work / "no-memory")
     table = profile.tables["head"]
     table[0]["time_us"] = float("nan")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(table), work / "nan/head.parquet")
     return work
 
@@ -276,16 +355,41 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "unknown option": (("simulate", "--speed", "high"), "--speed"),
     "option forgotten": (("simulate", "--out", "x"), "--trace"),
     "out is something else": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "notes"), "not a run"),
-    "runs of two traces": (("compare", "run-other", "run-t", "-p", "a100", "-o", "x"), "workload.trace"),
+    "runs of two traces": (("compare", "run-other", "real-t", "-p", "a100", "-o", "x"), "workload.trace"),
+    "simulations of two traces": (("compare", "run-other", "run-t", "-o", "x"), "workload.trace"),
     "compare one run": (("compare", "run-t", "-p", "a100", "-o", "x"), "SIM and REAL, not 1"),
-    "compare without profile": (("compare", "run-t", "run-t", "-o", "x"), "--profile"),
-    "compare without out": (("compare", "run-t", "run-t", "-p", "a100"), "--out"),
+    "real run first": (
+        ("compare", "real-t", "run-t", "--repeat", "again-t", "-p", "a100", "-o", "x"),
+        "tandem compare run-t real-t --repeat again-t",
+    ),
+    "two real runs": (
+        ("compare", "real-t", "again-t", "-p", "a100", "-o", "x"),
+        "tandem compare SIM real-t --repeat again-t",
+    ),
+    "one run twice": (("compare", "run-t", "./run-t", "-o", "x"), "given twice"),
+    "real run as its own repeat": (
+        ("compare", "run-t", "real-t", "--repeat", "real-t", "-p", "a100", "-o", "x"),
+        "given twice",
+    ),
+    "copy as repeat": (
+        ("compare", "run-t", "real-t", "--repeat", "copy-t", "-p", "a100", "-o", "x"),
+        "one and the same run",
+    ),
+    "simulation as repeat": (
+        ("compare", "run-t", "real-t", "--repeat", "run-other", "-p", "a100", "-o", "x"),
+        "--repeat run-other is simulated",
+    ),
+    "a client's run": (("compare", "run-t", "client-t", "-p", "a100", "-o", "x"), "client-t is what a client saw"),
+    "simulations with a profile": (("compare", "run-other", "run-t", "-p", "a100", "-o", "x"), "both simulated"),
+    "rank a copy": (("compare", "--rank", "run-t", "real-t", "copy-t"), "one and the same run"),
+    "compare without profile": (("compare", "run-t", "real-t", "-o", "x"), "--profile"),
+    "compare without out": (("compare", "run-t", "real-t", "-p", "a100"), "--out"),
     "unknown term": (
-        ("compare", "run-t", "run-t", "-p", "a100", "-o", "x", "--ablate", "host,tail"),
+        ("compare", "run-t", "real-t", "-p", "a100", "-o", "x", "--ablate", "host,tail"),
         "host, skew, head, graph-padding, power, kv-blocks",
     ),
     "no memory in profile": (
-        ("compare", "run-t", "run-t", "-p", "no-memory", "-o", "x", "--ablate", "kv-blocks"),
+        ("compare", "run-t", "real-t", "-p", "no-memory", "-o", "x", "--ablate", "kv-blocks"),
         "does not say what memory",
     ),
     "rank one policy": (("compare", "--rank", "run-t", "-o", "x"), "chunked_prefill"),

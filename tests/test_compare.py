@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 from shadow import small_profile
 
-from analysis.compare import Targets, compare
+from analysis.compare import Targets, check_once, check_roles, compare, is_met
 from analysis.metrics import itl, metrics, request_metrics, step_kinds
+from analysis.workflow import compare_runs
 from engine.config import ServingConfig
 from engine.recorder import Recorder
 from engine.records import RunRecords
+from sim.latency import LatencyModel
 from sim.simulate import predict, replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -213,6 +216,14 @@ def test_repeat_spread_is_the_range_of_the_real_runs_over_their_mean(sim, real):
             assert spread[name][stat] == pytest.approx((max(values) - min(values)) / np.mean(values))
 
 
+def test_the_spread_is_of_requests_that_completed_in_every_repeat(sim):
+    outcomes = sim.tables["requests"]["outcome"].to_pylist()
+    fewer = with_column(sim, "requests", "outcome", ["cancelled"] * 15 + outcomes[15:])
+    result = compare(sim, sim, replayed(sim), [fewer])
+    assert {*leaves(result["repeat_spread"])} == {0, None}, "runs that took the same times"
+    assert [each["requests"] for each in result["not_completed"]["repeat 1"]] == [15]
+
+
 def test_the_latency_models_spread_is_the_error_that_a_perfect_model_would_show(real):
     # The machine of these two runs is off by a random factor in each step; a perfect model predicts a factor of 1.
     exact_ns = real.tables["steps"]["device_ns"].to_numpy()
@@ -271,3 +282,58 @@ def test_a_comparison_is_json_and_names_the_runs_that_were_interrupted(sim, real
     result = compare(sim, replace(real, partial=True), replayed(real), [real])
     assert result["partial"] == ["real"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+# -- which run is real -------------------------------------------------------------------------------------
+
+
+def ridden(run: RunRecords, backend: str) -> RunRecords:
+    return with_manifest(run, "provenance", backend=backend)
+
+
+def test_a_simulated_and_a_real_run_in_their_places_are_taken(sim, real):
+    check_roles("s", "r", {"s": ridden(sim, "simulator"), "r": ridden(real, "executor")})
+
+
+@pytest.mark.parametrize(
+    ("backends", "words"),
+    [
+        (("executor", "simulator"), r"a is the real run.*tandem compare b a --repeat c"),
+        (("executor", "executor"), r"both real.*tandem compare SIM a --repeat b --repeat c"),
+        (("simulator", "client"), r"b is what a client saw"),
+        (("simulator", "abacus"), r"b: provenance\.backend is abacus"),
+    ],
+)
+def test_runs_in_other_places_are_refused_with_the_command_that_is_right(sim, real, backends, words):
+    runs = {name: ridden(real, backend) for name, backend in zip("abc", (*backends, "executor"), strict=True)}
+    with pytest.raises(TandemError, match=words):
+        check_roles("a", "b", runs, ["c"])
+
+
+def test_a_real_run_given_twice_is_refused_and_a_simulation_may_repeat(sim):
+    check_once({"a": ridden(sim, "simulator"), "b": ridden(sim, "simulator"), "c": ridden(sim, "executor")})
+    with pytest.raises(TandemError, match="a and b are one and the same run"):
+        check_once({"a": ridden(sim, "executor"), "b": ridden(sim, "executor")})
+
+
+# -- whether it is what was asked for --------------------------------------------------------------------------
+
+
+def test_what_was_asked_for_is_met_by_equal_decisions_and_no_error_outside(sim, real):
+    assert is_met(compare(sim, sim, replayed(sim)))
+    assert is_met(compare(sim, sim, replayed(sim), [serve(2.0)])), "a machine too noisy to judge fails nobody"
+    assert not is_met(compare(sim, real, replayed(real))), "errors outside"
+    cut = replace(sim, tables=sim.tables | {"steps": sim.tables["steps"].slice(0, 10)})
+    assert not is_met(compare(sim, sim, cut)), "decisions differ"
+    rejected = serve(requests=workload(prompt_len=500))
+    assert not is_met(compare(rejected, rejected, replayed(rejected))), "nothing was compared"
+
+
+def test_one_replay_serves_the_whole_comparison(sim, real, tmp_path, monkeypatch):
+    full = with_manifest(real, "system", **asdict(CONFIG))
+    models = []
+    monkeypatch.setattr("sim.simulate.LatencyModel", lambda *args: models.append(LatencyModel(*args)) or models[-1])
+    allowed = [f"system.{each.name}" for each in fields(CONFIG)]
+    found = compare_runs(sim, full, (), small_profile(), tmp_path, Console(quiet=True), allowed)
+    assert len(models) == 1
+    assert found["attribution"]["kernels"]["kernels"] and found["coverage"]["lookups"] == models[0].lookups.total()

@@ -155,6 +155,16 @@ def test_policies_that_completed_nothing_have_no_order():
     assert json.loads(json.dumps(ranking, allow_nan=False)) == ranking
 
 
+def test_orders_of_runs_that_completed_different_requests_are_marked():
+    fewer = with_column(serve(1.2), "requests", "outcome", ["cancelled"] * 3 + ["length"] * 37)
+    same = rank(runs(real("a", 1), real("b", 1.2), sim("a", 1), sim("b", 1.2)))
+    different = rank(runs(real("a", 1), of("b", "executor", fewer), sim("a", 1), sim("b", 1.2)))
+    assert "completed" not in printed(same) and " *" not in printed(same)
+    before, table = ranking_tables(different)
+    assert ("run-1", "37 of 40") in before.rows and "37 completed in all" in before.note
+    assert table.rows and all(row[1].endswith(" *") for row in table.rows)
+
+
 def printed(ranking: dict) -> str:
     output = io.StringIO()
     print_tables(ranking_tables(ranking), Console(file=output, width=80))

@@ -119,7 +119,9 @@ def record_digest(policy: str, depth: int, cpu_blocks: int, admit: str) -> str:
         assert sum(tables["requests"]["preemptions"].to_pylist()) > 20
         tables["requests"] = tables["requests"].drop_columns(SINCE_SCHEMA_3)
         assert bool(cpu_blocks) == (sum(tables["requests"]["swaps"].to_pylist()) > 0)
-        sha.update(repr((sorted(coverage.items()), [table.to_pydict() for table in tables.values()])).encode())
+        outside = {table: of["count"] for table, of in coverage["beyond"].items()}
+        told = {"lookups": coverage["lookups"]} | outside
+        sha.update(repr((sorted(told.items()), [table.to_pydict() for table in tables.values()])).encode())
     return sha.hexdigest()[:16]
 
 

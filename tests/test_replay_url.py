@@ -13,7 +13,8 @@ import pytest
 from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
 
 from analysis.client import Reply, Target, send_all
-from analysis.metrics import latencies, metrics, token_times
+from analysis.client_records import side_by_side
+from analysis.metrics import latencies, metrics, request_metrics, token_times
 from engine.records import read_run
 from traces.format import Trace, write_trace
 from traces.request import TraceRequest
@@ -101,7 +102,7 @@ def test_its_latencies_are_those_of_the_simulation_in_process_and_what_the_path_
 
 def test_what_a_client_cannot_know_is_not_claimed(replayed):
     run = read_run(replayed / "client")
-    assert run.summary.keys() < metrics(run).keys() | {"p99_send_lag_ms"} | {"partial"}
+    assert run.summary.keys() < metrics(run).keys() | {"p99_send_lag_ms", "partial", "not_completed"}
     assert not any(name.startswith(("steps_", "mean_batch")) or "queue" in name for name in run.summary)
     assert len(run.tables["iterations"]) == 0
 
@@ -158,6 +159,24 @@ def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tm
         and "status 400" in refused["reason"]
         and "the longest here" in refused["reason"]
     )
+
+
+def test_where_all_are_turned_away_the_client_says_why_has_no_latencies_and_exits_with_1(tmp_path):
+    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 5000, 2, 2), TraceRequest(1, 0, 5000, 2, 2)]))
+    with serving(*sim()) as server:
+        options = ("--trace", "t.parquet", "--out", "client")
+        said = run_tandem("replay", "--url", server.url, *options, cwd=tmp_path, status=1).stdout
+    assert said.startswith("2 of 2 requests were rejected: ") and "the longest here" in said
+    assert "No request completed: there are no latencies." in said and "ttft" not in said
+
+
+def test_latencies_of_runs_that_completed_different_requests_are_labelled(replayed):
+    client, other = read_run(replayed / "client"), read_run(replayed / "sim")
+    counts = [len(request_metrics(run)["request"]) for run in (client, other)]
+    assert counts == [39, 39]  # and one was given up
+    table = side_by_side(client, other)
+    assert list(table.columns) == ["", "client (39 of 40)", "other (39 of 40)", "difference"]
+    assert "need not be the same ones" in table.note and not any("P99" in row[0] for row in table.rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,8 +123,9 @@ def test_the_page_says_where_the_error_comes_from_and_what_the_models_terms_are_
     shown = [cell for term in terms for cell in (f"{term['ms']:+z,.3f}", f"{term['error']:+z.1%}")]
     assert ["decode steps", *shown] in page.rows
     dense = attribution["kernels"]["kernels"]["dense"]
-    values = [f"{dense['error']:+.1%}", f"±{dense['uncertainty']:.1%}", f"{dense['ms_per_step']:+.3f}", "yes"]
-    assert ["dense", f"{dense['steps']:,}", *values] in page.rows
+    relative = [f"{dense['error']:+.1%}", f"±{dense['uncertainty']:.1%}"]
+    absolute = [f"{dense['ms_per_step']:+.3f}", f"±{dense['ms_uncertainty']:.3f}"]
+    assert ["dense", f"{dense['steps']:,}", *relative, *absolute, "yes"] in page.rows
     closed_loop = comparison["ablation"]["head"]["closed_loop"]
     assert ["head", "60", *(f"{error:+.1%}" for error in closed_loop.values())] in page.rows
 
@@ -163,6 +165,10 @@ def test_a_run_in_which_nothing_ran_still_makes_a_page(tmp_path):
     page = Page(write(tmp_path, rejected, rejected))
     assert "0 requests were served" in page.text
     assert "Nothing to judge for: mean TTFT, mean TPOT, mean E2E, latency model MAPE." in page.text
+    said = [page.text.index(words) for words in ("real, sim: 40 of 40 requests were rejected", "No request completed")]
+    assert said == sorted(said) and said[1] < page.text.index("Verdict")
+    numbers = [row for row in page.rows if row[0] not in ("Manifest",) and set(row[1:]) == {"–"}]
+    assert numbers == [], "a table of what is not there"
 
 
 def test_long_curves_are_thinned_and_the_figures_say_so(tmp_path):
@@ -227,6 +233,43 @@ def test_the_headline_does_not_call_a_noisy_machine_a_success(sim):
     text = headline(compare(sim, sim, replayed(sim), [serve(2.0)]))
     assert "too noisy to judge" in text
     assert "Within" not in text
+
+
+def test_who_is_missing_is_said_before_any_number_and_beside_the_closed_loop(tmp_path, sim, real):
+    outcomes = real.tables["requests"]["outcome"].to_pylist()
+    fewer = with_column(real, "requests", "outcome", ["cancelled"] * 5 + outcomes[5:])
+    text = printed(compare(sim, fewer, replayed(real)))
+    assert text.startswith("real: 5 of 40 requests were cancelled: their clients gave up.")
+    assert "Latencies are of the 35 that completed in both runs." in text.split("1. Decisions")[0]
+    assert "3. Closed loop: what the 35 of 40 requests that completed in both runs saw" in text
+    page = Page(write(tmp_path, sim, fewer))
+    assert page.text.index("real: 5 of 40 requests") < page.text.index("Verdict")
+
+
+def test_what_was_extrapolated_is_said_before_any_number(sim, real):
+    beyond = {"lookups": 0.12, "device_time": 0.31, "axes": {"context": {"asked": [9, 12_000], "measured": [1, 8192]}}}
+    coverage = {"lookups": 100, "beyond": {"decode_attention": beyond}}
+    comparison = compare(sim, real, replayed(real), coverage=coverage)
+    line = (
+        "Beyond the profile: decode attention 12 % of its look-ups, 31 % of the device time "
+        "(context to 12,000, measured to 8,192)."
+    )
+    assert line in " ".join(printed(comparison).split("1. Decisions")[0].split()) and line in headline(comparison)
+
+
+def test_a_noisy_verdict_says_by_how_much_what_was_seen_and_what_to_do(sim):
+    seen = {"cores": 2, "load_average": [1.0, 3.14], "steal": 0.12, "others": 0.34}
+    text = headline(compare(sim, with_manifest(sim, "provenance", machine=seen), replayed(sim), [serve(2.0)]))
+    assert re.search(r"mean TPOT \(repeats differ by [\d.]+%, 10.0% is allowed\)", text)
+    assert "During real: other processes took 34% of the CPU time, the hypervisor took (steal) 12%" in text
+    assert "During repeat 1: not recorded what else the machine did." in text
+    assert "Close what else runs" in text and "--repeat" in text
+
+
+def test_where_the_machine_has_moved_the_verdict_says_to_profile_again(sim, real):
+    text = headline(compare(sim, real, replayed(real), [real], drift={"mean_error": 0.2, "mape": 0.2}))
+    assert "mean TTFT (the machine has moved by +20.0% since it was profiled)" in text
+    assert "Profile the machine again" in text and "Close what else runs" not in text
 
 
 def test_the_headline_says_what_limits_the_comparison(sim, real):

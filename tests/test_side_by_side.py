@@ -49,16 +49,56 @@ def test_clients_are_compared_if_there_are_several(runs):
 
 def test_each_row_gives_the_difference_to_the_first_policy(runs):
     comparison = compare_policies(runs)
-    latency, totals, by_client = policy_tables(comparison)
+    _, latency, totals, by_client = policy_tables(comparison)
     values = comparison["latencies"]["ttft"]["mean"]
     rows = {row[1]: row for row in latency.rows[:3]}
-    assert rows["fcfs"][0] == "TTFT" and rows["fcfs"][3] == ""
-    assert rows["sjf"][3] == f"{values['sjf'] / values['fcfs'] - 1:+z.1%}"
-    assert "P99 is shown from 200 requests up" in latency.note and rows["sjf"][-2:] == ("–", "")
+    assert rows["fcfs"][0] == "TTFT" and rows["fcfs"][4] == ""
+    assert rows["sjf"][4] == f"{values['sjf'] / values['fcfs'] - 1:+z.1%}"
+    assert "P99 is shown from 200 requests up" in latency.note and "p99" not in latency.columns
     assert "rejected" in totals.columns and "cancelled" not in totals.columns, (
         "a total that is 0 everywhere says nothing"
     )
     assert len(by_client.rows) == 6
+
+
+def test_policies_that_completed_different_requests_say_so_before_and_beside_every_number(runs, tmp_path):
+    comparison = compare_policies(runs)
+    before, *tables = policy_tables(comparison)
+    assert before.note.startswith("fcfs: 1 of 41 requests was rejected: a prefill above --max-batched-tokens (300)")
+    assert "They did not complete the same requests: latencies are of the 40 that all did." in before.note
+    counts = {"fcfs": "40 of 41", "chunked_prefill": "41 of 41", "sjf": "41 of 41"}
+    for table in tables:
+        policy, completed = table.columns.index("completed") - 1, table.columns.index("completed")
+        assert table.rows and all(row[completed] == counts[row[policy]] for row in table.rows)
+    write_policy_page(comparison, runs, tmp_path / "page.html", "")
+    page = (tmp_path / "page.html").read_text()
+    assert page.index("fcfs: 1 of 41 requests was rejected") < page.index("<table>") and '"fcfs (40 of 41)"' in page
+
+
+def test_policies_that_completed_as_many_but_others_are_not_the_same(runs):
+    rows = runs["fcfs"].tables["requests"].to_pylist()
+    other = [row | {"outcome": "cancelled"} if row["request"] == 0 else row for row in rows]
+    other = [runs["sjf"].tables["requests"].to_pylist()[40] if row["request"] == 40 else row for row in other]
+    table = type(runs["fcfs"].tables["requests"]).from_pylist(other, runs["fcfs"].tables["requests"].schema)
+    comparison = compare_policies(
+        {"a": runs["fcfs"], "b": replace(runs["fcfs"], tables={**runs["sjf"].tables, "requests": table})}
+    )
+    assert comparison["totals"]["completed"] == {"a": 40, "b": 40}
+    assert (comparison["requests"], comparison["same"]) == (39, False)
+
+
+def test_policies_that_completed_the_same_requests_are_not_marked(runs):
+    same = {policy: runs[policy] for policy in ("chunked_prefill", "sjf")}
+    latency, totals, by_client = policy_tables(compare_policies(same))
+    assert "completed" in totals.columns and "completed" not in (*latency.columns, *by_client.columns)
+
+
+def test_policies_that_completed_nothing_have_no_table_of_latencies():
+    huge = [replace(HUGE, id=i) for i in range(3)]
+    none = {name: RunRecords({}, serve(huge, replace(LIMITS, scheduler="fcfs"))[0].tables()) for name in "ab"}
+    before, latency, *_ = policy_tables(compare_policies(none))
+    assert before.note.startswith("a, b: 3 of 3 requests were rejected") and "no latencies" in before.note
+    assert latency.rows == []
 
 
 def test_the_page_is_whole_and_needs_no_network(runs, tmp_path):

@@ -49,8 +49,13 @@ def fidelity_measure(
 def fidelity_judge(
     study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
     as_json: options.AsJson = False,
-) -> None:
-    """Simulate and compare every case, and rank the policies. Needs no machine but this one. Writes fidelity.json."""
+) -> int:
+    """Simulate and compare every case, and rank the policies. Needs no machine but this one. Writes fidelity.json.
+
+    The exit status is 1 if decisions differ anywhere.
+    """
     from analysis.fidelity import judge_study, study_tables
 
-    print_result(judge_study(study, console), as_json, study_tables, width=120)
+    judged = judge_study(study, console)
+    print_result(judged, as_json, study_tables, width=120)
+    return 0 if all(case["result"]["decisions"]["identical"] for case in judged["cases"].values()) else 1

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.tables import TextTable, print_tables
+from engine.records import RunRecords
 from traces.format import Trace
 
 Result = TypeVar("Result")
@@ -39,6 +40,34 @@ def print_result(
     wide = Console()
     wide.width = max(wide.width, width)
     print_tables(tables(result), wide)
+
+
+def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) -> int:
+    """Print a run's summary: what is missing before any number.
+
+    Args:
+        run: with a summary.
+        as_json: print all of the summary for machines.
+        title: of the table.
+        names: what a person is shown of the summary; what is None is left out.
+
+    Returns:
+        The exit status: 1 if no request completed, else 0.
+    """
+    from analysis.caveats import beyond_sentence, completed_sentences, p99_sentence
+    from analysis.metrics import asked_for
+
+    summary = run.summary
+    if as_json:
+        print_json(summary)
+        return 0 if summary["completed"] else 1
+    beyond = beyond_sentence(summary.get("profile_lookups"))
+    for sentence in filter(None, (*completed_sentences(summary, asked_for(run)), beyond)):
+        Console().print(sentence, highlight=False, soft_wrap=True)
+    print_facts({name: summary[name] for name in names if summary.get(name) is not None}, False, title)
+    if note := p99_sentence(summary["completed"]):
+        Console().print(note, highlight=False)
+    return 0 if summary["completed"] else 1
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool, title: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis import options
-from analysis.commands.output import console, print_facts, print_result, say_notes
+from analysis.commands.output import console, print_result, print_run, say_notes
 from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
 from traces.format import Trace, read_trace
@@ -57,9 +57,15 @@ def simulate(
         ),
     ] = None,
     check: options.Check = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing, and exit with 1, if times lie beyond the profile.")
+    ] = False,
     as_json: options.AsJson = False,
-) -> None:
-    """Serve a trace in simulation, on the times of a profile; under several policies with --against."""
+) -> int:
+    """Serve a trace in simulation, on the times of a profile; under several policies with --against.
+
+    The exit status is 1 if no request completed.
+    """
     from analysis.workflow import simulate_run, simulated_config
     from sim.profile import find_profile, read_profile
 
@@ -68,9 +74,9 @@ def simulate(
     template = read_run(like) if like else None
     config = simulated_config(times, limits, template)
     if against is not None:
-        return _simulate_policies(requests, times, config, against.split(","), out, template, check, as_json)
-    run = simulate_run(requests, times, config, out, console, template, check=check)
-    _print_summary(run, out, as_json)
+        return _simulate_policies(requests, times, config, against.split(","), out, template, check, strict, as_json)
+    run = simulate_run(requests, times, config, out, console, template, check=check, strict=strict)
+    return _print_summary(run, out, as_json)
 
 
 def _simulate_policies(
@@ -81,16 +87,18 @@ def _simulate_policies(
     out: Path,
     like: RunRecords | None,
     check: bool,
+    strict: bool,
     as_json: bool,
-) -> None:
+) -> int:
     from analysis.policies import policy_tables
     from analysis.workflow import simulate_policies
 
     policies = [config.scheduler, *filter(None, against)]
-    comparison = simulate_policies(trace, profile, config, policies, out, console, like, check)
-    print_result(comparison, as_json, policy_tables, width=100 + max(map(len, comparison["policies"])))
+    comparison = simulate_policies(trace, profile, config, policies, out, console, like, check, strict)
+    print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
     if not as_json:
         console.print(f"page: {out / 'policies.html'}", highlight=False)
+    return 0 if comparison["requests"] else 1
 
 
 @app.command()
@@ -104,8 +112,11 @@ def run(
     stops: options.Stops = "trace",
     check: options.Check = False,
     as_json: options.AsJson = False,
-) -> None:
-    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
+) -> int:
+    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
+
+    The exit status is 1 if no request completed.
+    """
     from analysis.workflow import load_executor, real_config, real_run
 
     options.check_stops(stops)
@@ -113,9 +124,10 @@ def run(
     say_notes(requests)
     executor = load_executor(loading, console)
     done = real_run(requests, executor, real_config(executor, limits), out, console, stops, check)
-    _print_summary(done, out, as_json)
+    return _print_summary(done, out, as_json)
 
 
-def _print_summary(run: RunRecords, out: Path, as_json: bool) -> None:
-    shown = {name: value for name, value in run.summary.items() if as_json or not name.startswith(("std_", "median_"))}
-    print_facts(shown, as_json, str(out))
+def _print_summary(run: RunRecords, out: Path, as_json: bool) -> int:
+    nested = ("not_completed", "profile_lookups")  # said in words
+    names = [name for name in run.summary if name not in nested and not name.startswith(("std_", "median_"))]
+    return print_run(run, as_json, str(out), names)

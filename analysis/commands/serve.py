@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from analysis import options
-from analysis.commands.output import console, print_json
+from analysis.commands.output import console, print_run
 from analysis.options import Limits, Loading
 from engine.records import check_out, read_run
 from traces.errors import TandemError
@@ -121,10 +121,11 @@ def replay(
     api_key: Annotated[str | None, typer.Option(envvar="TANDEM_API_KEY", help="If it asks for one.")] = None,
     against: Annotated[Path | None, typer.Option(help="A run of the trace to set the latencies beside.")] = None,
     as_json: options.AsJson = False,
-) -> None:
+) -> int:
     """Send a trace to any OpenAI-compatible server, open loop, and write what the client saw as a run.
 
     Its records are those of a client: requests and chunk times are known, steps are not (`docs/serving.md`).
+    The exit status is 1 if no request completed.
     """
     from analysis.client import find_target
     from analysis.client_records import LATE_MS, side_by_side
@@ -139,20 +140,8 @@ def replay(
     run.write(out)
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
         console.print(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies", highlight=False)
-    if as_json:
-        print_json(run.summary)
-    else:
-        counts = (
-            "completed",
-            "rejected",
-            "cancelled",
-            "output_throughput",
-            "mean_ttft_ms",
-            "mean_tpot_ms",
-            "p99_itl_ms",
-        )
-        for name in counts:
-            value = run.summary[name]
-            print(f"{name:18} {f'{value:,.2f}' if isinstance(value, float) else '–' if value is None else value:>12}")
-        if other:
-            print_tables([side_by_side(run, other)], Console())
+    names = ("completed", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms")
+    status = print_run(run, as_json, str(out), names)
+    if other and not as_json:
+        print_tables([side_by_side(run, other)], Console())
+    return status
