@@ -21,6 +21,7 @@ from engine.scheduler.fastserve import SkipJoinMlfq
 from engine.scheduler.fcfs import Fcfs
 from engine.scheduler.prefill_first import PrefillFirst
 from engine.scheduler.priority import StrictPriority
+from engine.scheduler.sarathi import Sarathi
 from engine.scheduler.sjf import ShortestJobFirst
 from engine.scheduler.srpt import ShortestRemainingFirst
 from engine.scheduler.swiftllm import SwiftLlm
@@ -35,6 +36,7 @@ POLICIES: dict[str, type[Scheduler]] = {
     "fcfs": Fcfs,
     "prefill_first": PrefillFirst,
     "priority": StrictPriority,
+    "sarathi": Sarathi,
     "sjf": ShortestJobFirst,
     "srpt": ShortestRemainingFirst,
     "swiftllm": SwiftLlm,
