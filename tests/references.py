@@ -185,7 +185,7 @@ class Sarathi(Reference):
         return True
 
     def _admit(self, job: Job) -> bool:
-        kept = 0 if "watermark" in self.ours else self.limits.num_blocks // 100
+        kept = 0 if "watermark" in self.ours else int(0.01 * self.limits.num_blocks)
         tokens = min(job.left, self.room)
         if "readmit" in self.ours and self.log["preempted"]:
             return False

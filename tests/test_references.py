@@ -185,6 +185,13 @@ def test_where_all_blocks_are_taken_sarathi_serve_preempts_for_nothing():
     assert (preemptions(tandem(config, jobs)), preemptions(tandem(ours, jobs))) == (1, 0)
 
 
+def test_who_runs_alone_and_owns_all_blocks_is_computed_again_for_each_token():
+    config, jobs = limits("sarathi", 2, 2, 1, 4, cpu_blocks=0), [Job(0, 0, 3, 2, 2)]
+    steps = tandem(config, jobs)
+    assert steps == Sarathi(config, deepcopy(jobs), frozenset({"restart"})).decisions()
+    assert [step["tick"] for step in steps] == [0, 2]  # in between it preempts itself, and nothing runs
+
+
 def test_whom_sarathi_serve_never_admits_is_rejected():
     config, job = limits("sarathi", 100, 1, 1, 100, cpu_blocks=0), Job(0, 0, 100, 1, 1)
     with pytest.raises(AssertionError, match="does not come to an end"):

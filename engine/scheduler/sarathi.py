@@ -16,8 +16,7 @@ WATERMARK = 0.01
 class Sarathi(ChunkedPrefill):
     """A prompt gets all its blocks as it is admitted; a decode runs only while some block is free, needed or not.
 
-    Where none is free, the request that came last is preempted. In what it differs from the code
-    that it is named after: docs/others.md.
+    Where none is free, the request that came last is preempted. In what it differs from its model: docs/others.md.
 
     Args:
         config: the run's limits.
@@ -34,7 +33,7 @@ class Sarathi(ChunkedPrefill):
     def plan(self, now: int) -> None:
         """Decodes first; then continue incomplete prefills, then admit in order of arrival."""
         super().plan(now)
-        if self._closed:
+        if self._preempted_now:
             self.wake_at(now + 1)  # the last one running may have preempted itself, and nobody asks again
 
     def decode(self) -> bool:
@@ -50,7 +49,6 @@ class Sarathi(ChunkedPrefill):
         """Preempt whoever came last until a block is free; False if that was the request itself."""
         while not self.pool.free:
             victim = self.victim()
-            self._closed = True
             self.preempt(victim)
             if victim is request:
                 return False
