@@ -23,6 +23,7 @@ from engine.scheduler.fcfs import Fcfs
 from engine.scheduler.own import NO_SUPER, check_policy, import_policy, uses_unmade
 from engine.scheduler.prefill_first import PrefillFirst
 from engine.scheduler.priority import StrictPriority
+from engine.scheduler.sarathi import Sarathi
 from engine.scheduler.sjf import ShortestJobFirst
 from engine.scheduler.source import source_digests
 from engine.scheduler.srpt import ShortestRemainingFirst
@@ -38,6 +39,7 @@ POLICIES: dict[str, type[Scheduler]] = {
     "fcfs": Fcfs,
     "prefill_first": PrefillFirst,
     "priority": StrictPriority,
+    "sarathi": Sarathi,
     "sjf": ShortestJobFirst,
     "srpt": ShortestRemainingFirst,
     "swiftllm": SwiftLlm,
