@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.metrics import metrics
-from analysis.options import Limits, Loading
+from analysis.options import Loading, check_new
 from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
 from engine import manifest
@@ -31,8 +31,7 @@ from engine.scheduler import load_scheduler
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
-from sim.memory import card_blocks
-from sim.profile import Profile, write_profile
+from sim.profile import Profile, check_profile_out, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, replay, replay_parts
 from traces.errors import TandemError
@@ -116,36 +115,23 @@ def load_executor(loading: Loading, console: Console) -> Executor:
         return Executor(**asdict(loading))
 
 
-def real_config(executor: Executor, said: Limits) -> ServingConfig:
-    """The limits of a real run: as the user said, and as many KV blocks as memory holds."""
-    config = said.config(num_blocks=1, block_size=executor.block_size)
-    return config if said.num_blocks is not None else replace(config, num_blocks=executor.measure_blocks(config))
-
-
-def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
-    """The limits of a simulated run: as the user said, else those of the run `like`, else as many KV blocks as the
-    profile's card holds."""
-    if like:
-        return replace(manifest.config_of(like.manifest), **said.said())
-    config = said.config(num_blocks=1, block_size=profile.meta["block_size"])
-    return config if said.num_blocks is not None else replace(config, num_blocks=card_blocks(profile, config))
-
-
-def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
+def measure(executor: Executor, config: ServingConfig, out: Path, console: Console, overwrite: bool = False) -> Profile:
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, a run is served besides, which calibrates the profile: it stays beside `out`, as
     `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
-    there.
+    there. A profile that is there already is refused, unless `overwrite` is set.
     """
     notes, served = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
-    check_before(config, served)
+    check_profile_out(out, overwrite)
+    overwrite_served = overwrite or notes.exists()
+    check_before(config, served, overwrite_served)
     with progress_bar(console, "profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        run = real_run(levels(profile, config), executor, config, served, console)
+        run = real_run(levels(profile, config), executor, config, served, console, overwrite=overwrite_served)
         profile = calibrate(profile, [(run, config)])
-    write_profile(profile, out)
+    write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
     return profile
 
@@ -165,10 +151,16 @@ def check_drift(profile: Profile, executor: Executor, console: Console) -> dict[
     return drift_report(executor, profile, found)
 
 
-def check_before(config: ServingConfig, out: Path) -> None:
+def check_before(config: ServingConfig, out: Path, overwrite: bool = False) -> None:
     """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, a bad folder."""
     load_scheduler(config)
-    check_out(out)
+    check_out(out, overwrite)
+
+
+def check_like(trace: Trace, like: RunRecords | None) -> None:
+    """Raises TandemError if `like` is a run of another trace."""
+    if like and like.manifest["workload"]["trace"] != trace.digest:
+        raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
 
 
 def simulate_run(
@@ -180,6 +172,8 @@ def simulate_run(
     like: RunRecords | None = None,
     what: str = "simulate",
     check: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
@@ -192,22 +186,25 @@ def simulate_run(
         like: a real run of the trace: requests stop where they stopped there.
         what: the progress bar's label.
         check: whether `engine.integrity` looks at every step.
+        overwrite: whether a run in `out` is replaced.
+        facts: what else the manifest's provenance should say.
 
     Raises:
-        TandemError: `like` is a run of another trace, or a policy is at fault.
+        TandemError: `like` is a run of another trace, `out` holds a run, or a policy is at fault.
     """
-    if like and like.manifest["workload"]["trace"] != trace.digest:
-        raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
-    check_before(config, out)
+    check_like(trace, like)
+    check_before(config, out, overwrite)
     _note_useless_cache(trace, config, console)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = _stopping_like(trace, like) if like else trace.requests
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
-        "provenance": manifest.provenance(backend="simulator", profile=profile.name, source=profile.meta["source"]),
+        "provenance": manifest.provenance(
+            backend="simulator", profile=profile.name, source=profile.meta["source"], **facts or {}
+        ),
     }
-    with RunWriter(out) as writer:
+    with RunWriter(out, overwrite) as writer:
         recorder = Recorder(writer.add)
         with watched(console, what, recorder, len(requests)):
             coverage = predict(requests, config, profile, recorder, check=check)
@@ -244,6 +241,8 @@ def simulate_policies(
     console: Console,
     like: RunRecords | None = None,
     check: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Serve a trace in simulation under several policies, and set them side by side.
 
@@ -257,15 +256,12 @@ def simulate_policies(
     Raises:
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
     """
-    configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
-    folders = {policy: out / policy.replace(":", "-") for policy in configs}
-    if (out / "manifest.json").exists():
-        raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
-    for policy, each in configs.items():
-        check_before(each, folders[policy])
+    configs = check_policies(config, policies, out, overwrite)
     width = max(map(len, configs))
     runs = {
-        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width), check)
+        policy: simulate_run(
+            trace, profile, each, _folder(out, policy), console, like, policy.ljust(width), check, overwrite, facts
+        )
         for policy, each in configs.items()
     }
     comparison = compare_policies(runs)
@@ -273,6 +269,23 @@ def simulate_policies(
     title = f"{len(runs)} policies, {len(trace.requests):,} requests on {profile.name}"
     write_policy_page(comparison, runs, out / "policies.html", title)
     return comparison
+
+
+def check_policies(
+    config: ServingConfig, policies: Sequence[str], out: Path, overwrite: bool
+) -> dict[str, ServingConfig]:
+    """The config of each policy. Raises TandemError if one is bad, or `out` holds what may not be overwritten."""
+    configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
+    if (out / "manifest.json").exists():
+        raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
+    check_new(out / "policies.json", overwrite)
+    for policy, each in configs.items():
+        check_before(each, _folder(out, policy), overwrite)
+    return configs
+
+
+def _folder(out: Path, policy: str) -> Path:
+    return out / policy.replace(":", "-")
 
 
 def real_run(
@@ -283,12 +296,14 @@ def real_run(
     console: Console,
     stop_rule: str = "trace",
     check: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> RunRecords:
-    """Serve a trace on the executor and write the run to `out`; `check` as in `simulate_run`.
+    """Serve a trace on the executor and write the run to `out`; the last three as in `simulate_run`.
 
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
-    check_before(config, out)
+    check_before(config, out, overwrite)
     _note_useless_cache(trace, config, console)
     with console.status("getting ready"):
         executor.prepare(config)
@@ -301,11 +316,11 @@ def real_run(
     parts = {
         "workload": manifest.workload(trace, executor.model, executor.dtype, stop_rule),
         "system": manifest.system(executor.device, config),
-        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels),
+        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, **facts or {}),
     }
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
     run.summary = metrics(run)
-    run.write(out)
+    run.write(out, overwrite)
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure

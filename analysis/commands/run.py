@@ -12,10 +12,11 @@ from analysis import options
 from analysis.commands.output import console, print_facts, print_result, say_notes
 from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
+from engine.request import REJECTED
 from traces.format import Trace, read_trace
 
 if TYPE_CHECKING:
-    from engine.config import ServingConfig
+    from analysis.limits import Settled
     from sim.profile import Profile
 
 app = typer.Typer()
@@ -32,10 +33,11 @@ def memory(
 ) -> None:
     """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
     from analysis.card import card_memory, memory_table
+    from analysis.limits import card_limits
     from engine.model_config import load_model_config
 
     shape = load_model_config(model)
-    terms = card_memory(hardware, shape, dtype, limits.config(num_blocks=1))
+    terms = card_memory(hardware, shape, dtype, card_limits(shape, limits).config)
     title = f"{shape.name} {dtype} on {hardware}"
     print_result(terms, as_json, lambda found: [memory_table(found, title)])
 
@@ -57,37 +59,53 @@ def simulate(
         ),
     ] = None,
     check: options.Check = False,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Serve a trace in simulation, on the times of a profile; under several policies with --against."""
-    from analysis.workflow import simulate_run, simulated_config
+    """Serve a trace in simulation, on the times of a profile; under several policies with --against.
+
+    Limits that are not given are the profile's, else the model's and its card's; they are printed.
+    """
+    from analysis.limits import simulated_limits
+    from analysis.workflow import check_before, check_like, simulate_run
     from sim.profile import find_profile, read_profile
 
     times, requests = read_profile(find_profile(profile)), read_trace(trace)
     say_notes(requests)
     template = read_run(like) if like else None
-    config = simulated_config(times, limits, template)
+    settled = simulated_limits(times, limits, template)
+    check_like(requests, template)
     if against is not None:
-        return _simulate_policies(requests, times, config, against.split(","), out, template, check, as_json)
-    run = simulate_run(requests, times, config, out, console, template, check=check)
+        policies = against.split(",")
+        return _simulate_policies(requests, times, settled, policies, out, template, check, overwrite, as_json)
+    check_before(settled.config, out, overwrite)
+    settled.say(console)
+    run = simulate_run(
+        requests, times, settled.config, out, console, template, check=check, overwrite=overwrite, facts=settled.facts
+    )
     _print_summary(run, out, as_json)
 
 
 def _simulate_policies(
     trace: Trace,
     profile: Profile,
-    config: ServingConfig,
+    settled: Settled,
     against: Sequence[str],
     out: Path,
     like: RunRecords | None,
     check: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     from analysis.policies import policy_tables
-    from analysis.workflow import simulate_policies
+    from analysis.workflow import check_policies, simulate_policies
 
-    policies = [config.scheduler, *filter(None, against)]
-    comparison = simulate_policies(trace, profile, config, policies, out, console, like, check)
+    policies = [settled.config.scheduler, *filter(None, against)]
+    check_policies(settled.config, policies, out, overwrite)
+    settled.say(console)
+    comparison = simulate_policies(
+        trace, profile, settled.config, policies, out, console, like, check, overwrite, settled.facts
+    )
     print_result(comparison, as_json, policy_tables, width=100 + max(map(len, comparison["policies"])))
     if not as_json:
         console.print(f"page: {out / 'policies.html'}", highlight=False)
@@ -103,19 +121,41 @@ def run(
     out: options.Out,
     stops: options.Stops = "trace",
     check: options.Check = False,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial."""
-    from analysis.workflow import load_executor, real_config, real_run
+    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
+
+    Limits that are not given are what the model and the memory say; they are printed.
+    """
+    from analysis.limits import config_to_check, real_limits
+    from analysis.workflow import check_before, load_executor, real_run
 
     options.check_stops(stops)
+    check_before(config_to_check(limits), out, overwrite)
     requests = read_trace(trace)
     say_notes(requests)
     executor = load_executor(loading, console)
-    done = real_run(requests, executor, real_config(executor, limits), out, console, stops, check)
+    settled = real_limits(executor, limits)
+    settled.say(console)
+    done = real_run(requests, executor, settled.config, out, console, stops, check, overwrite, settled.facts)
     _print_summary(done, out, as_json)
 
 
 def _print_summary(run: RunRecords, out: Path, as_json: bool) -> None:
+    _say_rejected(run)
     shown = {name: value for name, value in run.summary.items() if as_json or not name.startswith(("std_", "median_"))}
     print_facts(shown, as_json, str(out))
+
+
+def _say_rejected(run: RunRecords) -> None:
+    rejected = run.summary["rejected"]
+    if not rejected:
+        return
+    rows = run.select("requests", "outcome", "reason").to_pylist()
+    reason = next(row["reason"] for row in rows if row["outcome"] == REJECTED)
+    console.print(
+        f"note: {rejected:,} of {len(rows):,} requests were rejected; the first: {reason}",
+        highlight=False,
+        soft_wrap=True,
+    )
