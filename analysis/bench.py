@@ -18,8 +18,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from analysis.limits import Settled, config_to_check
 from analysis.metrics import Floats, column
-from analysis.options import Limits
+from analysis.options import Limits, check_new
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
@@ -83,7 +84,7 @@ class Benchmark(Protocol):
     def check(self) -> None:
         """Raises TandemError for what would otherwise come to light after minutes."""
 
-    def config(self, executor: Executor) -> ServingConfig:
+    def settled(self, executor: Executor) -> Settled:
         """The limits of all its runs."""
 
     def measure(self, executor: Executor, config: ServingConfig, console: Console) -> Iterator[Row]:
@@ -108,7 +109,9 @@ def run_benchmark(
     Raises:
         TandemError: the limits cannot be served with, or `out` cannot be written.
     """
-    config = benchmark.config(executor)
+    settled = benchmark.settled(executor)
+    settled.say(console)
+    config = settled.config
     with console.status("warming up"):
         warm_up(executor, config)
     rows: dict[str, Row] = {}
@@ -127,17 +130,19 @@ def run_benchmark(
         raise failure
 
 
-def check_benchmark(benchmark: Benchmark, out: Path | None) -> None:
+def check_benchmark(benchmark: Benchmark, out: Path | None, overwrite: bool = False) -> None:
     """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, limit or folder."""
     benchmark.check()
-    load_scheduler(benchmark.limits.config(num_blocks=1))
-    check_out_file(out)
+    load_scheduler(config_to_check(benchmark.limits))
+    check_out_file(out, overwrite)
 
 
-def check_out_file(out: Path | None) -> None:
-    """Raises TandemError if what is measured could not be written there."""
+def check_out_file(out: Path | None, overwrite: bool) -> None:
+    """Raises TandemError if what is measured could not be written there, or would replace what is to stay."""
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise TandemError(f"cannot write {out}: give --out a file in a folder that exists")
+    if out:
+        check_new(out, overwrite)
 
 
 def warm_up(executor: Executor, config: ServingConfig) -> None:

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench import Batch, Row, decode_steps, number, serve_batch, table
+from analysis.limits import Settled, real_limits
 from analysis.metrics import NS_PER_MS, column, completed_requests
 from analysis.options import Limits
-from analysis.workflow import progress_bar, real_config
+from analysis.workflow import progress_bar
 from engine.config import ServingConfig
+from engine.model_config import ModelConfig
 from engine.records import RunRecords
 from traces.errors import TandemError
 
@@ -64,17 +66,28 @@ class Forward:
         if not self.batches:
             raise TandemError("nothing to time: give --rows 1x128, for example")
 
-    def config(self, executor: Executor) -> ServingConfig:
+    def settled(self, executor: Executor) -> Settled:
         """As many KV blocks as memory holds, and limits for the batches that fit into them."""
-        config = self._room(executor)
-        held = [batch for batch in self.batches if batch.blocks(self.outputs, config.block_size) <= config.num_blocks]
-        return replace(config, **self._implied(held or self.batches))
+        settled = self._room(executor)
+        held = [batch for batch in self.batches if self._misfit(batch, executor.model, settled.config) is None]
+        return replace(settled, config=replace(settled.config, **self._implied(held or self.batches)))
 
-    def _room(self, executor: Executor) -> ServingConfig:
+    def _misfit(self, batch: Batch, model: ModelConfig, config: ServingConfig) -> str | None:
+        """Why a batch is not measured."""
+        longest, positions = batch.input_len + self.outputs + 1, model.max_position_embeddings
+        if longest > positions and not self.said.allow_long_context:
+            return f"{longest:,} tokens are beyond the model's {positions:,} positions: add --allow-long-context"
+        needed = batch.blocks(self.outputs, config.block_size)
+        if needed > config.num_blocks:
+            held = "memory holds" if self.said.num_blocks is None else "--kv-blocks gives"
+            return f"needs {needed:,} KV blocks, more than {held}"
+        return None
+
+    def _room(self, executor: Executor) -> Settled:
         """The limits of the longest batch of whose requests memory holds one, at least."""
         for input_len in sorted({batch.input_len for batch in self.batches}, reverse=True):
             try:
-                return real_config(executor, replace(self.limits, max_model_len=input_len + self.outputs + 1))
+                return real_limits(executor, replace(self.limits, max_model_len=input_len + self.outputs + 1))
             except TandemError as error:
                 refusal = error
         raise refusal
@@ -89,10 +102,9 @@ class Forward:
                 show((number + 1) * self.repeats)
 
     def _row(self, batch: Batch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
-        needed, row = batch.blocks(self.outputs, config.block_size), _unmeasured(batch)
-        if needed > config.num_blocks:
-            held = "memory holds" if self.said.num_blocks is None else "--kv-blocks gives"
-            yield row | {"not_measured": f"needs {needed:,} KV blocks, more than {held}"}
+        row = _unmeasured(batch)
+        if (misfit := self._misfit(batch, executor.model, config)) is not None:
+            yield row | {"not_measured": misfit}
             return
         try:
             yield from (row | measured for measured in self._repeats(batch, executor, config))

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from analysis.bench import Row, decode_steps, number, table
 from analysis.caveats import NOTHING_COMPLETED, missing_sentences
+from analysis.limits import Settled, real_limits
 from analysis.metrics import metrics, not_completed
 from analysis.options import Limits
-from analysis.workflow import real_config, real_run, watched
+from analysis.workflow import real_run, watched
 from engine.config import ServingConfig
 from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
@@ -90,6 +91,7 @@ class Online:
         scenarios: one for each row.
         limits: of the runs.
         keep: a folder that gets the records of each run.
+        overwrite: whether runs there are replaced.
     """
 
     name: ClassVar[str] = "online"
@@ -97,6 +99,7 @@ class Online:
     scenarios: Sequence[Scenario]
     limits: Limits
     keep: Path | None
+    overwrite: bool = False
 
     @property
     def how(self) -> str:
@@ -111,14 +114,14 @@ class Online:
         """Raises TandemError if a run may not be written where it should."""
         for scenario in self.scenarios:
             for run in scenario.traces if self.keep else ():
-                check_out(self._folder(run))
+                check_out(self._folder(run), self.overwrite)
 
     def _folder(self, run: str) -> Path:
         return (self.keep or Path()) / run
 
-    def config(self, executor: Executor) -> ServingConfig:
+    def settled(self, executor: Executor) -> Settled:
         """As many KV blocks as memory holds."""
-        return real_config(executor, self.limits)
+        return real_limits(executor, self.limits)
 
     def measure(self, executor: Executor, config: ServingConfig, console: Console) -> Iterator[Row]:
         """Yields a scenario's row after each of its runs."""
@@ -133,7 +136,7 @@ class Online:
         self, name: str, trace: Trace, executor: Executor, config: ServingConfig, console: Console
     ) -> RunRecords:
         if self.keep:
-            return real_run(trace, executor, config, self.keep / name, console)
+            return real_run(trace, executor, config, self.keep / name, console, overwrite=self.overwrite)
         recorder = Recorder()
         with watched(console, "run", recorder, len(trace.requests)):
             executor.serve(trace.requests, config, recorder)

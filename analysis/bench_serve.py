@@ -72,6 +72,8 @@ class Offered:
             max_seqs=self.streams,
             max_batched_tokens=self.streams * PROMPT,
             max_model_len=longest,
+            allow_long_context=True,  # no model makes these tokens
+            pipeline_depth=1,
         )
 
 

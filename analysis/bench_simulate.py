@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench import TABLE_WIDTH, Row, number, table
+from analysis.limits import simulated_limits
 from analysis.metrics import metrics
 from analysis.options import Limits
-from analysis.workflow import simulate_run, simulated_config
+from analysis.workflow import simulate_run
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
@@ -114,7 +115,7 @@ class SimulateBench:
 
     def config(self, profile: Profile) -> ServingConfig:
         """The limits, with the profile's KV blocks."""
-        return simulated_config(profile, self.limits, None)
+        return simulated_limits(profile, self.limits).config
 
     def check(self) -> None:
         """Raises TandemError now for what would otherwise come to light in another process."""
@@ -125,6 +126,7 @@ class SimulateBench:
     def run(self, console: Console) -> dict[str, Any]:
         """Measure everything, saying on `console` what is being measured; returns it as JSON values."""
         times = read_profile(self.profile)
+        simulated_limits(times, self.limits).say(console)
         with TemporaryDirectory() as name:
             folder = Path(name)
             with console.status("bench simulate: start"):
@@ -149,7 +151,8 @@ class SimulateBench:
         """Seconds from nothing to the result of a short run, as a user waits for it."""
         load = _load(folder, "first", _timed(read_trace(self.trace), FIRST_RESULT, max(self.rates)), 1)
         code = "from analysis.cli import main; main()"
-        options = ("--trace", load.trace, "--profile", self.profile, "--out", folder / "first-run", "--json")
+        out = ("--out", folder / "first-run", "--overwrite", "--json")
+        options = ("--trace", load.trace, "--profile", self.profile, *out)
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code, "simulate", *map(str, options)], check=True, capture_output=True)
         return time.perf_counter() - start
@@ -207,7 +210,7 @@ def _measure(bench: SimulateBench, load: Load) -> Row:
 def _run(trace: Trace, profile: Profile, config: ServingConfig, out: Path) -> list[float]:
     """Seconds of each of `PHASES`."""
     reads = [time.perf_counter()]
-    with RunWriter(out) as writer:
+    with RunWriter(out, overwrite=True) as writer:
         recorder = Recorder(writer.add)
         predict(trace.requests, config, profile, recorder)
         reads.append(time.perf_counter())

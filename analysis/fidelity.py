@@ -128,7 +128,7 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
         TandemError: a policy or folder is bad, the trace is too short, or the machine cannot be profiled.
     """
     for case in study.cases:
-        check_before(replace(config, scheduler=case.policy), out / case.name / "real")
+        check_before(replace(config, scheduler=case.policy), out / case.name / "real", overwrite=True)
     profile = _profile(executor, config, out / "profile", console)
     capacity = _capacity(study, executor, replace(config, scheduler=study.policy), out / "capacity", console)
     console.print(f"capacity: {capacity:.1f} requests a second", highlight=False)
@@ -139,7 +139,7 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(folder / "trace.parquet", trace)
         console.print(f"{case.name}/{name}:", highlight=False)
-        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, console)
+        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, console, overwrite=True)
     if not (out / "drift.json").exists():
         write_json(out / "drift.json", drift_since(profile, executor, console))
 
@@ -158,7 +158,7 @@ def _capacity(study: Study, executor: Executor, config: ServingConfig, folder: P
         count = min(BURST, len(study.trace.requests))
         trace = assign_arrivals(replace(study.trace, requests=study.trace.requests[:count]), "all_at_once")
         console.print("capacity:", highlight=False)
-        real_run(trace, executor, config, folder, console)
+        real_run(trace, executor, config, folder, console, overwrite=True)
     return float(read_run(folder).summary["request_throughput"])
 
 
@@ -199,7 +199,8 @@ def judge_study(out: Path, console: Console) -> dict[str, Any]:
 def _judge_case(folder: Path, profile: Profile, drift: Mapping[str, float] | None, console: Console) -> dict[str, Any]:
     real, *repeats = (read_run(path) for path in [folder / "real", *sorted(folder.glob("repeat-*"))])
     config = manifest.config_of(real.manifest)
-    simulate_run(read_trace(folder / "trace.parquet"), profile, config, folder / "sim", console, real)
+    trace = read_trace(folder / "trace.parquet")
+    simulate_run(trace, profile, config, folder / "sim", console, real, overwrite=True)
     sim = read_run(folder / "sim")
     comparison = compare_runs(sim, real, repeats, profile, folder, console, drift=drift)
     policy, _, load = folder.name.rpartition("-")

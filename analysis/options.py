@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
-from engine.config import ServingConfig
 from engine.manifest import STOP_RULES
 from traces.errors import TandemError
 
@@ -20,6 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Read = TypeVar("Read")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
 TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
 ProfilePath = Annotated[
@@ -75,14 +75,14 @@ class Limits:
     max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output served.")] = None
+    allow_long_context: Annotated[
+        bool, typer.Option("--allow-long-context", help="Serve requests beyond the model's positions.")
+    ] = False
 
     def said(self) -> dict[str, Any]:
-        """The limits that were given."""
-        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
-
-    def config(self, **defaults: Any) -> ServingConfig:
-        """What was said, else `defaults`, else the config's own defaults."""
-        return ServingConfig(**defaults | self.said())
+        """The limits that were given, as a `ServingConfig` has them."""
+        names = [name for name in self.__slots__ if name != "allow_long_context"]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,12 @@ def _takes(
         return cast(Command, with_group)
 
     return decorate
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raises TandemError if a file may not be written, because one is there that is to stay."""
+    if path.exists() and not overwrite:
+        raise TandemError(f"{path} is there already: choose another --out, or add --overwrite to replace it")
 
 
 def check_stops(stops: str) -> None:

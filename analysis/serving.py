@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from analysis.limits import config_to_check, real_limits, simulated_limits
 from analysis.machine import MachineWatch
 from analysis.metrics import summarize
 from analysis.options import Limits, Loading
-from analysis.workflow import check_before, load_executor, progress_bar, real_config, simulated_config
+from analysis.workflow import check_before, load_executor, progress_bar
 from engine import manifest
 from engine.config import ServingConfig
 from engine.recorder import Recorder
@@ -43,6 +44,7 @@ class SimService:
         output: a distribution of output lengths, or None: requests run to their `max_tokens`.
         seed: of the lengths.
         out: where the records go, or None.
+        overwrite: whether a run there is replaced.
     """
 
     profile: Path
@@ -52,6 +54,7 @@ class SimService:
     output: str | None = None
     seed: int = 0
     out: Path | None = None
+    overwrite: bool = False
 
     @property
     def records(self) -> bool:
@@ -59,18 +62,20 @@ class SimService:
         return self.out is not None
 
     def check(self) -> None:
-        """Raises TandemError now for what would otherwise come to light in another process."""
-        profile = read_profile(find_profile(self.profile))
-        _check(simulated_config(profile, self.limits, None), self.out)
+        """Raises TandemError now for what would otherwise come to light in another process; says the limits."""
+        settled = simulated_limits(read_profile(find_profile(self.profile)), self.limits)
+        _check(settled.config, self.out, self.overwrite)
         if self.output is not None:
             draw_length(self.output, self.seed, 0)
+        settled.say(Console(stderr=True))
 
     def open(self) -> Rider:
         """As in `Service`."""
         self._profile = read_profile(find_profile(self.profile))
+        self._settled = simulated_limits(self._profile, self.limits)
         self._rider = PacedRider(
             self._profile,
-            simulated_config(self._profile, self.limits, None),
+            self._settled.config,
             self.filler,
             self.vocab_size,
             None if self.output is None else self._draw,
@@ -84,7 +89,11 @@ class SimService:
         parts = {
             "system": manifest.system(profile.meta["device"], self._rider.config),
             "provenance": manifest.provenance(
-                backend="simulator", profile=profile.name, source=profile.meta["source"], start_perf_ns=start_ns
+                backend="simulator",
+                profile=profile.name,
+                source=profile.meta["source"],
+                start_perf_ns=start_ns,
+                **self._settled.facts,
             ),
         }
 
@@ -92,8 +101,8 @@ class SimService:
             return manifest.workload(trace, profile.model, profile.meta["dtype"], "trace")
 
         assert self.out
-        prompts = self._rider.prompts
-        _write(recorder, workload, parts, self.out, partial, prompts, summary={"pacing_lag_ms": lag_ms})
+        summary, prompts = {"pacing_lag_ms": lag_ms}, self._rider.prompts
+        _write(recorder, workload, parts, self.out, self.overwrite, partial, prompts, summary)
 
     def _draw(self, request_id: int) -> int:
         assert self.output
@@ -107,6 +116,7 @@ class RealService:
     loading: Loading
     limits: Limits
     out: Path | None = None
+    overwrite: bool = False
 
     @property
     def records(self) -> bool:
@@ -115,14 +125,17 @@ class RealService:
 
     def check(self) -> None:
         """As in `SimService`."""
-        _check(self.limits.config(num_blocks=1), self.out)
+        _check(config_to_check(self.limits), self.out, self.overwrite)
 
     def open(self) -> Rider:
         """As in `Service`."""
         from engine.server.real import RealRider
 
-        executor = self._executor = load_executor(self.loading, Console(stderr=True))
-        self._rider = RealRider(executor, real_config(executor, self.limits), self.records)
+        console = Console(stderr=True)
+        executor = self._executor = load_executor(self.loading, console)
+        self._settled = real_limits(executor, self.limits)
+        self._settled.say(console)
+        self._rider = RealRider(executor, self._settled.config, self.records)
         self._machine = MachineWatch()
         return self._rider
 
@@ -132,7 +145,11 @@ class RealService:
         parts = {
             "system": manifest.system(executor.device, self._rider.config),
             "provenance": manifest.provenance(
-                backend="executor", kernels=executor.kernels, start_perf_ns=start_ns, machine=self._machine.seen()
+                backend="executor",
+                kernels=executor.kernels,
+                start_perf_ns=start_ns,
+                machine=self._machine.seen(),
+                **self._settled.facts,
             ),
         }
 
@@ -140,11 +157,11 @@ class RealService:
             return manifest.workload(trace, executor.model, executor.dtype, "model")
 
         assert self.out
-        _write(recorder, workload, parts, self.out, partial, self._rider.prompts)
+        _write(recorder, workload, parts, self.out, self.overwrite, partial, self._rider.prompts)
 
 
-def _check(config: ServingConfig, out: Path | None) -> None:
-    check_before(config, out or Path(f"{TRACE}.not-there"))
+def _check(config: ServingConfig, out: Path | None, overwrite: bool) -> None:
+    check_before(config, out or Path(f"{TRACE}.not-there"), overwrite)
 
 
 def _write(
@@ -152,6 +169,7 @@ def _write(
     workload: Callable[[Trace], dict[str, Any]],
     parts: dict[str, Any],
     out: Path,
+    overwrite: bool,
     partial: bool,
     prompts: Mapping[int, Sequence[int]],
     summary: Mapping[str, Any] | None = None,
@@ -168,7 +186,7 @@ def _write(
     trace = Trace(requests, {"source": "served"})
     run.manifest = {"workload": workload(trace)} | parts
     run.summary = summarize(run) | dict(summary or {})
-    run.write(out)
+    run.write(out, overwrite)
     write_trace(out / TRACE, trace)
 
 

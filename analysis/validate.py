@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.compare import is_met
-from analysis.options import Limits, Loading
+from analysis.limits import real_limits
+from analysis.options import Limits, Loading, check_new
 from analysis.report import print_comparison
 from analysis.workflow import (
     check_profile,
@@ -20,12 +22,12 @@ from analysis.workflow import (
     drift_since,
     load_executor,
     measure,
-    real_config,
     real_run,
     sharegpt_trace,
     simulate_run,
 )
 from engine.config import ServingConfig
+from engine.records import check_out
 from engine.scheduler import POLICIES
 from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 SCARCE = 1.5  # the matrix has KV blocks for so many of the longest requests, so that policies must preempt
 MATRIX_SPEEDUP = 4.0  # and requests arrive so much faster,
 MATRIX_SHARE = 3  # and are so many times fewer than in a single validation
+TRACE, STOPS = "trace.parquet", "stops"  # a file, and the folder of the run that the model's own stops end
 OPEN_ENDED = 256  # where the model decides when to stop, it may make so many tokens
 
 
@@ -54,18 +57,28 @@ class Job:
     max_total: int
     repeats: int
     limits: Limits
+    overwrite: bool
+
+    def check_new(self, runs: Iterable[str]) -> None:
+        """Raises TandemError if its trace or one of `runs` would replace what is to stay."""
+        check_new(self.out / TRACE, self.overwrite)
+        for run in runs:
+            check_out(self.out / run, self.overwrite)
 
 
 def validate_one(job: Job, console: Console) -> int:
     """Run the job; returns the exit status: 0, or 1 where decisions differ or an error is outside."""
-    trace, executor = _trace(job, console), load_executor(job.loading, console)
-    config = real_config(executor, job.limits)
-    profile = _profile(job.out / "profile", executor, config, console)
-    sim = simulate_run(trace, profile, config, job.out / "sim", console)  # before the real run: it is a prediction
-    real, *repeats = [
-        real_run(trace, executor, config, job.out / name, console)
-        for name in ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
-    ]
+    names = ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
+    job.check_new(("sim", *names))
+    executor = load_executor(job.loading, console)
+    settled = real_limits(executor, job.limits)
+    settled.say(console)
+    trace = _trace(job, console)
+    profile = _profile(job, executor, settled.config, console)
+    known: dict[str, Any] = {"overwrite": job.overwrite, "facts": settled.facts}
+    # Before the real run: it is a prediction.
+    sim = simulate_run(trace, profile, settled.config, job.out / "sim", console, **known)
+    real, *repeats = [real_run(trace, executor, settled.config, job.out / name, console, **known) for name in names]
     drift = drift_since(profile, executor, console)
     comparison = compare_runs(sim, real, repeats, profile, job.out, console, drift=drift)
     print_comparison(comparison, Console())
@@ -80,16 +93,19 @@ def validate_matrix(job: Job, console: Console) -> int:
         The exit status: 0, or 1 where decisions differ anywhere or a falsified run goes unnoticed.
     """
     job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
-    trace, executor = _trace(job, console), load_executor(job.loading, console)
-    config = _scarce(real_config(executor, job.limits), job.max_total)
-    profile = _profile(job.out / "profile", executor, config, console)
+    cells = {f"{policy}-depth{depth}": (policy, depth) for policy, depth in product(sorted(POLICIES), (1, 2))}
+    job.check_new(f"{cell}/{rider}" for cell in (*cells, STOPS) for rider in ("real", "sim"))
+    executor = load_executor(job.loading, console)
+    config = _scarce(real_limits(executor, job.limits).config, job.max_total)
+    trace = _trace(job, console)
+    profile = _profile(job, executor, config, console)
     rows = []
-    for policy, depth in product(sorted(POLICIES), (1, 2)):
+    for name, (policy, depth) in cells.items():
         cell = replace(config, scheduler=policy, pipeline_depth=depth)
-        rows.append(_cell(job.out / f"{policy}-depth{depth}", trace, executor, profile, cell, "trace", console))
+        rows.append(_cell(job, name, trace, executor, profile, cell, "trace", console))
     open_ended = _open_ended(trace, job.max_total)
     cell = replace(config, scheduler="chunked_prefill", pipeline_depth=2)
-    rows.append(_cell(job.out / "stops", open_ended, executor, profile, cell, "model", console))
+    rows.append(_cell(job, STOPS, open_ended, executor, profile, cell, "model", console))
     _print_matrix(rows)
     return 0 if all(row["identical"] and row["controls"] for row in rows) else 1
 
@@ -100,7 +116,8 @@ def _scarce(config: ServingConfig, max_total: int) -> ServingConfig:
 
 
 def _cell(
-    out: Path,
+    job: Job,
+    name: str,
     trace: Trace,
     executor: Executor,
     profile: Profile,
@@ -108,12 +125,13 @@ def _cell(
     stop_rule: str,
     console: Console,
 ) -> dict[str, Any]:
-    console.print(f"{out.name}:", highlight=False)
-    real = real_run(trace, executor, config, out / "real", console, stop_rule)
-    sim = simulate_run(trace, profile, config, out / "sim", console, real)
+    out = job.out / name
+    console.print(f"{name}:", highlight=False)
+    real = real_run(trace, executor, config, out / "real", console, stop_rule, overwrite=job.overwrite)
+    sim = simulate_run(trace, profile, config, out / "sim", console, real, overwrite=job.overwrite)
     decisions = compare_runs(sim, real, (), profile, out, console)["decisions"]
     return {
-        "run": out.name,
+        "run": name,
         "steps": decisions["steps"],
         "preemptions": real.summary["preemptions"],
         "stopped": real.tables["requests"]["outcome"].to_pylist().count("stop"),
@@ -141,7 +159,7 @@ def _trace(job: Job, console: Console) -> Trace:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)
     job.out.mkdir(parents=True, exist_ok=True)
-    write_trace(job.out / "trace.parquet", trace)
+    write_trace(job.out / TRACE, trace)
     return trace
 
 
@@ -152,8 +170,9 @@ def _open_ended(trace: Trace, max_total: int) -> Trace:
     return replace(trace, requests=[replace(each, max_tokens=limit, output_len=limit) for each, limit in pairs])
 
 
-def _profile(folder: Path, executor: Executor, config: ServingConfig, console: Console) -> Profile:
+def _profile(job: Job, executor: Executor, config: ServingConfig, console: Console) -> Profile:
     """The profile of an earlier run, if it is of this model and machine and wide enough; else a new one."""
+    folder = job.out / "profile"
     if folder.exists():
         try:
             profile = read_profile(folder)
@@ -163,4 +182,4 @@ def _profile(folder: Path, executor: Executor, config: ServingConfig, console: C
         else:
             console.print(f"{folder}: reused", highlight=False)
             return profile
-    return measure(executor, config, folder, console)
+    return measure(executor, config, folder, console, job.overwrite)

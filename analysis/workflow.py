@@ -21,7 +21,7 @@ from analysis.caveats import beyond_sentence
 from analysis.compare import compare
 from analysis.machine import MachineWatch
 from analysis.metrics import summarize
-from analysis.options import Limits, Loading
+from analysis.options import Loading, check_new
 from analysis.planned_again import check_deterministic
 from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
@@ -35,8 +35,7 @@ from engine.scheduler.registry import is_own
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
 from sim.drift import DriftCheck, check_same, drift_report
-from sim.memory import card_blocks
-from sim.profile import Profile, write_profile
+from sim.profile import Profile, check_profile_out, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, refusals, replay_predicted
 from traces.errors import TandemError, UnmetError
@@ -120,36 +119,23 @@ def load_executor(loading: Loading, console: Console) -> Executor:
         return Executor(**asdict(loading))
 
 
-def real_config(executor: Executor, said: Limits) -> ServingConfig:
-    """The limits of a real run: as the user said, and as many KV blocks as memory holds."""
-    config = said.config(num_blocks=1, block_size=executor.block_size)
-    return config if said.num_blocks is not None else replace(config, num_blocks=executor.measure_blocks(config))
-
-
-def simulated_config(profile: Profile, said: Limits, like: RunRecords | None) -> ServingConfig:
-    """The limits of a simulated run: as the user said, else those of the run `like`, else as many KV blocks as the
-    profile's card holds."""
-    if like:
-        return replace(manifest.config_of(like.manifest), **said.said())
-    config = said.config(num_blocks=1, block_size=profile.meta["block_size"])
-    return config if said.num_blocks is not None else replace(config, num_blocks=card_blocks(profile, config))
-
-
-def measure(executor: Executor, config: ServingConfig, out: Path, console: Console) -> Profile:
+def measure(executor: Executor, config: ServingConfig, out: Path, console: Console, overwrite: bool = False) -> Profile:
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, a run is served besides, which calibrates the profile: it stays beside `out`, as
     `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
-    there.
+    there. A profile that is there already is refused, unless `overwrite` is set.
     """
     notes, served = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
-    check_before(config, served)
+    check_profile_out(out, overwrite)
+    overwrite_served = overwrite or notes.exists()
+    check_before(config, served, overwrite_served)
     with progress_bar(console, "profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        run = real_run(levels(profile, config), executor, config, served, console)
+        run = real_run(levels(profile, config), executor, config, served, console, overwrite=overwrite_served)
         profile = calibrate(profile, [(run, config)])
-    write_profile(profile, out)
+    write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
     return profile
 
@@ -169,10 +155,16 @@ def check_drift(profile: Profile, executor: Executor, console: Console) -> dict[
     return drift_report(executor, profile, found)
 
 
-def check_before(config: ServingConfig, out: Path) -> None:
+def check_before(config: ServingConfig, out: Path, overwrite: bool = False) -> None:
     """Raises TandemError now for what would otherwise come to light after minutes: a bad policy, a bad folder."""
     load_scheduler(config)
-    check_out(out)
+    check_out(out, overwrite)
+
+
+def check_like(trace: Trace, like: RunRecords | None) -> None:
+    """Raises TandemError if `like` is a run of another trace."""
+    if like and like.manifest["workload"]["trace"] != trace.digest:
+        raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
 
 
 def simulate_run(
@@ -185,6 +177,8 @@ def simulate_run(
     what: str = "simulate",
     check: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
@@ -198,23 +192,26 @@ def simulate_run(
         what: the progress bar's label.
         check: whether `engine.integrity` looks at every step, and all of them are planned again elsewhere.
         strict: whether nothing may be extrapolated beyond the profile.
+        overwrite: whether a run in `out` is replaced.
+        facts: what else the manifest's provenance should say.
 
     Raises:
-        TandemError: `like` is a run of another trace, or a policy is at fault.
+        TandemError: `like` is a run of another trace, `out` holds a run, or a policy is at fault.
         UnmetError: `strict` is set, and something was; nothing is written.
     """
-    if like and like.manifest["workload"]["trace"] != trace.digest:
-        raise TandemError("--like is a run of another trace than --trace: simulate the trace that it served")
-    check_before(config, out)
+    check_like(trace, like)
+    check_before(config, out, overwrite)
     _note_useless_cache(trace, config, console)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = _stopping_like(trace, like) if like else trace.requests
     parts = {
         "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
         "system": manifest.system(profile.meta["device"], config),
-        "provenance": manifest.provenance(backend="simulator", profile=profile.name, source=profile.meta["source"]),
+        "provenance": manifest.provenance(
+            backend="simulator", profile=profile.name, source=profile.meta["source"], **facts or {}
+        ),
     }
-    with RunWriter(out) as writer:
+    with RunWriter(out, overwrite) as writer:
         recorder = Recorder(writer.add)
         with watched(console, what, recorder, len(requests)):
             refused = refusals(like) if like else None
@@ -265,6 +262,8 @@ def simulate_policies(
     like: RunRecords | None = None,
     check: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Serve a trace in simulation under several policies, and set them side by side.
 
@@ -279,17 +278,13 @@ def simulate_policies(
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
         UnmetError: as `simulate_run`; policies before the one that was refused keep their folders.
     """
-    configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
-    folders = {policy: out / _folder_name(policy) for policy in configs}
-    if len(set(folders.values())) < len(folders):
-        raise TandemError(f"two of {', '.join(folders)} would be written to one folder: call a file otherwise")
-    if (out / "manifest.json").exists():
-        raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
-    for policy, each in configs.items():
-        check_before(each, folders[policy])
+    configs = check_policies(config, policies, out, overwrite)
     width = max(map(len, configs))
+    rules: dict[str, Any] = {"check": check, "strict": strict, "overwrite": overwrite, "facts": facts}
     runs = {
-        policy: simulate_run(trace, profile, each, folders[policy], console, like, policy.ljust(width), check, strict)
+        policy: simulate_run(
+            trace, profile, each, out / _folder_name(policy), console, like, policy.ljust(width), **rules
+        )
         for policy, each in configs.items()
     }
     comparison = compare_policies(runs)
@@ -297,6 +292,22 @@ def simulate_policies(
     title = f"{len(runs)} policies, {len(trace.requests):,} requests on {profile.name}"
     write_policy_page(comparison, runs, out / "policies.html", title)
     return comparison
+
+
+def check_policies(
+    config: ServingConfig, policies: Sequence[str], out: Path, overwrite: bool
+) -> dict[str, ServingConfig]:
+    """The config of each policy. Raises TandemError if one is bad, or `out` holds what may not be overwritten."""
+    configs = {policy: replace(config, scheduler=policy) for policy in dict.fromkeys(policies)}
+    folders = {policy: out / _folder_name(policy) for policy in configs}
+    if len(set(folders.values())) < len(folders):
+        raise TandemError(f"two of {', '.join(folders)} would be written to one folder: call a file otherwise")
+    if (out / "manifest.json").exists():
+        raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
+    check_new(out / "policies.json", overwrite)
+    for policy, each in configs.items():
+        check_before(each, folders[policy], overwrite)
+    return configs
 
 
 def _folder_name(policy: str) -> str:
@@ -312,12 +323,14 @@ def real_run(
     console: Console,
     stop_rule: str = "trace",
     check: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> RunRecords:
-    """Serve a trace on the executor and write the run to `out`; `check` as in `simulate_run`.
+    """Serve a trace on the executor and write the run to `out`; the last three as in `simulate_run`.
 
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
-    check_before(config, out)
+    check_before(config, out, overwrite)
     _note_useless_cache(trace, config, console)
     with console.status("getting ready"):
         executor.prepare(config)
@@ -331,11 +344,11 @@ def real_run(
     parts = {
         "workload": manifest.workload(trace, executor.model, executor.dtype, stop_rule),
         "system": manifest.system(executor.device, config),
-        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, machine=seen),
+        "provenance": manifest.provenance(backend="executor", kernels=executor.kernels, machine=seen, **facts or {}),
     }
     run = RunRecords(parts, recorder.tables(), partial=failure is not None)
     run.summary = summarize(run)
-    run.write(out)
+    run.write(out, overwrite)
     if failure:
         console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
         raise failure

@@ -200,13 +200,13 @@ class RunRecords:
             return self.tables.batches(table, columns)
         return iter([self.tables[table].select(columns)])
 
-    def write(self, folder: Path) -> None:
-        """Write the run, or nothing: an older run in `folder` is replaced once the new one is whole.
+    def write(self, folder: Path, overwrite: bool = False) -> None:
+        """Write the run, or nothing; `overwrite` as in `RunWriter`.
 
         Raises:
-            TandemError: the folder holds something else, or cannot be written.
+            TandemError: the folder holds a run or something else, or cannot be written.
         """
-        with RunWriter(folder) as writer:
+        with RunWriter(folder, overwrite) as writer:
             for name, table in self.tables.items():
                 writer.add_table(name, table)
             writer.finish(self)
@@ -257,15 +257,16 @@ class StoredTables(Mapping[str, "pa.Table"]):
 
 
 class RunWriter:
-    """Writes a run's folder while the run goes on; an older one is replaced once the new one is whole.
+    """Writes a run's folder while the run goes on. With `overwrite`, an older run there is replaced once the new one is
+    whole.
 
     A context, which leaves nothing behind unless `finish` was called in it. All of it raises a TandemError if the
-    folder holds something else, or cannot be written.
+    folder holds a run or something else, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        check_out(folder)
-        self._folder, self._draft = folder, folder.with_name(folder.name + ".tmp")
+    def __init__(self, folder: Path, overwrite: bool = False) -> None:
+        check_out(folder, overwrite)
+        self._folder, self._draft, self._overwrite = folder, folder.with_name(folder.name + ".tmp"), overwrite
         self._files: dict[str, pq.ParquetWriter] = {}
 
     def __enter__(self) -> RunWriter:
@@ -309,7 +310,8 @@ class RunWriter:
             self._close()
             for name, content in (("summary", run.summary), ("manifest", run.manifest)):
                 (self._draft / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._overwrite:
+                shutil.rmtree(self._folder, ignore_errors=True)
             self._draft.rename(self._folder)
 
     def _close(self) -> None:
@@ -332,9 +334,11 @@ def _encoding(table: str) -> dict[str, Any]:
     return {"compression": "zstd", "column_encoding": numbers, "use_dictionary": words}
 
 
-def check_out(folder: Path) -> None:
-    """Raises TandemError if a run may not be written to `folder`, because something else is there."""
+def check_out(folder: Path, overwrite: bool = False) -> None:
+    """Raises TandemError if a run may not be written to `folder`: something else is there, or a run that is to stay."""
     is_run = (folder / "manifest.json").exists()
+    if is_run and not overwrite:
+        raise TandemError(f"{folder} holds a run: choose another --out, or add --overwrite to replace it")
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise TandemError(f"{folder} is not empty and not a run: choose another --out")
 

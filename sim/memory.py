@@ -19,6 +19,7 @@ CONTEXT_BYTES = 512 * 2**20  # of a process with kernels loaded (torch 2.11 on a
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, as torch sizes it on Hopper; a few MiB on other cards
 NODE_BYTES = 10 * 2**10  # of a kernel in an instantiated graph (NVIDIA/cccl #3768)
 LAYER_NODES, OTHER_NODES = 10, 10  # kernels of a captured step: in each layer, and around them
+MEMORY_LIMITS = ("max_seqs", "max_batched_tokens", "max_model_len")  # of a config, beside its KV blocks
 TILE_ROWS = 64  # query rows of the smallest tile of a chunk
 
 
@@ -108,21 +109,49 @@ def _buffer_bytes(model: ModelConfig, config: ServingConfig, longest: int) -> in
 
 
 def card_blocks(profile: Profile, config: ServingConfig) -> int:
-    """KV blocks for a simulation within `config`: the number that was measured with the profile, else what the memory
-    of its card holds.
+    """KV blocks for a simulation within `config`: those that were measured with the profile, where they hold, else what
+    the memory of its card holds.
 
     Raises:
         TandemError: not even one request of the longest length fits, or the profile says nothing of its card.
     """
-    measured: int | None = profile.meta.get("kv_blocks")
+    measured = measured_blocks(profile, config)
     if measured is not None:
         return measured
-    card = profile.meta.get("data_sheet", {}).get("memory_gib")
+    card = _card_gib(profile)
     if card is None:
         raise TandemError("the profile does not say what memory its card has: give --kv-blocks")
     memory = Memory.of(card, profile.model, profile.meta["dtype"], config)
     check_fits(memory, profile.name, config)
     return memory.blocks
+
+
+def measured_blocks(profile: Profile, config: ServingConfig) -> int | None:
+    """The KV blocks that were measured with a profile, as many bytes of them where `config` has other blocks, and no
+    more than its limits can use.
+
+    Returns:
+        None if none were measured, or `config` is beyond the limits that they were measured within, and what the card's
+        memory holds then is known.
+    """
+    found = profile.meta.get("kv_blocks")
+    if found is None or (beyond_measured(profile, config) and _card_gib(profile) is not None):
+        return None
+    measured_size = profile.meta.get("block_size", config.block_size)
+    longest = -(-config.max_model_len // config.block_size)
+    return int(min(found * measured_size // config.block_size, config.max_seqs * longest))
+
+
+def beyond_measured(profile: Profile, config: ServingConfig) -> bool:
+    """Whether a limit that takes memory is above the one that a profile was measured within."""
+    limits = profile.meta.get("limits", {})
+    return any(name in limits and getattr(config, name) > limits[name] for name in MEMORY_LIMITS)
+
+
+def _card_gib(profile: Profile) -> float | None:
+    """The memory of a profile's card, by its data sheet or as it was measured; None where neither says."""
+    sheet, memory = (profile.meta.get(name, {}) for name in ("data_sheet", "memory"))
+    return sheet.get("memory_gib") or (memory["usable"] / MEMORY_FRACTION / 2**30 if "usable" in memory else None)
 
 
 def check_fits(memory: Memory, what: str, config: ServingConfig) -> None:

@@ -188,11 +188,25 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def write_profile(profile: Profile, folder: Path) -> None:
-    """Write a profile, or nothing. Raises TandemError if the folder cannot be written."""
+def check_profile_out(folder: Path, overwrite: bool = False) -> None:
+    """Raises TandemError if a profile may not be written to `folder`: something is there that is to stay."""
+    is_profile = (folder / "meta.yaml").exists()
+    if is_profile and not overwrite:
+        raise TandemError(f"{folder} holds a profile: choose another --out, or add --overwrite to replace it")
+    if folder.exists() and not is_profile and (not folder.is_dir() or any(folder.iterdir())):
+        raise TandemError(f"{folder} is not empty and not a profile: choose another --out")
+
+
+def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> None:
+    """Write a profile, or nothing; with `overwrite`, one that is there is replaced once the new one is whole.
+
+    Raises:
+        TandemError: the folder holds a profile or something else, or cannot be written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_profile_out(folder, overwrite)
     draft = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -201,7 +215,8 @@ def write_profile(profile: Profile, folder: Path) -> None:
             pq.write_table(pa.Table.from_pylist(rows), draft / f"{table}.parquet", compression="zstd")
         meta = {"schema": SCHEMA_VERSION} | profile.meta
         (draft / "meta.yaml").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
-        shutil.rmtree(folder, ignore_errors=True)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)

@@ -28,7 +28,7 @@ from analysis.metrics import request_metrics
 from analysis.options import Limits, listed
 from engine.executor.executor import Executor
 from engine.recorder import Recorder
-from engine.records import read_run
+from engine.records import RunRecords, read_run
 from traces.errors import TandemError
 from traces.format import write_trace
 from traces.synthetic import synthetic
@@ -47,6 +47,8 @@ def work(tmp_path_factory) -> Path:
     write_trace(folder / "five.parquet", synthetic(5, 0, "fixed:8", "fixed:2"))
     (folder / "taken").mkdir()
     (folder / "taken/rate-2-seed-0").write_text("something else")
+    RunRecords({}, Recorder().tables()).write(folder / "taken/rate-3-seed-0")
+    (folder / "there.json").write_text("{}")
     return folder
 
 
@@ -147,7 +149,8 @@ def test_decode_steps_are_those_near_the_batch_that_prefill_nothing():
 
 @pytest.mark.parametrize("kv_blocks", [(), ("--kv-blocks", 40)])
 def test_rows_that_memory_does_not_hold_are_reported_and_the_others_measured(tandem, work, kv_blocks):
-    few = ("--block-size", 16, "--outputs", 2, "--repeats", 1, "--out", "held.json")
+    few = ("--block-size", 16, "--outputs", 2, "--repeats", 1, "--out", "held.json", "--overwrite")
+    few += ("--allow-long-context",)
     status, printed, _ = tandem("forward", "-m", "model", "--rows", "1x2000000000,2x16", *few, *kv_blocks)
     held = "--kv-blocks gives" if kv_blocks else "memory holds"
     assert status == 0 and f"1x2000000000: not measured: needs 125,000,001 KV blocks, more than {held}" in printed
@@ -156,6 +159,16 @@ def test_rows_that_memory_does_not_hold_are_reported_and_the_others_measured(tan
     long, short = document["rows"]
     assert long["not_measured"] and long["prefill_ms"] is None
     assert short["not_measured"] is None and short["prefill_ms"] > 0
+
+
+def test_rows_beyond_the_models_positions_are_reported_unless_they_are_allowed(tandem):
+    few = ("-m", "model", "--rows", "1x254,2x16", "--outputs", 2, "--repeats", 1, "--json")
+    document = json.loads(tandem("forward", *few)[1])
+    long, short = document["rows"]
+    assert long["not_measured"] == "257 tokens are beyond the model's 256 positions: add --allow-long-context"
+    assert short["prefill_ms"] > 0 and document["system"]["max_model_len"] == 19
+    long, _ = json.loads(tandem("forward", *few, "--allow-long-context")[1])["rows"]
+    assert long["not_measured"] is None and long["prefill_ms"] > 0
 
 
 def test_a_row_that_the_policy_rejects_is_reported_with_its_reason(tandem):
@@ -190,7 +203,7 @@ def test_online_serves_every_rate_and_seed_and_a_burst(tandem, work):
         == 6
     )
     document = json.loads((work / "online.json").read_text())
-    limits = {"max_seqs": 256, "max_batched_tokens": 2048, "max_model_len": 2048, "pipeline_depth": 2}
+    limits = {"max_seqs": 256, "max_batched_tokens": 2048, "max_model_len": 256, "pipeline_depth": 2}
     assert document["system"].items() >= limits.items() and document["system"]["scheduler"] == "chunked_prefill"
     slow, fast, burst = document["rows"]
     assert [(row["rate"], row["requests"]) for row in (slow, fast, burst)] == [(400, 100), (800, 200), (None, 2000)]
@@ -239,7 +252,8 @@ def interrupted(work: Path, shown: bytes, *args: object) -> tuple[str, dict]:
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     # A test run in the background inherits an ignored SIGINT; a user's shell does not hand one down.
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    command = [TANDEM, "bench", *map(str, args), "--model", "model", "--threads", "1", "--out", "cut.json"]
+    command = [TANDEM, "bench", *map(str, args), "--model", "model", "--threads", "1"]
+    command += ["--out", "cut.json", "--overwrite"]
     process = subprocess.Popen(
         command,
         cwd=work,
@@ -304,6 +318,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "trace too short for a burst": (("online", "-t", "five.parquet", "--rates", "", "--all-at-once"), "needs 2,000"),
     "no time": ((*ONLINE, "--rates", "5", "--seconds", "0"), "--seconds"),
     "nothing to serve": ((*ONLINE, "--rates", ""), "--all-at-once"),
+    "figures are there": (("forward", "--out", "there.json"), "--overwrite"),
+    "runs are there": ((*ONLINE, "--rates", "3", "--keep", "taken"), "taken/rate-3-seed-0 holds a run"),
     "no such trace": (("online", "--trace", "none.parquet"), "none.parquet"),
     "keep is something else": ((*ONLINE, "--rates", "2", "--keep", "taken"), "taken/rate-2-seed-0"),
 }

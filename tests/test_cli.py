@@ -116,7 +116,7 @@ def test_policies_are_simulated_side_by_side_in_one_command(work):
     tandem(*simulate, "--out", "longest", cwd=work)
     alone, beside = (read_run(work / name).tables["steps"] for name in ("longest", "side/longest-LongestFirst"))
     assert alone.equals(beside)
-    shown = tandem(*simulate, "--against", ",".join(policies[1:]), "--out", "side", cwd=work).stdout
+    shown = tandem(*simulate, "--against", ",".join(policies[1:]), "--out", "side", "--overwrite", cwd=work).stdout
     assert all(policy in shown for policy in policies) and "By client" in shown and "…" not in shown
     assert (work / "side/policies.html").stat().st_size > 1_000_000  # plotly.js is inside: no network
 
@@ -170,7 +170,7 @@ def test_a_policy_that_does_not_chunk_and_rejects_everybody_is_told_what_would_h
     args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-seqs", 4, "--max-batched-tokens", 4)
     done = tandem(*args, "--scheduler", "fcfs", "--out", "unsplit", cwd=work, check=False)
     assert done.returncode == 1 and "take a policy that chunks (`chunked = True`)" in done.stdout
-    assert "rejected:" not in tandem(*args, "--scheduler", "chunked_prefill", "--out", "unsplit", cwd=work).stdout
+    assert "rejected:" not in tandem(*args, "--scheduler", "chunked_prefill", "--out", "split", cwd=work).stdout
 
 
 def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
@@ -193,7 +193,7 @@ def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
 def test_who_was_rejected_is_said_before_any_number_with_the_option_that_helps(work):
     args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--max-model-len", 60)
     shown = tandem(*args, "--out", "few", cwd=work).stdout
-    summary = json.loads(tandem(*args, "--out", "few", "--json", cwd=work).stdout)
+    summary = json.loads(tandem(*args, "--out", "few", "--json", "--overwrite", cwd=work).stdout)
     (first, second, *_) = shown.splitlines()
     assert first.startswith(
         f"{summary['rejected']} of 30 requests were rejected: prompt + max_tokens above --max-model"
@@ -209,16 +209,26 @@ def test_a_simulation_that_serves_nobody_says_so_has_no_latencies_and_exits_with
     assert done.returncode == 1 and done.stdout.startswith("30 of 30 requests were rejected")
     assert "No request completed: there are no latencies." in done.stdout
     assert "None" not in done.stdout and "ttft" not in done.stdout
-    assert tandem(*args, "--out", "nobody", "--json", cwd=work, check=False).returncode == 1
+    assert tandem(*args, "--out", "nobody", "--json", "--overwrite", cwd=work, check=False).returncode == 1
     assert tandem(*args, "--out", "nobodies", "--against", "sjf", cwd=work, check=False).returncode == 1
 
 
 def test_strict_refuses_to_extrapolate_and_leaves_what_was_there(work):
-    tandem("trace", "synthetic", "--requests", 5, "--prompt", "fixed:900", "--out", "long.parquet", cwd=work)
+    tandem("trace", "synthetic", "--requests", 5, "--prompt", "fixed:900", "--out", "wide.parquet", cwd=work)
     tandem("simulate", "-t", "t.parquet", "-p", "a100", "-o", "covered", "--strict", cwd=work)
     before = (work / "covered/steps.parquet").read_bytes()
-    limits = ("--kv-blocks", 400, "--max-seqs", 4, "--max-batched-tokens", 128, "--max-model-len", 2000)
-    long = ("simulate", "-t", "long.parquet", "-p", "profile", *limits, "--out", "covered")
+    limits = (
+        "--kv-blocks",
+        400,
+        "--max-seqs",
+        4,
+        "--max-batched-tokens",
+        128,
+        "--max-model-len",
+        2000,
+        "--allow-long-context",
+    )
+    long = ("simulate", "-t", "wide.parquet", "-p", "profile", *limits, "--out", "covered", "--overwrite")
     done = tandem(*long, "--strict", cwd=work, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert "--strict, chunked_prefill: beyond the profile: " in done.stderr and "leave out --strict" in done.stderr
@@ -305,6 +315,11 @@ def broken(work) -> Path:
             run.tables = {**run.tables, "steps": run.tables["steps"].set_column(at, "device_ns", late)}
         run.write(work / f"{name}-t")
     shutil.copytree(work / "real-t", work / "copy-t")
+    for copy in ("runs/sjf", "validated/repeat-1"):
+        shutil.copytree(work / "run-t", work / copy)
+    for result in ("study/policies.json", "compared/compare.json", "figures.json"):
+        (work / result).parent.mkdir(exist_ok=True)
+        (work / result).write_text("{}")
     profile = read_profile(work / "a100")
     write_profile(profile, work / "nan")
     forgetful = {key: value for key, value in profile.meta.items() if key != "memory"}
@@ -317,6 +332,7 @@ def broken(work) -> Path:
 
 SIMULATE = ("simulate", "--profile", "a100", "--out", "x")
 REAL = ("run", "--trace", "t.parquet", "--out", "x")
+BEYOND, KEPT = "--allow-long-context", "--overwrite"
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words that its one line must hold
     "missing trace": ((*SIMULATE, "--trace", "none.parquet"), "none.parquet"),
     "truncated trace": ((*SIMULATE, "--trace", "cut.jsonl"), "cut.jsonl:2"),
@@ -344,7 +360,20 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "no such run": ((*SIMULATE, "-t", "t.parquet", "--like", "none"), "none is not a run"),
     "depth 3": ((*SIMULATE, "-t", "t.parquet", "--depth", "3"), "pipeline_depth is 3"),
     "no blocks": ((*SIMULATE, "-t", "t.parquet", "--kv-blocks", "0"), "num_blocks is 0"),
-    "budget below batch": ((*SIMULATE, "-t", "t.parquet", "--max-batched-tokens", "2"), "below max_seqs"),
+    "budget below batch": (
+        (*SIMULATE, "-t", "t.parquet", "--max-seqs", "4", "--max-batched-tokens", "2"),
+        "below max_seqs",
+    ),
+    "beyond the profile's positions": ((*SIMULATE, "-t", "t.parquet", "--max-model-len", "9000"), BEYOND),
+    "beyond the model's positions": ((*REAL, "--model", "model", "--max-model-len", "300"), BEYOND),
+    "profile beyond positions": (("profile", "--model", "model", "--max-model-len", "300", "--out", "x"), BEYOND),
+    "validate beyond positions": (("validate", "--model", "model", "--max-total", "300", "--out", "x"), BEYOND),
+    "bench beyond positions": (("bench", "forward", "--model", "model", "--rows", "1x300"), BEYOND),
+    "memory beyond positions": (("memory", "h200", "--model", "llama-3-8b", "--max-model-len", "9000"), BEYOND),
+    "served beyond positions": (
+        ("serve", "--backend", "sim", "-p", "a100", "--max-model-len", "9000"),
+        BEYOND,
+    ),
     "not a LLaMA": ((*REAL, "--model", "gpt2"), "gpt2"),
     "no such model": ((*REAL, "--model", "nowhere"), "nowhere"),
     "corrupt weights": ((*REAL, "--model", "torn"), "model.safetensors"),
@@ -354,6 +383,24 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "unknown card": (("profile", "--roofline", "abacus", "--model", "llama-3-8b", "--out", "x"), "a100-80gb"),
     "unknown option": (("simulate", "--speed", "high"), "--speed"),
     "option forgotten": (("simulate", "--out", "x"), "--trace"),
+    "out holds a run": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "run-t"), KEPT),
+    "real run on a simulated one": (("run", "-t", "t.parquet", "--model", "model", "-o", "run-t"), KEPT),
+    "served on a run": (("serve", "--backend", "sim", "-p", "a100", "-o", "run-t"), KEPT),
+    "replayed on a run": (("replay", "--url", "http://127.0.0.1:1", "-t", "t.parquet", "-o", "run-t"), KEPT),
+    "policies on policies": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "study", "--against", "sjf"), KEPT),
+    "policy on its run": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "runs", "--against", "sjf"), KEPT),
+    "validate on a run": (("validate", "--model", "model", "--out", "validated"), KEPT),
+    "comparison on another": (("compare", "run-t", "run-t", "-p", "a100", "-o", "compared"), KEPT),
+    "profile on a profile": (("profile", "--roofline", "h200", "--model", "llama-3-8b", "--out", "a100"), KEPT),
+    "measured on a profile": (("profile", "--model", "model", "--out", "profile"), KEPT),
+    "profile on a folder": (
+        ("profile", "--roofline", "h200", "--model", "llama-3-8b", "--out", "notes"),
+        "not a profile",
+    ),
+    "derived on its source": (("profile", "derive", "--from", "a100", "--model", "llama-2-7b", "--out", "a100"), KEPT),
+    "trace on a trace": (("trace", "convert", "t.parquet", "--out", "t.parquet"), KEPT),
+    "drawn on a trace": (("trace", "synthetic", "--out", "t.parquet"), KEPT),
+    "figures on others": (("bench", "simulate", "-t", "t.parquet", "-p", "a100", "-o", "figures.json"), KEPT),
     "out is something else": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "notes"), "not a run"),
     "runs of two traces": (("compare", "run-other", "real-t", "-p", "a100", "-o", "x"), "workload.trace"),
     "simulations of two traces": (("compare", "run-other", "run-t", "-o", "x"), "workload.trace"),
@@ -410,6 +457,21 @@ def test_a_mistake_gets_one_clear_line_status_2_and_leaves_nothing_behind(broken
     assert (broken / "notes/thesis.txt").read_text() == "irreplaceable"
 
 
+def test_nothing_is_overwritten_unless_the_user_says_so(work):
+    simulate = ("simulate", "-t", "t.parquet", "-p", "a100", "-o", "once")
+    tandem(*simulate, cwd=work)
+    before = {path.name: path.read_bytes() for path in (work / "once").iterdir()}
+    assert tandem(*simulate, "-s", "fcfs", cwd=work, check=False).returncode == 2
+    assert {path.name: path.read_bytes() for path in (work / "once").iterdir()} == before
+    tandem(*simulate, "-s", "fcfs", "--overwrite", cwd=work)
+    assert read_run(work / "once").manifest["system"]["scheduler"] == "fcfs"
+    tandem("trace", "convert", "t.parquet", "--out", "mine.jsonl", cwd=work)
+    tandem("trace", "convert", "t.parquet", "--rate", 9, "--out", "mine.jsonl", "--overwrite", cwd=work)
+    tandem("profile", "--roofline", "h200", "--model", "llama-2-7b", "--out", "card", cwd=work)
+    tandem("profile", "--roofline", "h200", "--model", "llama-3-8b", "--out", "card", "--overwrite", cwd=work)
+    assert read_profile(work / "card").model.name == "llama-3-8b"
+
+
 def test_without_a_command_the_help_is_shown(tmp_path):
     done = tandem(cwd=tmp_path, check=False)
     assert "validate" in done.stdout + done.stderr and "tandem:" not in done.stderr
@@ -430,7 +492,7 @@ def test_a_full_disk_leaves_the_older_run_and_no_debris(work):
     tandem(*simulate, cwd=work)
     before = (work / "full/steps.parquet").read_bytes()
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
-    done = tandem(*simulate, "--depth", 2, cwd=work, check=False, preexec_fn=small)
+    done = tandem(*simulate, "--depth", 1, "--overwrite", cwd=work, check=False, preexec_fn=small)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("tandem: cannot write full")
     assert (work / "full/steps.parquet").read_bytes() == before
     assert not list(work.glob("*.tmp"))

@@ -165,7 +165,7 @@ def test_a_cpu_profile_is_checked_by_command_and_a_table_that_is_wrong_is_found(
     assert made.returncode == 0, made.stderr
     profile = read_profile(tmp_path / "p")
     head = [row | {"time_us": 9 * row["time_us"]} for row in profile.tables["head"]]
-    write_profile(Profile(profile.meta, profile.tables | {"head": head}), tmp_path / "p")
+    write_profile(Profile(profile.meta, profile.tables | {"head": head}), tmp_path / "p", overwrite=True)
     done = tandem("profile", "--check", "p", *machine, "--json", cwd=tmp_path)
     report = json.loads(done.stdout)
     tables = {each["table"]: each for each in report["tables"]}

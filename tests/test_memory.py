@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shadow import small_profile
 
+from analysis.limits import simulated_limits
 from analysis.options import Limits
-from analysis.workflow import simulated_config
 from engine.config import ServingConfig
 from engine.model_config import load_model_config
 from sim.memory import Memory, card_blocks, pass_bytes
@@ -80,11 +80,11 @@ def test_logits_count_where_nothing_of_the_layers_is_large_enough_for_them():
 def test_a_simulation_gets_what_its_card_holds_within_its_limits():
     profile = read_profile(find_profile(Path("rtx4090/llama-3-8b")))
     blocks = {
-        tokens: simulated_config(profile, Limits(max_seqs=256, max_batched_tokens=tokens), None).num_blocks
+        tokens: simulated_limits(profile, Limits(max_seqs=256, max_batched_tokens=tokens)).config.num_blocks
         for tokens in (512, 2048, 8192)
     }
     assert blocks[512] > blocks[2048] > blocks[8192] > 0
-    assert simulated_config(profile, Limits(num_blocks=7), None).num_blocks == 7
+    assert simulated_limits(profile, Limits(num_blocks=7)).config.num_blocks == 7
 
 
 def test_a_simulation_gets_no_more_than_its_limits_can_use():
@@ -104,7 +104,7 @@ def test_limits_that_leave_no_room_are_refused_with_what_takes_it():
     with pytest.raises(TandemError, match=r"llama-3-8b float16 on .* weights take 15.0 GiB, a full step .* lower"):
         card_blocks(rtx4090, ServingConfig(1, max_batched_tokens=65536))
     with pytest.raises(TandemError, match="does not say what memory its card has"):
-        card_blocks(Profile({**rtx4090.meta, "data_sheet": {}}, rtx4090.tables), ServingConfig(1))
+        card_blocks(Profile({**rtx4090.meta, "data_sheet": {}, "memory": {}}, rtx4090.tables), ServingConfig(1))
 
 
 def tandem(*args: object) -> subprocess.CompletedProcess[str]:

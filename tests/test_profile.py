@@ -10,11 +10,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from shadow import small_profile
 
+from analysis.workflow import measure
 from engine.config import ServingConfig
 from engine.executor.running import RunningBatch
 from engine.model_config import load_model_config
+from engine.recorder import Recorder
+from engine.records import RunRecords
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.passes import Pass, grid, uneven_grid
@@ -38,6 +42,33 @@ def test_a_profile_is_read_back_as_written(a100, tmp_path):
     again = read_profile(tmp_path / "p")
     assert again.tables == a100.tables and again.model == a100.model == LLAMA3
     assert again.name == "llama-3-8b float16 on NVIDIA A100-SXM4-80GB"
+
+
+def test_a_profile_replaces_only_what_it_may(a100, tmp_path):
+    write_profile(a100, tmp_path / "p")
+    other = roofline_profile("h200", LLAMA3)
+    with pytest.raises(TandemError, match="holds a profile: choose another --out, or add --overwrite"):
+        write_profile(other, tmp_path / "p")
+    assert read_profile(tmp_path / "p").name == a100.name
+    write_profile(other, tmp_path / "p", overwrite=True)
+    assert read_profile(tmp_path / "p").name == other.name
+
+
+def test_a_profile_never_replaces_anything_else(a100, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/final.txt").write_text("irreplaceable")
+    with pytest.raises(TandemError, match="not a profile"):
+        write_profile(a100, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis/final.txt").read_text() == "irreplaceable"
+
+
+def test_the_run_beside_a_profile_is_replaced_only_by_a_profile_that_goes_on(tmp_path):
+    RunRecords({}, Recorder().tables()).write(tmp_path / "p.served")
+    with pytest.raises(TandemError, match=r"p\.served holds a run"):
+        measure(None, ServingConfig(1), tmp_path / "p", Console(quiet=True))
+    (tmp_path / "p.partial.jsonl").write_text("begun\n")
+    with pytest.raises(AttributeError):  # past the checks, to the executor that is missing here
+        measure(None, ServingConfig(1), tmp_path / "p", Console(quiet=True))
 
 
 def break_meta(folder, **changes):

@@ -28,7 +28,7 @@ def test_the_commands_leave_the_runs_that_the_text_speaks_of(followed):
     for name, scheduler in (("sjf", "shortest_first:ShortestFirst"), ("sarathi", "chunked_prefill")):
         run = read_run(followed / name)
         assert run.manifest["system"]["scheduler"] == scheduler
-        assert run.summary["completed"] == 100
+        assert run.summary["completed"] == 1000
     assert (followed / "comparison/report.html").exists()
 
 

@@ -29,6 +29,7 @@ from sim.profile import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate
 from sim.timing import ProfiledTiming
 from traces.arrivals import assign_arrivals
+from traces.errors import TandemError
 from traces.format import read_trace
 from traces.request import TraceRequest
 
@@ -160,12 +161,34 @@ def test_what_is_held_grows_with_the_requests_in_flight_not_with_the_trace(monke
 def test_a_run_is_written_whole_or_not_at_all(tmp_path):
     run = RunRecords({"workload": {}}, serve(workload()[:20], ServingConfig(num_blocks=200))[0].tables(), {"a": 1})
     run.write(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "run") as writer:
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "run", overwrite=True) as writer:
         writer.add_table("steps", run.tables["steps"].slice(0, 5))
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     kept = read_run(tmp_path / "run")
     assert all(kept.tables[name].equals(run.tables[name]) for name in COLUMNS) and kept.summary["a"] == 1
+
+
+def test_a_run_is_replaced_only_by_one_that_may(tmp_path):
+    one, other = (RunRecords({}, serve(workload()[:5], ServingConfig(9999))[0].tables(), {"a": n}) for n in (1, 2))
+    one.write(tmp_path / "run")
+    with pytest.raises(TandemError, match="holds a run: choose another --out, or add --overwrite"):
+        other.write(tmp_path / "run")
+    assert read_run(tmp_path / "run").summary["a"] == 1
+    other.write(tmp_path / "run", overwrite=True)
+    assert read_run(tmp_path / "run").summary["a"] == 2
+
+
+def test_a_run_that_came_while_another_was_made_stays(tmp_path):
+    one, other = (RunRecords({}, serve(workload()[:5], ServingConfig(9999))[0].tables(), {"a": n}) for n in (1, 2))
+    with pytest.raises(TandemError, match="cannot write"), RunWriter(tmp_path / "run") as writer:
+        one.write(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").rename(tmp_path / "run")
+        for name, table in other.tables.items():
+            writer.add_table(name, table)
+        writer.finish(other)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert read_run(tmp_path / "run").summary["a"] == 1
 
 
 @pytest.mark.parametrize("limit", [1, 2048])

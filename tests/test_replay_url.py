@@ -147,7 +147,7 @@ def test_how_slowly_a_client_parses_changes_nothing_about_when_it_says_that_chun
 
 
 def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tmp_path):
-    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 8, 2, 2), TraceRequest(1, 0, 5000, 2, 2)]))
+    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 8, 2, 2), TraceRequest(1, 0, 9000, 2, 2)]))
     with serving(*sim()) as server:
         done = run_tandem(
             "replay", "--url", server.url, "--trace", "t.parquet", "--out", "client", "--json", cwd=tmp_path

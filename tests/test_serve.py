@@ -144,7 +144,7 @@ def scrape(server: Server) -> dict:
         ({"max_tokens": -1}, 400, "max_tokens"),
         ({"max_tokens": 10**30}, 400, "max_tokens"),
         ({"max_tokens": "7"}, 400, "max_tokens"),
-        ({"max_tokens": 5000}, 400, "the longest here"),
+        ({"max_tokens": 9000}, 400, "the longest here"),
         ({"min_tokens": 20, "max_tokens": 10}, 400, "min_tokens is 20"),
         ({"prompt": ""}, 400, "the prompt is empty"),
         ({"prompt": []}, 400, "prompt"),

@@ -55,6 +55,7 @@ def bench_forward(
     outputs: Annotated[int, typer.Option(help="Decode steps that are timed.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 3,
     out: BenchOut = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Time a prefill and a decode step of batches that are handed in at once. Ctrl-C keeps what was measured."""
@@ -62,11 +63,11 @@ def bench_forward(
     from analysis.bench_forward import Forward
 
     batches = listed("--rows", rows, read_batch, "1x128,8x1024")
-    _bench(Forward(batches, outputs, repeats, limits), loading, out, as_json)
+    _bench(Forward(batches, outputs, repeats, limits), loading, out, overwrite, as_json)
 
 
 @app.command("online")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
 @options.takes_loading()
 def bench_online(
     limits: Limits,
@@ -78,6 +79,7 @@ def bench_online(
     seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=0)] = 40,
     keep: Annotated[Path | None, typer.Option(help="A folder that gets the records of every run.")] = None,
     out: BenchOut = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace's requests, in its order, at Poisson arrivals of several rates. Ctrl-C keeps what was measured."""
@@ -86,12 +88,12 @@ def bench_online(
     wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_seed, "0,1,2")
     requests = read_trace(trace)
     say_notes(requests)
-    benchmark = Online(scenarios(requests, *wanted, seconds, all_at_once), limits, keep)
-    _bench(benchmark, loading, out, as_json)
+    benchmark = Online(scenarios(requests, *wanted, seconds, all_at_once), limits, keep, overwrite)
+    _bench(benchmark, loading, out, overwrite, as_json)
 
 
 @app.command("simulate")
-@options.takes_limits(max_seqs=256)
+@options.takes_limits(max_seqs=256, pipeline_depth=1)
 def bench_simulate(
     limits: Limits,
     trace: options.TracePath,
@@ -101,6 +103,7 @@ def bench_simulate(
     scale: Annotated[str, typer.Option(help="Numbers of requests, a row each at the highest rate.")] = "",
     repeats: Annotated[int, typer.Option(help="Of each measurement; the best counts.", min=2)] = 3,
     out: BenchOut = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Time the simulator: steps a second, their cost in bare SimPy timeouts, where it goes, memory, start."""
@@ -113,7 +116,7 @@ def bench_simulate(
     counts = listed("--scale", scale, read_count, "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
-    check_out_file(out)
+    check_out_file(out, overwrite)
     document = bench.run(console)
     if out:
         write_json(out, document)
@@ -123,10 +126,10 @@ def bench_simulate(
         print_simulate(document)
 
 
-def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, as_json: bool) -> None:
+def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, overwrite: bool, as_json: bool) -> None:
     from analysis.bench import check_benchmark, run_benchmark
     from analysis.workflow import load_executor
 
-    check_benchmark(benchmark, out)
+    check_benchmark(benchmark, out, overwrite)
     executor = load_executor(loading, console)
     run_benchmark(benchmark, executor, out, as_json, console, load_format=loading.load_format)

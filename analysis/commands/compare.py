@@ -18,6 +18,7 @@ from engine.records import RunRecords, read_run
 from traces.errors import TandemError
 
 app = typer.Typer()
+VALIDATED = Path("runs/validate")
 
 
 @app.command()
@@ -46,6 +47,7 @@ def compare(
             "--rank", help="Order policies: give a simulated run of each, and a real one or more, in any order."
         ),
     ] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Set a simulated run beside a real one: decisions, latency model, closed loop, and where the error comes from.
@@ -55,6 +57,8 @@ def compare(
     completed; 0 on a machine too noisy to judge.
     """
     allowed = allow_different or ()
+    if out:
+        options.check_new(out / ("ranking.json" if rank else "compare.json"), overwrite)
     if rank:
         if profile or repeat or ablate:
             raise TandemError("--rank takes runs alone: no --profile, --repeat or --ablate")
@@ -145,21 +149,26 @@ def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_jso
 
 
 @app.command()
-@options.takes_limits("max_model_len", max_seqs=16, max_batched_tokens=128)
+@options.takes_limits("max_model_len", max_seqs=16, max_batched_tokens=128, pipeline_depth=1)
 @options.takes_loading()
 def validate(
     limits: Limits,
     loading: Loading,
-    out: options.Out = Path("runs/validate"),
+    out: options.Out = VALIDATED,
     requests: options.Requests = 36,
     rate: options.Rate = 0.5,
     seed: options.Seed = 0,
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,
     repeats: Annotated[int, typer.Option(help="Further real runs, for the spread.", min=0)] = 1,
     matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> int:
-    """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html."""
+    """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html.
+
+    What an earlier validation left in the default OUT is made anew; in another, with --overwrite.
+    """
     from analysis.validate import Job, validate_matrix, validate_one
 
-    job = Job(out, loading, requests, rate, seed, max_total, repeats, replace(limits, max_model_len=max_total))
+    limits = replace(limits, max_model_len=max_total)
+    job = Job(out, loading, requests, rate, seed, max_total, repeats, limits, overwrite or out == VALIDATED)
     return (validate_matrix if matrix else validate_one)(job, console)

@@ -16,7 +16,7 @@ app = typer.Typer(help="How far simulation can be believed on this machine.", no
 
 
 @app.command("measure")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, max_model_len=2048, pipeline_depth=2)
+@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
 @options.takes_loading()
 def fidelity_measure(
     limits: Limits,
@@ -32,17 +32,20 @@ def fidelity_measure(
 ) -> None:
     """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
     from analysis.fidelity import Study, measure_study
-    from analysis.workflow import load_executor, real_config
+    from analysis.limits import config_to_check, real_limits
+    from analysis.workflow import load_executor
 
     shares = [
         [percent / 100 for percent in listed(option, text, read_rate, "25,50,100")]
         for option, text in (("--loads", loads), ("--shared", shared))
     ]
-    policy = limits.config(num_blocks=1).scheduler
+    policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
     study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
     executor = load_executor(loading, console)
-    measure_study(study, executor, real_config(executor, limits), out, console)
+    settled = real_limits(executor, limits)
+    settled.say(console)
+    measure_study(study, executor, settled.config, out, console)
 
 
 @app.command("judge")

@@ -47,7 +47,7 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
 
     Args:
         run: with a summary.
-        as_json: print all of the summary for machines.
+        as_json: print all of the summary for machines; what is missing goes to standard error then.
         title: of the table.
         names: what a person is shown of the summary; what is None is left out.
 
@@ -58,12 +58,15 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
     from analysis.metrics import asked_for
 
     summary = run.summary
+    beyond = beyond_sentence(summary.get("profile_lookups"))
+    for sentence in filter(None, (*completed_sentences(summary, asked_for(run)), beyond)):
+        if as_json:
+            console.print(f"note: {sentence}", highlight=False, soft_wrap=True)
+        else:
+            Console().print(sentence, highlight=False, soft_wrap=True)
     if as_json:
         print_json(summary)
         return 0 if summary["completed"] else 1
-    beyond = beyond_sentence(summary.get("profile_lookups"))
-    for sentence in filter(None, (*completed_sentences(summary, asked_for(run)), beyond)):
-        Console().print(sentence, highlight=False, soft_wrap=True)
     print_facts({name: summary[name] for name in names if summary.get(name) is not None}, False, title)
     if note := p99_sentence(summary["completed"]):
         Console().print(note, highlight=False)

@@ -34,6 +34,7 @@ def profile(
     check: Annotated[
         Path | None, typer.Option(help="Is this profile still true? Measures some of its points again on this machine.")
     ] = None,
+    overwrite: options.Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: print JSON instead of a table.")] = False,
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on.
@@ -41,7 +42,9 @@ def profile(
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
     --check ends with status 0 where the profile is to be trusted, else 1.
     """
-    from analysis.workflow import load_executor, measure, real_config
+    from analysis.limits import real_limits
+    from analysis.workflow import load_executor, measure
+    from sim.profile import check_profile_out
 
     if context.invoked_subcommand:
         return
@@ -49,18 +52,21 @@ def profile(
         raise typer.Exit(_check_profile(check, limits, loading, as_json))
     if out is None:
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
+    check_profile_out(out, overwrite or plan)
     if roofline is not None:
         from engine.model_config import load_model_config
         from sim.profile import write_profile
         from sim.roofline import roofline_profile
 
-        write_profile(roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16), out)
+        made = roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16)
+        write_profile(made, out, overwrite)
     else:
         executor = load_executor(loading, console)
-        config = real_config(executor, limits)
+        settled = real_limits(executor, limits)
+        settled.say(console)
         if plan:
-            return _print_plan(executor, config)
-        measure(executor, config, out, console)
+            return _print_plan(executor, settled.config)
+        measure(executor, settled.config, out, console, overwrite)
     console.print(f"{out}: profile written", highlight=False)
 
 
@@ -77,6 +83,7 @@ def profile_import(
         str | None, typer.Option("--format", help="llmservingsim, aiconfigurator or vidur; default: by its files.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
 
@@ -88,7 +95,7 @@ def profile_import(
     from sim.profile import write_profile
 
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
-    write_profile(made, out)
+    write_profile(made, out, overwrite)
     for table, origin in made.meta["tables"].items():
         console.print(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip(), highlight=False)
     console.print(f"{out}: profile written", highlight=False)
@@ -99,6 +106,7 @@ def profile_derive(
     source: Annotated[Path, typer.Option("--from", help="A profile's folder, or one that ships.")],
     model: Annotated[str, typer.Option("--model", "-m", help="The other model's shape: llama-2-7b, …")],
     out: options.Out,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Make a profile of another model on a profiled card.
 
@@ -110,7 +118,7 @@ def profile_derive(
     from sim.profile import find_profile, read_profile, write_profile
 
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
-    write_profile(made, out)
+    write_profile(made, out, overwrite)
     for table, origin in made.meta["tables"].items():
         for rule in origin["rules"]:
             console.print(f"{table} {origin['how']}: {rule}", highlight=False, soft_wrap=True)
@@ -125,6 +133,7 @@ def profile_calibrate(
         typer.Argument(metavar="RUN...", help="Served there, from little load to all that the machine can do."),
     ],
     out: options.Out,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Make a profile that knows what captured steps take while serving, from runs that were served.
 
@@ -134,12 +143,13 @@ def profile_calibrate(
     from engine.manifest import config_of
     from engine.records import read_run
     from sim.calibrate import calibrate
-    from sim.profile import find_profile, read_profile, write_profile
+    from sim.profile import check_profile_out, find_profile, read_profile, write_profile
 
+    check_profile_out(out, overwrite)
     served = [read_run(run) for run in runs]
     with console.status("replaying"):
         made = calibrate(read_profile(find_profile(source)), [(run, config_of(run.manifest)) for run in served])
-    write_profile(made, out)
+    write_profile(made, out, overwrite)
     console.print(f"{out}: profile written", highlight=False)
 
 

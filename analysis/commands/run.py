@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from engine.records import RunRecords, read_run
 from traces.format import Trace, read_trace
 
 if TYPE_CHECKING:
-    from engine.config import ServingConfig
+    from analysis.limits import Settled
     from sim.profile import Profile
 
 app = typer.Typer()
@@ -32,10 +32,11 @@ def memory(
 ) -> None:
     """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
     from analysis.card import card_memory, memory_table
+    from analysis.limits import card_limits
     from engine.model_config import load_model_config
 
     shape = load_model_config(model)
-    terms = card_memory(hardware, shape, dtype, limits.config(num_blocks=1))
+    terms = card_memory(hardware, shape, dtype, card_limits(shape, limits).config)
     title = f"{shape.name} {dtype} on {hardware}"
     print_result(terms, as_json, lambda found: [memory_table(found, title)])
 
@@ -60,41 +61,54 @@ def simulate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Write nothing, and exit with 1, if times lie beyond the profile.")
     ] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Serve a trace in simulation, on the times of a profile; under several policies with --against.
 
-    The exit status is 1 if no request completed.
+    Limits that are not given are the profile's, else the model's and its card's; they are printed. The exit status is 1
+    if no request completed.
     """
-    from analysis.workflow import simulate_run, simulated_config
+    from analysis.limits import simulated_limits
+    from analysis.workflow import check_before, check_like, simulate_run
     from sim.profile import find_profile, read_profile
 
     times, requests = read_profile(find_profile(profile)), read_trace(trace)
     say_notes(requests)
     template = read_run(like) if like else None
-    config = simulated_config(times, limits, template)
+    settled = simulated_limits(times, limits, template)
+    check_like(requests, template)
     if against is not None:
-        return _simulate_policies(requests, times, config, against.split(","), out, template, check, strict, as_json)
-    run = simulate_run(requests, times, config, out, console, template, check=check, strict=strict)
+        policies = against.split(",")
+        return _simulate_policies(requests, times, settled, policies, out, template, check, strict, overwrite, as_json)
+    check_before(settled.config, out, overwrite)
+    settled.say(console)
+    kept: dict[str, Any] = {"overwrite": overwrite, "facts": settled.facts}
+    run = simulate_run(requests, times, settled.config, out, console, template, check=check, strict=strict, **kept)
     return _print_summary(run, out, as_json)
 
 
 def _simulate_policies(
     trace: Trace,
     profile: Profile,
-    config: ServingConfig,
+    settled: Settled,
     against: Sequence[str],
     out: Path,
     like: RunRecords | None,
     check: bool,
     strict: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> int:
     from analysis.policies import policy_tables
-    from analysis.workflow import simulate_policies
+    from analysis.workflow import check_policies, simulate_policies
 
-    policies = [config.scheduler, *filter(None, against)]
-    comparison = simulate_policies(trace, profile, config, policies, out, console, like, check, strict)
+    policies = [settled.config.scheduler, *filter(None, against)]
+    check_policies(settled.config, policies, out, overwrite)
+    settled.say(console)
+    comparison = simulate_policies(
+        trace, profile, settled.config, policies, out, console, like, check, strict, overwrite, settled.facts
+    )
     print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
     if not as_json:
         console.print(f"page: {out / 'policies.html'}", highlight=False)
@@ -111,19 +125,25 @@ def run(
     out: options.Out,
     stops: options.Stops = "trace",
     check: options.Check = False,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
 
-    The exit status is 1 if no request completed.
+    Limits that are not given are what the model and the memory say; they are printed. The exit status is 1 if no
+    request completed.
     """
-    from analysis.workflow import load_executor, real_config, real_run
+    from analysis.limits import config_to_check, real_limits
+    from analysis.workflow import check_before, load_executor, real_run
 
     options.check_stops(stops)
+    check_before(config_to_check(limits), out, overwrite)
     requests = read_trace(trace)
     say_notes(requests)
     executor = load_executor(loading, console)
-    done = real_run(requests, executor, real_config(executor, limits), out, console, stops, check)
+    settled = real_limits(executor, limits)
+    settled.say(console)
+    done = real_run(requests, executor, settled.config, out, console, stops, check, overwrite, settled.facts)
     return _print_summary(done, out, as_json)
 
 

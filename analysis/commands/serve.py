@@ -44,6 +44,7 @@ def serve(
     ] = None,
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the run's records there at the end.")] = None,
+    overwrite: options.Overwrite = False,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option("--served-model-name", help="What clients call the model.")] = None,
@@ -72,9 +73,9 @@ def serve(
     service: RealService | SimService
     text: Callable[[], Text]
     if profile is None:
-        service, text = RealService(loading, limits, out), partial(load_text, loading.model)
+        service, text = RealService(loading, limits, out, overwrite), partial(load_text, loading.model)
     else:
-        service, text = _simulated(profile, limits, loading.model, output_len, seed, out)
+        service, text = _simulated(profile, limits, loading.model, output_len, seed, out, overwrite)
     service.check()
     manners = Manners("", max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
     run_server(service, text, partial(_named, manners, name), host, port, drain, _say)
@@ -90,14 +91,14 @@ def _check_backend(backend: str, profile: Path | None, output_len: str | None) -
 
 
 def _simulated(
-    profile: Path, limits: Limits, model: str, output_len: str | None, seed: int, out: Path | None
+    profile: Path, limits: Limits, model: str, output_len: str | None, seed: int, out: Path | None, overwrite: bool
 ) -> tuple[SimService, Callable[[], Text]]:
     """The engine of a simulation needs a few token ids; the tokenizer stays in the API's process."""
     from analysis.serving import SimService
     from engine.server.text import load_text
 
     text = load_text(model)
-    return SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, out), lambda: text
+    return SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, out, overwrite), lambda: text
 
 
 def _named(manners: Manners, name: str | None, model: str) -> Manners:
@@ -120,6 +121,7 @@ def replay(
     ] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="TANDEM_API_KEY", help="If it asks for one.")] = None,
     against: Annotated[Path | None, typer.Option(help="A run of the trace to set the latencies beside.")] = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Send a trace to any OpenAI-compatible server, open loop, and write what the client saw as a run.
@@ -133,11 +135,11 @@ def replay(
     from analysis.tables import print_tables
 
     options.check_stops(stops)
-    check_out(out)
+    check_out(out, overwrite)
     workload, other = read_trace(trace), read_run(against) if against else None
     target = find_target(url, model, stops, vocab_size, api_key or None)
     run = replay_run(workload, target, console)
-    run.write(out)
+    run.write(out, overwrite)
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
         console.print(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies", highlight=False)
     names = ("completed", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms")

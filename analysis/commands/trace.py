@@ -28,16 +28,18 @@ def trace_sharegpt(
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Tell schedulers this limit, not the output length.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse a file that ends early.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
     from analysis.workflow import sharegpt_trace
     from traces.arrivals import assign_arrivals
     from traces.sharegpt import LengthFilter
 
+    options.check_new(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
     trace = sharegpt_trace(model, requests, seed, lengths, console, source, max_tokens, strict)
     trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
-    _write(out, trace)
+    _write(out, overwrite, trace)
 
 
 @app.command("synthetic")
@@ -54,17 +56,18 @@ def trace_synthetic(
     seed: options.Seed = 0,
     arrivals: options.Process = "poisson",
     burstiness: options.Burstiness = 1.0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw lengths from distributions, without text."""
     from traces.arrivals import assign_arrivals
     from traces.synthetic import synthetic
 
     trace = synthetic(requests, seed, prompt, output, shared_prefixes, prefix_len)
-    _write(out, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
+    _write(out, overwrite, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
 
 
 @app.command("levels")
-def trace_levels(profile: options.ProfilePath, out: options.Out) -> None:
+def trace_levels(profile: options.ProfilePath, out: options.Out, overwrite: options.Overwrite = False) -> None:
     """Make the requests that tandem profile serves last: at all loads of what the profile says that its card can do.
 
     Served on your own card (tandem run), they tell tandem profile calibrate what captured steps take on it.
@@ -75,7 +78,7 @@ def trace_levels(profile: options.ProfilePath, out: options.Out) -> None:
 
     of_card = read_profile(find_profile(profile))
     check_captured(of_card)
-    _write(out, levels(of_card, ServingConfig(**of_card.meta["limits"])))
+    _write(out, overwrite, levels(of_card, ServingConfig(**of_card.meta["limits"])))
 
 
 @app.command("convert")
@@ -86,6 +89,7 @@ def trace_convert(
     seed: options.Seed = 0,
     arrivals: options.Process = "poisson",
     burstiness: options.Burstiness = 1.0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
     from traces.arrivals import assign_arrivals
@@ -93,7 +97,7 @@ def trace_convert(
     trace = read_trace(source)
     if rate is not None:
         trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
-    _write(out, trace)
+    _write(out, overwrite, trace)
 
 
 @app.command("assign")
@@ -111,6 +115,7 @@ def trace_assign(
         float | None, typer.Option(help="Predict output lengths: sigma of their lognormal error, 0 for an oracle.")
     ] = None,
     seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Say of a trace's requests whose they are, how urgent, and how long they will be.
 
@@ -123,7 +128,7 @@ def trace_assign(
         trace = assign_classes(trace, [read_class(text) for text in classes], seed)
     if predict is not None:
         trace = predict_lengths(trace, predict, seed)
-    _write(out, trace)
+    _write(out, overwrite, trace)
 
 
 @app.command("show")
@@ -147,7 +152,8 @@ def _facts(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, trace: Trace) -> None:
+def _write(out: Path, overwrite: bool, trace: Trace) -> None:
+    options.check_new(out, overwrite)
     say_notes(trace)
     write_trace(out, trace)
     console.print(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}", highlight=False)
