@@ -68,6 +68,11 @@ def test_preempting_by_swap_keeps_promises_that_recomputing_breaks(printed):
     assert recomputed["own_slo_attainment"] < 0.5 * swapped["own_slo_attainment"]
 
 
+def test_a_policy_that_asks_for_a_time_waits_as_long_as_it_says(printed):
+    folder, _ = printed
+    assert f"The mean TTFT is {read_run(folder / 'gathered').summary['mean_ttft_ms']:.0f} ms" in PAGE.read_text()
+
+
 def test_it_lists_every_policy_with_its_parameters():
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     listed = {

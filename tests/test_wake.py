@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -25,25 +26,12 @@ from traces.request import TraceRequest
 __all__ = ["executor"]  # a fixture
 
 MS = 1_000_000
-PATIENCE = 50 * MS
-ROOMY = ServingConfig(num_blocks=100, max_batched_tokens=512, scheduler=f"{__name__}:Gather")
+PATIENCE = 50 * MS  # of docs/examples/gather.py
+EXAMPLES = Path(__file__).parents[1] / "docs/examples"
+ROOMY = ServingConfig(num_blocks=100, max_batched_tokens=512, scheduler=f"{EXAMPLES}/gather.py:Gather")
 
 
-class Gather(Scheduler):
-    """Admits requests by fours, or once the oldest has waited for 50 ms."""
-
-    def plan(self, now: int) -> None:
-        self.decode()
-        if self.waiting:
-            due = next(iter(self.waiting.values())).arrival_ns + PATIENCE
-            if len(self.waiting) >= 4 or now >= due:
-                for request in self.queue():
-                    self.prefill(request)
-            else:
-                self.wake_at(due)
-
-
-class Late(Gather):
+class Late(Scheduler):
     def plan(self, now: int) -> None:
         self.wake_at(now)
 
