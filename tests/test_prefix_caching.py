@@ -275,6 +275,45 @@ class Rash(ChunkedPrefill):
             self.preempt(second)
 
 
+class Undecided(ChunkedPrefill):
+    """Takes the first request's decode back as it is about to fill a block, after or before it admits the others."""
+
+    def __init__(self, config: ServingConfig, *, verb: str = "skip", late: bool = False) -> None:
+        super().__init__(config)
+        self.verb, self.late, self.done = verb, late, False
+
+    def plan(self, now: int) -> None:
+        self.decode()
+        first = self.running.get(0)
+        if first and not self.done:
+            if first.computed < 31:
+                return
+            self.done = True
+            if self.late:
+                self.admit()
+            getattr(self, self.verb)(first)
+            self.wake_at(now + 1)  # for this may leave nothing to run
+        self.admit()
+
+    def admit(self) -> None:
+        for request in self.queue():
+            if not self.prefill(request):
+                break
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("verb", ["skip", "preempt"])
+def test_nobody_shares_a_block_whose_last_token_is_taken_back(verb, late):
+    """The others' prompts are the first's and its output."""
+    whole = list(range(1000, 1064))
+    first = TraceRequest(0, 0, 20, 44, 44, whole[:20], output_ids=whole[20:])
+    others = [TraceRequest(i, MS, 60, 2, 2, whole[:60]) for i in (1, 2)]
+    config = dataclasses.replace(ROOMY, prefix_rules="vllm")
+    _, served = serve([first, *others], config, scheduler=Undecided(config, verb=verb, late=late))
+    assert {request.outcome for request in served} == {"length"}
+    assert all(request.cached_tokens >= 16 for request in served[1:])
+
+
 def test_what_an_admission_found_that_was_taken_back_is_not_counted():
     _, served = serve(alike(2, prompt_len=100, shared=70, apart_ns=MS), ROOMY, scheduler=Rash(ROOMY))
     assert (served[1].preemptions, served[1].cached_tokens) == (1, 64)

@@ -183,6 +183,8 @@ class Scheduler(ABC):
     def skip(self, request: Request) -> None:
         """Let a decoding request make no token in this step. It keeps its blocks, and decodes on from the next.
 
+        `on_decode` is called again then.
+
         Raises:
             PolicyError: the request is not decoding.
         """
@@ -191,6 +193,10 @@ class Scheduler(ABC):
         if self._step.joined.pop(request.id, None) is None:
             self._step.skipped.append(request.id)
         self._out_of_block.pop(request.id, None)
+        published = request._published
+        self._withdraw(request)
+        if request._published < published:
+            self._filled[request.id] = request
         request.stop_decoding()
         self._ready.append(request)
 
@@ -528,15 +534,17 @@ class Scheduler(ABC):
                 del self._filled[request.id]
 
     def _withdraw(self, request: Request) -> None:
-        """A request that leaves will not compute its chunk of this step: who was to share that leaves, too."""
-        chunk = self._step.chunks.get(request.id)
-        if chunk is None or not self._cache or not self._shares_at_once:
+        """A request will not compute what it was to compute in this step: who was to share that leaves as well."""
+        if not self._cache or not self._shares_at_once:
             return
-        unwritten = set(request.blocks[chunk.start // self.config.block_size :])
+        chunk = self._step.chunks.get(request.id)
+        written = (chunk.start if chunk else request.computed) // self.config.block_size
+        unwritten = set(request.blocks[written : request._published])
+        request._published = min(request._published, written)
         for block in unwritten:
             self._cache.withdraw(block)
-        for sharer in [self.running[each] for each in self._found if each != request.id]:
-            if not unwritten.isdisjoint(sharer.blocks):
+        for sharer in [self.running[each] for each in self._found if each != request.id] if unwritten else ():
+            if sharer.id in self.running and not unwritten.isdisjoint(sharer.blocks):
                 self.preempt(sharer)
 
     def _finish(self, request: Request, step: Step) -> None:
