@@ -73,7 +73,7 @@ def _request_row(source: TraceRequest, reply: Reply, times: Any, start_ns: int) 
         *(source.id, source.arrival_ns, sent, sent, first, last),
         *(source.prompt_len, source.max_tokens, source.predicted_length, cancel_ns),
         *(made, 0, 0, 0, outcome, reply.error, source.priority, source.client),
-        *(source.ttft_slo_ns, source.e2e_slo_ns, 0, None, None, False, None),
+        *(source.ttft_slo_ns, source.e2e_slo_ns, 0, None, None, None, False, None),
     )
 
 

@@ -217,7 +217,7 @@ class TokenWatch(ProfiledTiming):
         self.makers: list[list[int]] = []
 
     def launch(self, step: Step, now: int):
-        self.decoding -= {*step.dropped, *step.preempted, *step.swapped_out}
+        self.decoding -= set(step.leaving)
         self.decoding |= set(step.joined)
         sampled = [request_id for request_id, chunk in step.chunks.items() if chunk.samples]
         self.makers.append(sampled + (sorted(self.decoding) if step.decodes else []))

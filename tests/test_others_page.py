@@ -27,15 +27,15 @@ def summaries(folder: Path, name: str, *policies: str) -> list[dict]:
 
 def test_rules_of_memory_make_the_difference_it_states(folder):
     ours, sarathi = summaries(folder, "three", "chunked_prefill", "sarathi")
-    assert (sarathi["preemptions"], ours["preemptions"]) == (32, 103)
-    assert sarathi["mean_ttft_ms"] == pytest.approx(0.9 * ours["mean_ttft_ms"], rel=0.01)
+    assert (sarathi["preemptions"], ours["preemptions"]) == (36, 83)
+    assert sarathi["mean_ttft_ms"] == pytest.approx(0.96 * ours["mean_ttft_ms"], rel=0.005)
 
 
 def test_chunked_prefill_is_vllm_with_one_step_in_flight_and_not_with_two(folder):
     ours, theirs = summaries(folder, "three", "chunked_prefill", "vllm")
     assert ours == theirs
     ours, theirs = summaries(folder, "overlapped", "chunked_prefill", "vllm")
-    assert ours["preemptions"] != theirs["preemptions"]
+    assert theirs["mean_ttft_ms"] == pytest.approx(1.03 * ours["mean_ttft_ms"], rel=0.005)
 
 
 def test_it_names_every_policy_but_the_classic_ones_and_every_run_of_the_logs():

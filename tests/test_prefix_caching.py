@@ -323,10 +323,14 @@ def test_what_an_admission_found_that_was_taken_back_is_not_counted():
 @given(workloads(), configs())
 def test_a_run_records_what_a_replay_needs_and_nothing_when_nothing_is_shared(requests, config):
     run = RunRecords({}, serve(requests, config)[0].tables())
-    recorded = {each.id: each.hash_ids for each in recorded_requests(run)}
+    recorded = {each.id: each for each in recorded_requests(run)}
     for source in requests:
-        rejected = run.tables["requests"].to_pylist()[source.id]["outcome"] == "rejected"
-        assert recorded[source.id] == (source.hash_ids if config.prefix_caching and not rejected else None)
+        kept, rejected = recorded[source.id], run.tables["requests"].to_pylist()[source.id]["outcome"] == "rejected"
+        if kept.output_ids is not None and source.hash_block_size != config.block_size:  # then blocks' hashes are kept
+            assert kept.hash_block_size == config.block_size
+            assert len(kept.hash_ids) == source.prompt_len // config.block_size
+        else:
+            assert kept.hash_ids == (source.hash_ids if config.prefix_caching and not rejected else None)
 
 
 # -- on the real data plane ------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tm
 
 
 def test_where_all_are_turned_away_the_client_says_why_has_no_latencies_and_exits_with_1(tmp_path):
-    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 5000, 2, 2), TraceRequest(1, 0, 5000, 2, 2)]))
+    write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 9000, 2, 2), TraceRequest(1, 0, 9000, 2, 2)]))
     with serving(*sim()) as server:
         options = ("--trace", "t.parquet", "--out", "client")
         said = run_tandem("replay", "--url", server.url, *options, cwd=tmp_path, status=1).stdout

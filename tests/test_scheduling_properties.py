@@ -98,6 +98,7 @@ class Whimsical(Scheduler):
         decoding = [each for each in self.running.values() if each.id in self.decoding]
         if len(decoding) > 1 and self.whims.random() < 0.2:
             self.skip(self.whims.choice(decoding))
+            self.wake_at(now + 1)  # for this may leave nothing to run
         for verb in self.whims.sample([self.decode, self.fill], 2):
             verb()
 

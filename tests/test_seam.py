@@ -154,5 +154,7 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch
         "from engine.scheduler import Scheduler\nclass Mine(Scheduler):\n    def plan(self, now): self.decode()\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mine", None)  # so that what is imported now is forgotten afterwards
+    del sys.modules["mine"]
     scheduler = load_scheduler(ServingConfig(num_blocks=5, scheduler="mine:Mine"))
     assert type(scheduler).__name__ == "Mine"

@@ -169,6 +169,8 @@ class Tables:
 
     def apply(self, step: Step) -> list[Access]:
         self._leave(*step.dropped, *step.preempted, *step.swapped_out)
+        for request_id in step.skipped:
+            self.decoding.pop(request_id, None)
         for request_id, copies in step.swapped_in.items():
             self.tables[request_id] = [*copies.target]
         # Beside a swap-in too: such a block belongs to the request from here on, though it is written once it decodes.
