@@ -223,10 +223,10 @@ def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None, Seque
     """What a replay needs to share what this run shared: a trace's own hash ids, or hashes in place of token ids."""
     if request.block_hashes is None or request.content is None:
         return None, None, None
-    hashes, size = request.block_hashes
     told = request.output_ids or None
-    if request.content.width == size or (request.content.width != 1 and told is None):
+    if not request._records_hashes:
         return *request.content, told
+    hashes, size = request.block_hashes
     return hashes[: request.prompt_len // size], size, told
 
 

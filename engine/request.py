@@ -64,6 +64,7 @@ class Request:
     refused: str | None = None
     outcome: str | None = None
     reason: str | None = None
+    _records_hashes: bool = False  # whether records have its blocks' hashes in place of what the workload says
     _published: int = 0  # of its blocks, how many of the first may be found by their hash, or never will
     _last_step: int = -1  # the step that makes its last token, once that is planned
     _computed: int = 0
@@ -118,10 +119,10 @@ class Request:
     def learn(self, own: Sequence[int]) -> None:
         """Take note of what the next block holds beyond those with a hash."""
         if self.block_hashes and self.content:
-            hashes, size = self.block_hashes
+            hashes = self.block_hashes.ids
             assert isinstance(hashes, array), "as `Content.hashes` makes them"
             hashes.append(chain_hash(hashes[-1] if hashes else None, own))
-            self.output_ids.append(own[0] if self.content.width == size else hashes[-1])
+            self.output_ids.append(hashes[-1] if self._records_hashes else own[0])
 
     def prefilled(self, tokens: int) -> None:
         """Count a planned prefill chunk, or tokens found in the prefix cache."""

@@ -246,7 +246,12 @@ class Scheduler(ABC):
         else:
             self.waiting[request.id] = request
             if self._cache and request.content:
-                request.block_hashes = request.content.hashes(request.prompt_len, self.config.block_size)
+                size = self.config.block_size
+                request.block_hashes = request.content.hashes(request.prompt_len, size)
+                # Of outputs hashes are known; of one run all must be hashes then, for a replay to find what it found.
+                request._records_hashes = (
+                    request.content.width != size if self._shares_at_once else request.content.width == 1
+                )
 
     def cancel(self, request: Request) -> None:
         """The client gave up. Nothing happens if the request has ended."""
