@@ -108,7 +108,7 @@ class Recorder:
         """A step that was planned at `now` is on its way."""
         self._in_flight.append((step, now, launch))
         self._last_step = step.index
-        if step.chunks or step.joined or step.finishing or step.leaving:
+        if not step.is_steady:
             self._track(step, now)
 
     def _track(self, step: Step, now: int) -> None:

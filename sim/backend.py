@@ -80,6 +80,9 @@ class SimBackend:
         """Nothing is left to do."""
 
 
+_NOTHING = Shown()
+
+
 class Endings:
     """What a step's tokens show: which requests end before their `max_tokens`, and which blocks outputs have filled.
 
@@ -110,7 +113,7 @@ class Endings:
     def shown_by(self, step: Step) -> Shown:
         """The requests whose end-of-sequence is among the step's tokens, and the blocks whose last token is."""
         if not self._early and not self._contents:
-            return Shown()
+            return _NOTHING
         for request_id in step.leaving:
             self._decoding.discard(request_id)
         for request_id, context in step.joined.items():
