@@ -108,7 +108,8 @@ class Recorder:
         """A step that was planned at `now` is on its way."""
         self._in_flight.append((step, now, launch))
         self._last_step = step.index
-        if not step.is_steady:
+        leaves = step.dropped or step.preempted or step.swapped_out or step.skipped
+        if leaves or step.chunks or step.joined or step.finishing:
             self._track(step, now)
 
     def _track(self, step: Step, now: int) -> None:
