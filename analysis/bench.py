@@ -27,8 +27,8 @@ from engine.recorder import Recorder
 from engine.records import RunRecords
 from engine.scheduler import load_scheduler
 from traces.errors import TandemError
-from traces.format import atomic_file
 from traces.synthetic import synthetic
+from traces.trace import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

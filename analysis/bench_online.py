@@ -22,7 +22,7 @@ from engine.recorder import Recorder
 from engine.records import RunRecords, check_out
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
-from traces.format import Trace
+from traces.trace import Trace
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor

@@ -41,8 +41,8 @@ from sim.profile import Profile, read_profile
 from sim.simulate import predict
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
-from traces.format import Trace, read_trace, write_trace
 from traces.synthetic import synthetic
+from traces.trace import Trace, read_trace, write_trace
 
 SCHEMA_VERSION = 1
 TIMEOUTS = 50_000  # that time the unit

@@ -23,8 +23,8 @@ from analysis.tables import TextTable
 from engine import manifest
 from engine.records import RunRecords, tables_from_rows
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.trace import Trace
 
 UNKNOWN = (
     *("steps_", "mean_batch", "median_schedule_us", "median_launch_us"),

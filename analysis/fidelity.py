@@ -37,7 +37,7 @@ from engine.records import RunRecords, read_run
 from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
-from traces.format import Trace, read_trace, write_trace
+from traces.trace import Trace, read_trace, write_trace
 
 if TYPE_CHECKING:
     from engine.config import ServingConfig

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from traces.format import atomic_file
+from traces.trace import atomic_file
 
 
 def write_page(path: Path, title: str, headline: str, body: str) -> None:

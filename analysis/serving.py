@@ -21,8 +21,8 @@ from engine.records import RunRecords
 from sim.paced import PacedRider
 from sim.profile import find_profile, read_profile
 from sim.simulate import recorded_requests
-from traces.format import Trace, write_trace
 from traces.synthetic import draw_length
+from traces.trace import Trace, write_trace
 
 if TYPE_CHECKING:
     from analysis.client import Target

@@ -32,8 +32,8 @@ from engine.scheduler import POLICIES
 from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
-from traces.format import Trace, write_trace
 from traces.sharegpt import LengthFilter
+from traces.trace import Trace, write_trace
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor

@@ -39,9 +39,9 @@ from sim.profile import Profile, check_profile_out, write_profile
 from sim.profiler import count_drift, count_work, measure_drift, measure_profile
 from sim.simulate import predict, recorded_requests, refusals, replay_predicted
 from traces.errors import TandemError, UnmetError
-from traces.format import Trace, atomic_file
 from traces.request import TraceRequest
 from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
+from traces.trace import Trace, atomic_file
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor

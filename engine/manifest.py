@@ -15,7 +15,7 @@ from engine.model_config import ModelConfig
 from engine.scheduler.registry import PARAMETER_TYPES, find_policy
 from engine.scheduler.source import source_digests
 from traces.errors import TandemError
-from traces.format import Trace
+from traces.trace import Trace
 
 Manifest = dict[str, Any]
 STOP_RULES = ("trace", "model")

@@ -29,9 +29,9 @@ from sim.samples import OUTLIER
 from sim.simulate import predict, replay_parts
 from traces.arrivals import gamma, with_arrivals
 from traces.errors import TandemError
-from traces.format import Trace
 from traces.request import TraceRequest
 from traces.synthetic import synthetic
+from traces.trace import Trace
 
 # The served run: shares of what the machine can do, each for as long, one of them too much, which fills the batch;
 # how bursty arrivals are, so that steps of all sizes come by at all loads; the most requests, if it can do much.

@@ -30,8 +30,8 @@ from engine.executor.executor import Executor
 from engine.recorder import Recorder
 from engine.records import RunRecords, read_run
 from traces.errors import TandemError
-from traces.format import write_trace
 from traces.synthetic import synthetic
+from traces.trace import write_trace
 
 TANDEM = Path(sys.executable).with_name("tandem")
 QUIET = Console(quiet=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from engine.records import read_run
-from traces.format import read_trace
+from traces.trace import read_trace
 
 DOCS = Path(__file__).parents[1] / "docs"
 

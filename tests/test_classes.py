@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.request import Request
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import assign_arrivals
-from traces.classes import RequestClass, assign_classes, predict_lengths, read_class
+from traces.request_classes import RequestClass, assign_classes, predict_lengths, read_class
 from traces.synthetic import synthetic
 
 MS = 1_000_000

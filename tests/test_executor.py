@@ -16,10 +16,10 @@ from engine.records import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
 from sim.simulate import replay
-from traces.classes import RequestClass, assign_classes, predict_lengths
 from traces.errors import TandemError
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.request_classes import RequestClass, assign_classes, predict_lengths
+from traces.trace import Trace
 
 MS = 1_000_000
 LIMITS = ServingConfig(num_blocks=24, block_size=8, max_seqs=6, max_batched_tokens=130, max_model_len=120)

@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 from analysis import cli
 from analysis.fidelity import Case, Study, _verdicts
 from traces.errors import TandemError
-from traces.format import write_trace
 from traces.synthetic import synthetic
+from traces.trace import write_trace
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ["--max-seqs", "4", "--max-batched-tokens", "64", "--max-model-len", "64", "--kv-blocks", "40"]

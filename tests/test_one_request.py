@@ -25,7 +25,7 @@ from engine.server.app import Manners, build_app
 from engine.server.link import EngineLink
 from engine.server.text import Text, Writer
 from sim.profile import write_profile
-from traces.format import read_trace
+from traces.trace import read_trace
 
 MODELS_TOKENS, TOKENIZERS_TOKENS = 101, 150  # as where tokens were added to a tokenizer, and no rows to the embedding
 LIMITS = ("--max-seqs", 8, "--max-batched-tokens", 256, "--max-model-len", 200, "--block-size", 8, "--kv-blocks", 100)

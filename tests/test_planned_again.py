@@ -24,8 +24,8 @@ from engine.records import RunRecords, read_run
 from engine.scheduler.blame import PolicyError
 from sim.profile import find_profile, read_profile
 from sim.simulate import replay
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.trace import Trace
 
 __all__ = ["work"]  # a fixture
 

@@ -20,11 +20,11 @@ from engine.scheduler.lazy_heap import LazyHeap
 from engine.scheduler.vtc import VirtualTokenCounter
 from sim.simulate import recorded_requests, replay
 from traces.arrivals import assign_arrivals
-from traces.classes import RequestClass, assign_classes, predict_lengths
 from traces.errors import TandemError
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.request_classes import RequestClass, assign_classes, predict_lengths
 from traces.synthetic import synthetic
+from traces.trace import Trace
 
 MS = 1_000_000
 LIMITS = ServingConfig(num_blocks=400, num_cpu_blocks=4000, max_seqs=16, max_batched_tokens=2048, max_model_len=4096)

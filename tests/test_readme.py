@@ -9,7 +9,7 @@ import pytest
 from reader import ROOT, blocks, follow
 
 from engine.records import read_run
-from traces.format import read_trace
+from traces.trace import read_trace
 
 README = ROOT / "README.md"
 

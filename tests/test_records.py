@@ -30,8 +30,8 @@ from sim.simulate import predict, simulate
 from sim.timing import ProfiledTiming
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
-from traces.format import read_trace
 from traces.request import TraceRequest
+from traces.trace import read_trace
 
 LENGTHS = Path(__file__).parents[1] / "docs/data/sharegpt-lengths.parquet"
 REQUESTS, RATE = 200, 12.0

@@ -16,8 +16,8 @@ from analysis.client import Reply, Target, send_all
 from analysis.client_records import side_by_side
 from analysis.metrics import latencies, metrics, request_metrics, token_times
 from engine.records import read_run
-from traces.format import Trace, write_trace
 from traces.request import TraceRequest
+from traces.trace import Trace, write_trace
 
 MS = 1_000_000
 

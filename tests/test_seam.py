@@ -117,8 +117,8 @@ from test_replay import scarce_workload
 from shadow import serve
 from engine.config import ServingConfig
 from engine.scheduler import POLICIES
-from traces.classes import RequestClass, assign_classes, predict_lengths
-from traces.format import Trace
+from traces.request_classes import RequestClass, assign_classes, predict_lengths
+from traces.trace import Trace
 requests, limits = scarce_workload(60)
 classes = [RequestClass(name, ttft_slo_ms=50, e2e_slo_ms=500) for name in "abc"]
 requests = predict_lengths(assign_classes(Trace(requests), classes), 0.5).requests

@@ -13,8 +13,8 @@ from engine.manifest import config_of
 from engine.recorder import Recorder
 from engine.records import read_run
 from sim.simulate import replay
-from traces.format import read_trace
 from traces.request import TraceRequest
+from traces.trace import read_trace
 
 LIMITS = ("--max-seqs", 4, "--max-batched-tokens", 128, "--max-model-len", 256, "--depth", 2)
 PROMPT, TOKENS = "The capital of France is", 12

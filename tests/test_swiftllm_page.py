@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reader import ROOT, blocks
 
-from traces.format import read_trace
+from traces.trace import read_trace
 
 PAGE = ROOT / "docs/swiftllm.md"
 sys.path.append(str(ROOT / "docs/examples"))

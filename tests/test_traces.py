@@ -25,9 +25,9 @@ from scipy import stats
 
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import all_at_once, assign_arrivals, gamma, poisson, uniform, with_arrivals
-from traces.compact import CompactRequests
-from traces.format import atomic_file
+from traces.request_list import CompactRequests
 from traces.synthetic import synthetic
+from traces.trace import atomic_file
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "traces"
 

@@ -1,7 +1,7 @@
 """Workloads: what requests there are and when they arrive. Imports nothing from the other packages."""
 
 from traces.errors import TandemError
-from traces.format import Trace, read_trace, write_trace
 from traces.request import TraceRequest
+from traces.trace import Trace, read_trace, write_trace
 
 __all__ = ["TandemError", "Trace", "TraceRequest", "read_trace", "write_trace"]

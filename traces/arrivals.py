@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import TandemError
-from traces.format import Trace
+from traces.trace import Trace
 
 ArrivalsNs = npt.NDArray[np.int64]
 

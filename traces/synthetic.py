@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import TandemError
-from traces.format import Trace
 from traces.request import TraceRequest
+from traces.trace import Trace
 
 
 def synthetic(n: int, seed: int, prompt: str, output: str, shared_prefixes: int = 0, prefix_len: int = 512) -> Trace:

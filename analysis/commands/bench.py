@@ -10,7 +10,7 @@ import typer
 from analysis import options
 from analysis.commands.output import console, print_json, print_result, say_notes
 from analysis.options import Limits, Loading, listed, read_count, read_rate, read_seed
-from traces.format import read_trace
+from traces.trace import read_trace
 
 if TYPE_CHECKING:
     from analysis.bench import Benchmark

@@ -10,7 +10,7 @@ import typer
 from analysis import options
 from analysis.commands.output import console, print_result
 from analysis.options import Limits, Loading, listed, read_rate
-from traces.format import read_trace
+from traces.trace import read_trace
 
 app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from analysis.tables import TextTable, print_tables
 from engine.records import RunRecords
-from traces.format import Trace
+from traces.trace import Trace
 
 Result = TypeVar("Result")
 

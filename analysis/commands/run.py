@@ -12,7 +12,7 @@ from analysis import options
 from analysis.commands.output import console, print_result, print_run, say_notes
 from analysis.options import Limits, Loading
 from engine.records import RunRecords, read_run
-from traces.format import Trace, read_trace
+from traces.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     from analysis.limits import Settled

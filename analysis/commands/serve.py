@@ -16,7 +16,7 @@ from analysis.commands.output import console, print_run
 from analysis.options import Limits, Loading
 from engine.records import check_out, read_run
 from traces.errors import TandemError
-from traces.format import read_trace
+from traces.trace import read_trace
 
 if TYPE_CHECKING:
     from analysis.serving import SimService

@@ -9,7 +9,7 @@ import typer
 
 from analysis import options
 from analysis.commands.output import console, print_facts, say_notes
-from traces.format import Trace, read_trace, write_trace
+from traces.trace import Trace, read_trace, write_trace
 
 app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 
@@ -121,7 +121,7 @@ def trace_assign(
 
     Each --class takes its share of the requests, at random. Arrivals and lengths stay as they are.
     """
-    from traces.classes import assign_classes, predict_lengths, read_class
+    from traces.request_classes import assign_classes, predict_lengths, read_class
 
     trace = read_trace(source)
     if classes:

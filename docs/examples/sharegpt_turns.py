@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from traces.format import Trace, write_trace
 from traces.request import TraceRequest
 from traces.sharegpt import Conversation, conversations, sharegpt_path
+from traces.trace import Trace, write_trace
 
 FEWEST_TURNS = 3
 SHORTEST = 4  # tokens, of a prompt and of an output

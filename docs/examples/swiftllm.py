@@ -33,7 +33,7 @@ from sim.memory import DTYPE_BYTES, Memory
 from sim.profile import KEYS, Profile, find_profile, read_profile
 from sim.simulate import predict
 from traces.arrivals import assign_arrivals
-from traces.format import Trace, read_trace
+from traces.trace import Trace, read_trace
 
 DATA = Path(__file__).parents[1] / "data"
 PROFILES = {"A100": "a100-80gb/llama-3-8b", "RTX 4090": "rtx4090/llama-3-8b"}

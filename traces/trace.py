@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from traces.compact import CompactRequests
 from traces.errors import TandemError
 from traces.request import TraceRequest
+from traces.request_list import CompactRequests
 
 if TYPE_CHECKING:
     import pyarrow as pa

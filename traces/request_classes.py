@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from traces.errors import TandemError
-from traces.format import Trace
+from traces.trace import Trace
 
 NS_PER_MS = 1e6
 
