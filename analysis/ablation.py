@@ -12,10 +12,10 @@ from typing import Any
 
 from analysis.compare import KINDS, closed_loop_errors, common_requests, compare_decisions, latency_model_errors
 from analysis.tables import TextTable, percent, signed
-from engine import manifest
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import manifest
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.profile import Profile
 from sim.simulate import predict, recorded_requests, replay
 from traces.errors import TandemError

@@ -25,7 +25,7 @@ from analysis.metrics import (
     waits_ns,
 )
 from analysis.tables import TextTable, signed
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 TERMS = {

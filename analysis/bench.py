@@ -21,10 +21,10 @@ from rich.table import Table
 from analysis.limits import Settled, config_to_check
 from analysis.metrics import Floats, column
 from analysis.options import Limits, check_new
-from engine import manifest
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import manifest
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.scheduler import load_scheduler
 from traces.errors import TandemError
 from traces.synthetic import synthetic

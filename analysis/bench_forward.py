@@ -16,8 +16,8 @@ from analysis.metrics import NS_PER_MS, column, completed_requests
 from analysis.options import Limits
 from analysis.workflow import progress_bar
 from engine.config import ServingConfig
-from engine.model_config import ModelConfig
-from engine.records import RunRecords
+from engine.model.config import ModelConfig
+from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
 if TYPE_CHECKING:

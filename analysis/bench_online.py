@@ -18,8 +18,8 @@ from analysis.metrics import metrics, not_completed
 from analysis.options import Limits
 from analysis.workflow import real_run, watched
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords, check_out
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, check_out
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.trace import Trace

@@ -31,8 +31,8 @@ from analysis.options import Limits
 from analysis.serving import SimService
 from analysis.tables import TextTable
 from analysis.workflow import progress_bar
-from engine.model_config import load_model_config
-from engine.records import RunRecords, read_run
+from engine.model.config import load_model_config
+from engine.records.run_folder import RunRecords, read_run
 from engine.server.app import Manners
 from engine.server.serve import serve
 from engine.server.text import Text, load_text

@@ -32,10 +32,10 @@ from analysis.limits import simulated_limits
 from analysis.metrics import metrics
 from analysis.options import Limits
 from analysis.workflow import simulate_run
-from engine import manifest
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords, RunWriter, StoredTables
+from engine.records import manifest
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, RunWriter, StoredTables
 from engine.scheduler import load_scheduler
 from sim.profile import Profile, read_profile
 from sim.simulate import predict
@@ -62,10 +62,10 @@ PARTS = {
     "serving loop": ("engine/serving_loop.py",),
     "scheduler": ("engine/scheduler/", "engine/decode_set.py", "engine/request.py", "engine/kv_blocks.py"),
     "step, digest": ("engine/step.py",),
-    "latency model": ("sim/latency.py", "sim/profile.py", "engine/graph_sizes.py"),
-    "backend": ("sim/", "engine/copies.py", "engine/events.py", "engine/backend.py"),
+    "latency model": ("sim/latency.py", "sim/profile.py", "engine/model/graph_sizes.py"),
+    "backend": ("sim/", "engine/copy_order.py", "engine/events.py", "engine/backend.py"),
     "SimPy": ("/simpy/",),
-    "records": ("engine/recorder.py", "engine/records.py", "/pyarrow/"),
+    "records": ("engine/records/recorder.py", "engine/records/run_folder.py", "/pyarrow/"),
     "metrics": ("analysis/metrics.py", "/numpy/"),
 }
 """Where the time of a run goes, by source file; the first that fits."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from analysis.tables import TextTable, percent, signed
 from engine.config import ServingConfig
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.memory import Memory, check_fits
 from sim.roofline import data_sheet
 

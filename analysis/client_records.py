@@ -20,8 +20,8 @@ from analysis.caveats import p99_sentence
 from analysis.client import Reply, Target
 from analysis.metrics import LATENCIES, asked_for, completed_requests, latencies, latency_statistics, summarize
 from analysis.tables import TextTable
-from engine import manifest
-from engine.records import RunRecords, tables_from_rows
+from engine.records import manifest
+from engine.records.run_folder import RunRecords, tables_from_rows
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.request import TraceRequest
 from traces.trace import Trace

@@ -29,7 +29,7 @@ from analysis.metrics import (
     request_metrics,
     step_kinds,
 )
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 1

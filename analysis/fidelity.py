@@ -32,8 +32,8 @@ from analysis.workflow import (
     simulate_run,
     write_json,
 )
-from engine import manifest
-from engine.records import RunRecords, read_run
+from engine.records import manifest
+from engine.records.run_folder import RunRecords, read_run
 from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError

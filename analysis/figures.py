@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.compare import CLOSED_LOOP, common_requests
 from analysis.metrics import NS_PER_MS, NS_PER_S, Floats, Ints, column, latencies, step_kinds, waits_ns
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from analysis.options import Limits
-from engine import manifest
 from engine.config import ServingConfig
-from engine.model_config import ModelConfig
-from engine.records import RunRecords
+from engine.model.config import ModelConfig
+from engine.records import manifest
+from engine.records.run_folder import RunRecords
 from sim.memory import MEMORY_LIMITS, beyond_measured, card_blocks, measured_blocks
 from sim.profile import Profile
 from traces.errors import TandemError

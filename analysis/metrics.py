@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.records import COLUMNS, RunRecords
+from engine.records.run_folder import COLUMNS, RunRecords
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.errors import TandemError
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
-from engine.manifest import STOP_RULES
+from engine.records.manifest import STOP_RULES
 from traces.errors import TandemError
 
 Command = TypeVar("Command", bound=Callable[..., Any])

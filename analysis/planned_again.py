@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.compare import compare_decisions
-from engine import manifest
-from engine.records import COLUMNS, RunRecords, StoredTables
-from engine.scheduler.blame import PolicyError, called
+from engine.records import manifest
+from engine.records.run_folder import COLUMNS, RunRecords, StoredTables
+from engine.scheduler.policy_error import PolicyError, called
 from engine.scheduler.registry import find_policy
 from sim.simulate import replay
 from traces.errors import TandemError

@@ -18,7 +18,7 @@ from analysis.figures import LATENCY_NAMES, policy_figures
 from analysis.metrics import LATENCIES, TOTALS, Ints, asked_for, latencies, latency_statistics, summarize
 from analysis.page import write_page
 from analysis.tables import TextTable, amount, html_table, number, signed
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 
 SCHEMA_VERSION = 1
 STATISTICS = ("mean", "p50", "p90", "p99")

@@ -13,7 +13,7 @@ from typing import Any
 from analysis.compare import RIDERS, common_requests, manifest_differences, relative_spread, rider
 from analysis.metrics import asked_for, metrics
 from analysis.tables import TextTable, percent, signed
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 1

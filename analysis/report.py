@@ -28,7 +28,7 @@ from analysis.machine import seen_sentences
 from analysis.metrics import LATENCIES, TOTALS
 from analysis.page import write_page
 from analysis.tables import TextTable, amount, html_table, number, percent, print_tables, signed
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,10 +14,10 @@ from analysis.machine import MachineWatch
 from analysis.metrics import summarize
 from analysis.options import Limits, Loading
 from analysis.workflow import check_before, load_executor, progress_bar
-from engine import manifest
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records import manifest
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.paced import PacedRider
 from sim.profile import find_profile, read_profile
 from sim.simulate import recorded_requests

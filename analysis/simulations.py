@@ -12,7 +12,7 @@ from typing import Any
 from analysis.compare import compare_decisions, flatten_manifest, manifest_differences
 from analysis.policies import compare_policies, policy_tables, write_policy_page
 from analysis.tables import TextTable, amount
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 
 UNMEASURED = "Two simulations: nothing here is measured."
 _COMPARED = ("profile", "source", "commit")  # of provenance, which two simulations may well differ in

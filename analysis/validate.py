@@ -27,7 +27,7 @@ from analysis.workflow import (
     simulate_run,
 )
 from engine.config import ServingConfig
-from engine.records import check_out
+from engine.records.run_folder import check_out
 from engine.scheduler import POLICIES
 from sim.profile import Profile, read_profile
 from traces.arrivals import assign_arrivals

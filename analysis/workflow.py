@@ -25,11 +25,11 @@ from analysis.options import Loading, check_new
 from analysis.planned_again import check_deterministic
 from analysis.policies import compare_policies, write_policy_page
 from analysis.report import write_report
-from engine import manifest
 from engine.config import ServingConfig
-from engine.prefix import Content
-from engine.recorder import Recorder
-from engine.records import RunRecords, RunWriter, StoredTables, check_out
+from engine.prefix_hash import Content
+from engine.records import manifest
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler import load_scheduler
 from engine.scheduler.registry import is_own
 from sim.calibrate import calibrate, levels
@@ -190,7 +190,7 @@ def simulate_run(
         console: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
         what: the progress bar's label.
-        check: whether `engine.integrity` looks at every step, and all of them are planned again elsewhere.
+        check: whether `engine.checks.step_checker` looks at every step, and all of them are planned again elsewhere.
         strict: whether nothing may be extrapolated beyond the profile.
         overwrite: whether a run in `out` is replaced.
         facts: what else the manifest's provenance should say.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.decode_set import DecodeSet
-from engine.prefix import Content, chain_hash
+from engine.prefix_hash import Content, chain_hash
 from traces.request import TraceRequest
 
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"

@@ -10,9 +10,9 @@ from typing import Any
 
 from engine.backend import Backend, Completion, Launch
 from engine.events import Event
-from engine.recorder import Observer
+from engine.records.recorder import Observer
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError, blame, idle_plan
+from engine.scheduler.policy_error import PolicyError, blame, idle_plan
 from engine.step import Step
 
 

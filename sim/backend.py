@@ -13,7 +13,7 @@ import simpy
 from engine.backend import Completion, Filled, Shown, Stop
 from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
-from engine.prefix import Content, with_output
+from engine.prefix_hash import Content, with_output
 from engine.step import Step
 from sim.timing import Timing
 from traces.request import TraceRequest

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ServingConfig
-from engine.graph_sizes import GraphSizes
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.model.graph_sizes import GraphSizes
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.latency import LatencyModel
 from sim.power import Load
 from sim.profile import Curve, Profile, Row

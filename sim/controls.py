@@ -13,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from engine.config import ServingConfig
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from sim.simulate import replay
 
 TRIES = 20

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import MEMORY_FRACTION
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.memory import DTYPE_BYTES
 from sim.profile import Curve, Profile, Row
 from sim.roofline import Floor, gemm_shapes, sheet_of, small_kernels

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.graph_sizes import GraphSizes
+from engine.model.graph_sizes import GraphSizes
 from engine.step import Copies, Step
 from sim.power import Load
 from sim.profile import Curve, Profile, Surface

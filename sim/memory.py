@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import MEMORY_FRACTION, ServingConfig
-from engine.graph_sizes import GraphSizes
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.graph_sizes import GraphSizes
 from sim.profile import Profile
 from traces.errors import TandemError
 

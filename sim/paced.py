@@ -14,8 +14,8 @@ from typing import Any
 import simpy
 
 from engine.config import ServingConfig
-from engine.live import LiveEvents, Terms
-from engine.recorder import Observer
+from engine.live_events import LiveEvents, Terms
+from engine.records.recorder import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.serving_loop import serving_loop

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 2

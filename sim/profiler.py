@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
-from engine.recorder import Recorder
+from engine.records.recorder import Recorder
 from sim.latency import LatencyModel
 from sim.profile import Profile, Row
 from sim.rigs import Batch, Rig, rig_for

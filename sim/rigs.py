@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from engine.config import ServingConfig
-from engine.graph_sizes import GraphSizes
+from engine.model.graph_sizes import GraphSizes
 from engine.step import Step
 from sim.passes import (
     HELD_OUT,

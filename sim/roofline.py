@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from engine.config import MEMORY_FRACTION
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.profile import HOST_TERMS, Profile, Row
 from traces.errors import TandemError
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import simpy
 
 from engine.backend import Backend
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import Event, EventQueue
-from engine.integrity import CheckedBackend
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.request import STOP, Request
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
@@ -72,7 +72,7 @@ def predict(
 
     Args:
         ignore: what is to count for nothing: `sim.latency.PARTS`, and `host`.
-        check: whether `engine.integrity` looks at every step.
+        check: whether `engine.checks.step_checker` looks at every step.
         refused: requests that are rejected as they arrive, and why, as `refusals` has them.
 
     Returns:

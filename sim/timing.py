@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from engine.backend import Launch
-from engine.copies import CopyOrder
+from engine.copy_order import CopyOrder
 from engine.step import Step
 from sim.latency import PARTS, LatencyModel
 from sim.profile import HOST_TERMS, HOST_TERMS_BY_KIND, Profile

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import simpy
 
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
-from engine.integrity import CheckedBackend
-from engine.recorder import Recorder
+from engine.records.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler

@@ -14,8 +14,8 @@ from test_compare import CONFIG, MS, with_manifest
 from analysis.ablation import TERMS, ablate, ablation_tables, read_terms
 from analysis.metrics import step_kinds
 from engine.config import ServingConfig
-from engine.manifest import system
-from engine.records import RunRecords
+from engine.records.manifest import system
+from engine.records.run_folder import RunRecords
 from sim.profile import Profile
 from sim.simulate import replay_parts
 from traces.errors import TandemError

@@ -14,8 +14,8 @@ from test_compare import CONFIG, MS, serve, with_column, workload
 from analysis.compare import compare
 from analysis.metrics import step_kinds
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.profile import Profile
 from sim.simulate import predict, replay, replay_parts
 from traces.request import TraceRequest

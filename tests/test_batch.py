@@ -12,6 +12,7 @@ from shadow import small_profile
 from test_scheduling_properties import configs, schedulers, workloads
 from tiny_models import tiny_model
 
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, KVCache, Packing, Prefill, Shape, build_batch
 from engine.executor.kernels import ops
@@ -19,9 +20,8 @@ from engine.executor.model import Llama
 from engine.executor.running import RunningBatch, Work
 from engine.executor.shapes import Shapes
 from engine.executor.weights import load_weights
-from engine.integrity import CheckedBackend
-from engine.model_config import load_model_config
-from engine.recorder import Recorder
+from engine.model.config import load_model_config
+from engine.records.recorder import Recorder
 from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
 from sim.backend import SimBackend

@@ -27,8 +27,8 @@ from analysis.cli import main
 from analysis.metrics import request_metrics
 from analysis.options import Limits, listed
 from engine.executor.executor import Executor
-from engine.recorder import Recorder
-from engine.records import RunRecords, read_run
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, read_run
 from traces.errors import TandemError
 from traces.synthetic import synthetic
 from traces.trace import write_trace

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from traces.trace import read_trace
 
 DOCS = Path(__file__).parents[1] / "docs"

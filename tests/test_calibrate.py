@@ -12,9 +12,9 @@ import pytest
 
 from analysis.compare import compare_decisions, latency_model_errors
 from engine.config import ServingConfig
-from engine.manifest import config_of
-from engine.recorder import Recorder
-from engine.records import RunRecords, read_run
+from engine.records.manifest import config_of
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, read_run
 from engine.step import Chunk, Step
 from sim.calibrate import LEVELS, calibrate, levels, without_served
 from sim.latency import LatencyModel

@@ -13,8 +13,8 @@ from analysis.caveats import beyond_sentence, completed_sentences
 from analysis.machine import MachineWatch, seen_sentences
 from analysis.metrics import not_completed, summarize
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.profile import Profile

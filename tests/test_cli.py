@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_models import tiny_model
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from sim.profile import read_profile, write_profile
 
 TANDEM = Path(sys.executable).with_name("tandem")
@@ -98,7 +98,7 @@ def test_policies_are_ranked_from_runs_of_both_riders(work):
 
 def test_policies_are_simulated_side_by_side_in_one_command(work):
     (work / "longest.py").write_text(
-        "from engine.scheduler.sjf import ShortestJobFirst\n"
+        "from engine.scheduler.policies.sjf import ShortestJobFirst\n"
         "class LongestFirst(ShortestJobFirst):\n"
         "    def key(self, request): return (-request.max_tokens, request.id)\n"
     )
@@ -132,7 +132,7 @@ def test_a_simulation_repeats_to_the_byte(work):
 
 def test_a_policy_from_the_users_own_file_runs(work):
     (work / "mine.py").write_text(
-        "from engine.scheduler.fcfs import Fcfs\nclass Mine(Fcfs):\n    '''The same, under another name.'''\n"
+        "from engine.scheduler.policies.fcfs import Fcfs\nclass Mine(Fcfs):\n    '''The same, under another name.'''\n"
     )
     args = ("simulate", "--trace", "t.parquet", "--profile", "a100")
     tandem(*args, "--scheduler", "mine:Mine", "--out", "mine", cwd=work)
@@ -176,7 +176,7 @@ def test_a_policy_that_does_not_chunk_and_rejects_everybody_is_told_what_would_h
 def test_policies_in_files_have_folders_within_that_of_the_comparison(work):
     for folder in ("a", "b"):
         (work / folder).mkdir()
-        (work / folder / "p.py").write_text("from engine.scheduler.fcfs import Fcfs\nclass P(Fcfs): pass\n")
+        (work / folder / "p.py").write_text("from engine.scheduler.policies.fcfs import Fcfs\nclass P(Fcfs): pass\n")
     args = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--out", "files")
     tandem(*args, "--scheduler", "./a/p.py:P", "--against", f"{work}/b/p.py:P", cwd=work)
     names = {path.name for path in (work / "files").iterdir()}

@@ -16,8 +16,8 @@ from analysis.compare import Targets, check_once, check_roles, compare, is_met
 from analysis.metrics import itl, metrics, request_metrics, step_kinds
 from analysis.workflow import compare_runs
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.latency import LatencyModel
 from sim.simulate import predict, replay
 from traces.errors import TandemError

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 from engine.config import ServingConfig
 from engine.executor.batch import KVCache
 from engine.executor.executor import Executor
-from engine.manifest import config_of
-from engine.recorder import Recorder
-from engine.records import RunRecords, read_run
+from engine.records.manifest import config_of
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, read_run
 from engine.scheduler import POLICIES
 from sim.calibrate import calibrate, levels
 from sim.controls import negative_controls
@@ -198,8 +198,8 @@ def test_the_models_own_stop_token_ends_a_request(executor):
 
 
 def test_steps_beyond_the_captured_sizes_give_the_same_tokens(executor, monkeypatch, expected):
-    monkeypatch.setattr("engine.graph_sizes.GRAPH_TOKENS", 20)
-    monkeypatch.setattr("engine.graph_sizes.GRAPH_PREFILLS", 2)
+    monkeypatch.setattr("engine.model.graph_sizes.GRAPH_TOKENS", 20)
+    monkeypatch.setattr("engine.model.graph_sizes.GRAPH_PREFILLS", 2)
     config = dataclasses.replace(WIDE, pipeline_depth=2, max_model_len=127)  # other limits: graphs are captured anew
     assert serve(executor, workload(), config)[1] == expected
 

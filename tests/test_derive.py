@@ -17,7 +17,7 @@ from test_golden import CHUNKED, OF_7B, by_kind
 from test_rigs import CONFIG, known_profile
 
 from engine.config import ServingConfig
-from engine.model_config import ModelConfig, load_model_config
+from engine.model.config import ModelConfig, load_model_config
 from engine.step import Chunk, Step
 from sim.derive import PRODUCTS, derive_profile
 from sim.drift import DriftCheck

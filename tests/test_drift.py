@@ -13,7 +13,7 @@ from test_rigs import CONFIG, KnownGpu, KnownMeter, known_profile, whole_us
 from tiny_models import tiny_model
 
 from engine.config import ServingConfig
-from engine.model_config import load_model_config
+from engine.model.config import load_model_config
 from engine.step import Step
 from sim.drift import ALLOWED, DriftCheck, TableDrift, judge
 from sim.profile import Profile, read_profile, write_profile

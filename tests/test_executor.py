@@ -11,8 +11,8 @@ from tiny_models import tiny_model
 
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
 from sim.controls import negative_controls
 from sim.simulate import replay

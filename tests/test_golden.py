@@ -14,9 +14,9 @@ import pytest
 
 from analysis.compare import STATISTICS, closed_loop_errors, common_requests, compare_decisions, latency_model_errors
 from analysis.fidelity import LATENCY_TARGETS, MODEL_TARGETS
-from engine.manifest import config_of
-from engine.recorder import Recorder
-from engine.records import RunRecords, read_run
+from engine.records.manifest import config_of
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords, read_run
 from sim.profile import Profile, read_profile, shipped_profiles
 from sim.simulate import predict, recorded_requests, replay
 

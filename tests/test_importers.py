@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine.model_config import load_model_config
+from engine.model.config import load_model_config
 from engine.step import Chunk, Step
 from sim.importers import import_profile, llmservingsim
 from sim.importers.llmservingsim import OPS as VLLM_OPS

@@ -15,17 +15,17 @@ from test_executor import executor
 from test_executor import serve as serve_for_real
 from tiny_models import tiny_model
 
+from engine.checks.step_checker import Books, CheckedBackend, IntegrityError
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
-from engine.integrity import Books, CheckedBackend, IntegrityError
-from engine.prefix import Content
-from engine.recorder import Recorder
+from engine.prefix_hash import Content
+from engine.records.recorder import Recorder
 from engine.request import CANCELLED, LENGTH, STOP, Request
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError
-from engine.scheduler.chunked_prefill import ChunkedPrefill
-from engine.scheduler.fcfs import Fcfs
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.fcfs import Fcfs
+from engine.scheduler.policy_error import PolicyError
 from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
 from sim.backend import SimBackend
@@ -415,7 +415,7 @@ def test_a_failing_backend_is_no_policys_fault():
 @pytest.mark.parametrize("command", ["simulate", "run"])
 def test_the_command_line_says_it_in_a_line_and_exits_with_2(command, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from engine.scheduler.fcfs import Fcfs\n\n"
+        "from engine.scheduler.policies.fcfs import Fcfs\n\n"
         "class Mine(Fcfs):\n    def plan(self, now):\n        super().plan(now)\n        1 / (now < 10**7)\n"
     )
     (tmp_path / "t.jsonl").write_text('{"arrival_s": 0, "prompt_len": 9, "output_len": 90}\n')

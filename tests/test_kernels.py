@@ -22,7 +22,7 @@ from engine.executor.kernels.tuning import Skinny, Tiles
 from engine.executor.model import Llama
 from engine.executor.reference import ops as reference
 from engine.executor.weights import dummy_weights
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -14,10 +14,10 @@ from tiny_models import tiny_model
 
 from analysis.limits import real_limits, simulated_limits
 from analysis.options import Limits
-from engine import manifest
 from engine.config import ServingConfig
-from engine.model_config import load_model_config
-from engine.records import RunRecords, read_run
+from engine.model.config import load_model_config
+from engine.records import manifest
+from engine.records.run_folder import RunRecords, read_run
 from sim.derive import derive_profile
 from sim.profile import Profile, find_profile, read_profile, shipped_profiles
 from sim.roofline import roofline_profile

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shadow import small_profile
 
 from engine.config import ServingConfig
-from engine.live import LiveEvents, Terms
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.live_events import LiveEvents, Terms
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.request import unknown_token
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop

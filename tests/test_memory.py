@@ -16,7 +16,7 @@ from shadow import small_profile
 from analysis.limits import simulated_limits
 from analysis.options import Limits
 from engine.config import ServingConfig
-from engine.model_config import load_model_config
+from engine.model.config import load_model_config
 from sim.memory import Memory, card_blocks, pass_bytes
 from sim.profile import Profile, find_profile, read_profile
 from sim.roofline import data_sheet, roofline_profile

@@ -30,8 +30,8 @@ from analysis.metrics import (
     token_times,
 )
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import COLUMNS, RunRecords, tables_from_rows
+from engine.records.recorder import Recorder
+from engine.records.run_folder import COLUMNS, RunRecords, tables_from_rows
 from engine.step import Step
 from sim.simulate import simulate
 from sim.timing import ProfiledTiming

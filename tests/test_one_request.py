@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from analysis.bench_serve import steady_profile
 from analysis.options import Limits
 from analysis.serving import SimService
-from engine.live import Terms
-from engine.manifest import config_of
-from engine.records import read_run
+from engine.live_events import Terms
+from engine.records.manifest import config_of
+from engine.records.run_folder import read_run
 from engine.server.app import Manners, build_app
 from engine.server.link import EngineLink
 from engine.server.text import Text, Writer

@@ -8,7 +8,7 @@ import pytest
 from reader import ROOT, follow
 from vllm_logs import LISTS
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from engine.scheduler import POLICIES
 
 PAGE = ROOT / "docs/others.md"

@@ -12,7 +12,7 @@ import pytest
 from shadow import serve, small_profile
 
 from engine.config import ServingConfig
-from engine.recorder import Recorder
+from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from sim.simulate import simulate
@@ -20,7 +20,7 @@ from sim.timing import ProfiledTiming
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
-HEAD = "from engine.scheduler import Scheduler\nfrom engine.scheduler.fcfs import Fcfs\n"
+HEAD = "from engine.scheduler import Scheduler\nfrom engine.scheduler.policies.fcfs import Fcfs\n"
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def test_a_policy_is_given_as_a_file_with_parameters_and_imports_from_beside_it(
 
 def test_parameters_may_be_positional_and_those_of_a_base_class_handed_on(here):
     body = """
-        from engine.scheduler.chunked_prefill import ChunkedPrefill
+        from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
         class P(ChunkedPrefill):
             def __init__(self, config, level=1, **others):
                 super().__init__(config, **others)

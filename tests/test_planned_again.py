@@ -20,8 +20,8 @@ from test_scheduling_properties import configs, workloads
 from analysis.planned_again import _opening, check_deterministic
 from analysis.workflow import simulate_run
 from engine.config import ServingConfig
-from engine.records import RunRecords, read_run
-from engine.scheduler.blame import PolicyError
+from engine.records.run_folder import RunRecords, read_run
+from engine.scheduler.policy_error import PolicyError
 from sim.profile import find_profile, read_profile
 from sim.simulate import replay
 from traces.request import TraceRequest
@@ -33,7 +33,7 @@ POLICIES = '''
 import os, random, time
 from pathlib import Path
 from datetime import datetime
-from engine.scheduler.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.scheduler.keyed import KeyedScheduler
 
 
@@ -206,7 +206,9 @@ def test_a_real_run_is_planned_again_too_and_its_records_are_kept(work):
 
 # -- which policy a run was of ---------------------------------------------------------------------------------
 
-EARLIER = "from levels import LEVEL\nfrom engine.scheduler.fcfs import Fcfs\nclass P(Fcfs):\n    level = LEVEL\n"
+EARLIER = (
+    "from levels import LEVEL\nfrom engine.scheduler.policies.fcfs import Fcfs\nclass P(Fcfs):\n    level = LEVEL\n"
+)
 LATER = f"{EARLIER}    def plan(self, now):\n        super().plan(now) if self.waiting else self.decode()\n"
 SIMULATE = ("simulate", "--trace", "t.parquet", "--profile", "a100", "--scheduler", "sourced:P", "--max-seqs", 4)
 
@@ -242,7 +244,7 @@ def test_a_manifest_has_a_digest_of_each_file_of_the_policy_and_all_its_paramete
     assert system_of(recorded / "before")["scheduler_source"].keys() == {"sourced.py", "levels.py"}
     tandem(*SIMULATE[:-3], "chunked_prefill", "--out", "shipped", cwd=recorded)
     shipped = system_of(recorded / "shipped")
-    assert shipped["scheduler_source"].keys() == {"engine/scheduler/chunked_prefill.py"}
+    assert shipped["scheduler_source"].keys() == {"engine/scheduler/policies/chunked_prefill.py"}
     assert shipped["scheduler_parameters"] == {"budget": 0}
 
 

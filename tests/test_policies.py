@@ -13,11 +13,11 @@ from shadow import serve
 
 from analysis.metrics import Floats, column, metrics, request_metrics, token_times
 from engine.config import ServingConfig
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from engine.request import CANCELLED, LENGTH
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.lazy_heap import LazyHeap
-from engine.scheduler.vtc import VirtualTokenCounter
+from engine.scheduler.policies.vtc import VirtualTokenCounter
 from sim.simulate import recorded_requests, replay
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from reader import ROOT, blocks, follow
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from engine.scheduler import POLICIES
 from engine.scheduler.registry import parameters
 

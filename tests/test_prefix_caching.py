@@ -20,10 +20,10 @@ from analysis.metrics import metrics
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.kv_blocks import PrefixCachingPool
-from engine.prefix import Content
-from engine.records import RunRecords
+from engine.prefix_hash import Content
+from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
-from engine.scheduler.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from sim.simulate import recorded_requests, replay
 from traces.request import TraceRequest
 
@@ -72,7 +72,7 @@ def test_hash_ids_wider_or_narrower_than_blocks_stand_for_the_blocks_that_they_c
 
 
 def test_hashes_are_the_same_whatever_the_hash_seed():
-    code = "from engine.prefix import Content; print(list(Content([1, 2, 3, 4], 1).hashes(4, 2).ids))"
+    code = "from engine.prefix_hash import Content; print(list(Content([1, 2, 3, 4], 1).hashes(4, 2).ids))"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True

@@ -16,9 +16,9 @@ from shadow import small_profile
 from analysis.workflow import measure
 from engine.config import ServingConfig
 from engine.executor.running import RunningBatch
-from engine.model_config import load_model_config
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.model.config import load_model_config
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from engine.step import Chunk, Step
 from sim.latency import LatencyModel
 from sim.passes import Pass, grid, uneven_grid

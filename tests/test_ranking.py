@@ -13,7 +13,7 @@ from test_compare import MS, serve, with_column, with_manifest, workload
 from analysis.metrics import metrics
 from analysis.ranking import METRICS, rank, ranking_tables
 from analysis.tables import print_tables
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reader import ROOT, blocks, follow
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from traces.trace import read_trace
 
 README = ROOT / "README.md"

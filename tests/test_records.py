@@ -22,9 +22,9 @@ from test_scheduling_properties import configs, workloads
 
 from analysis.metrics import metrics
 from engine.config import ServingConfig
-from engine.graph_sizes import GraphSizes
-from engine.recorder import Recorder
-from engine.records import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, table_from_rows
+from engine.model.graph_sizes import GraphSizes
+from engine.records.recorder import Recorder
+from engine.records.run_folder import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, table_from_rows
 from sim.profile import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate
 from sim.timing import ProfiledTiming
@@ -142,7 +142,7 @@ def test_rows_that_are_written_as_they_come_are_those_of_a_run_held_whole(reques
     whole = serve(requests, config)[0].tables()
     written = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.recorder.FLUSH", flush)
+        patch.setattr("engine.records.recorder.FLUSH", flush)
         recorder = Recorder(lambda table, rows: written[table].append(table_from_rows(table, rows)))
         simulate(requests, config, ProfiledTiming(small_profile()), recorder)
         recorder.close()
@@ -150,7 +150,7 @@ def test_rows_that_are_written_as_they_come_are_those_of_a_run_held_whole(reques
 
 
 def test_what_is_held_grows_with_the_requests_in_flight_not_with_the_trace(monkeypatch):
-    monkeypatch.setattr("engine.recorder.FLUSH", 20)
+    monkeypatch.setattr("engine.records.recorder.FLUSH", 20)
     held = []
     recorder = Recorder(lambda table, rows: held.append(len(recorder._lives)))
     requests = (TraceRequest(i, i * 40_000_000, 20, 10, 10) for i in range(1000))  # taken one by one
@@ -208,7 +208,7 @@ def test_the_metrics_of_a_run_are_those_that_it_has_when_looked_at_piece_by_piec
         run.write(Path(folder) / "run")
         patch.setattr("analysis.metrics.PART", part)
         patch.setattr("analysis.metrics.SORTED", some)
-        patch.setattr("engine.records.BATCH", rows)
+        patch.setattr("engine.records.run_folder.BATCH", rows)
         assert metrics(RunRecords({}, StoredTables(Path(folder) / "run"))) == pytest.approx(whole, nan_ok=True)
 
 

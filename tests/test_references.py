@@ -18,8 +18,8 @@ from references import LISTS, Job, Reference, Sarathi, SwiftLlm
 from vllm_logs import Log, TickBackend
 
 from engine.backend import Launch, drive
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
-from engine.integrity import CheckedBackend
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from engine.step import Step

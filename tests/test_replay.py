@@ -13,7 +13,7 @@ from shadow import serve, small_profile
 from test_scheduling_properties import configs, workloads
 
 from engine.config import ServingConfig
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
 from sim.simulate import replay
 from sim.timing import ProfiledTiming

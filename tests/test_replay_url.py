@@ -15,7 +15,7 @@ from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
 from analysis.client import Reply, Target, send_all
 from analysis.client_records import side_by_side
 from analysis.metrics import latencies, metrics, request_metrics, token_times
-from engine.records import read_run
+from engine.records.run_folder import read_run
 from traces.request import TraceRequest
 from traces.trace import Trace, write_trace
 

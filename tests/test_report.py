@@ -20,8 +20,8 @@ from analysis.ablation import ablate
 from analysis.compare import compare
 from analysis.figures import MAX_POINTS
 from analysis.report import headline, print_comparison, write_report
-from engine.manifest import system
-from engine.records import RunRecords
+from engine.records.manifest import system
+from engine.records.run_folder import RunRecords
 from sim.simulate import replay_parts
 from traces.errors import TandemError
 from traces.request import TraceRequest

@@ -20,8 +20,8 @@ from test_live import assert_replay_is_the_same
 from analysis.bench_serve import steady_profile
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
-from engine.live import Terms
-from engine.records import RunRecords
+from engine.live_events import Terms
+from engine.records.run_folder import RunRecords
 from engine.server.engine import _serve
 from engine.server.messages import Arrive, Cancel, Close, Progress, Ready
 from engine.server.real import RealRider

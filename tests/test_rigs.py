@@ -8,7 +8,7 @@ import pytest
 from shadow import small_profile
 
 from engine.config import ServingConfig
-from engine.graph_sizes import GraphSizes
+from engine.model.graph_sizes import GraphSizes
 from engine.step import Step
 from sim.latency import LatencyModel
 from sim.passes import Pass

@@ -15,8 +15,8 @@ import engine
 from engine.config import ServingConfig
 from engine.request import Request
 from engine.scheduler import POLICIES, load_scheduler
-from engine.scheduler.blame import PolicyError
-from engine.scheduler.fcfs import Fcfs
+from engine.scheduler.policies.fcfs import Fcfs
+from engine.scheduler.policy_error import PolicyError
 from traces.request import TraceRequest
 
 ROOT = Path(engine.__file__).parents[1]

@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import MODEL, PROFILE, Server, eventually, serving, sim
 
-from engine.manifest import config_of
-from engine.recorder import Recorder
-from engine.records import read_run
+from engine.records.manifest import config_of
+from engine.records.recorder import Recorder
+from engine.records.run_folder import read_run
 from sim.profile import find_profile, read_profile
 from sim.simulate import deliveries, recorded_requests, replay, simulate
 from sim.timing import DeliveredTiming

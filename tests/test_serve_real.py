@@ -9,9 +9,9 @@ from served import serving
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.executor.tokenizer import load_tokenizer, smollm2_path
-from engine.manifest import config_of
-from engine.recorder import Recorder
-from engine.records import read_run
+from engine.records.manifest import config_of
+from engine.records.recorder import Recorder
+from engine.records.run_folder import read_run
 from sim.simulate import replay
 from traces.request import TraceRequest
 from traces.trace import read_trace

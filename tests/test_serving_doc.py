@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from served import Server
 
-from engine.records import read_run
+from engine.records.run_folder import read_run
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs/serving.md").read_text()

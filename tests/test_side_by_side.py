@@ -10,7 +10,7 @@ from shadow import serve
 from analysis.metrics import latencies, metrics
 from analysis.policies import compare_policies, policy_tables, write_policy_page
 from engine.config import ServingConfig
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from traces.request import TraceRequest
 
 LIMITS = ServingConfig(num_blocks=400, max_seqs=4, max_batched_tokens=300, max_model_len=1000)

@@ -15,13 +15,13 @@ from shadow import serve, small_profile
 from test_scheduling_properties import MS, configs, schedulers, workloads
 
 from engine.config import ServingConfig
-from engine.copies import CopyOrder
-from engine.prefix import Content
-from engine.records import RunRecords
+from engine.copy_order import CopyOrder
+from engine.prefix_hash import Content
+from engine.records.run_folder import RunRecords
 from engine.request import LENGTH
 from engine.scheduler import POLICIES
 from engine.scheduler.base import Scheduler
-from engine.scheduler.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.step import Chunk, Copies, Step
 from sim.controls import negative_controls
 from sim.latency import LatencyModel

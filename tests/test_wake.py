@@ -14,10 +14,10 @@ from test_executor import executor
 from test_executor import serve as serve_for_real
 
 from engine.config import ServingConfig
-from engine.live import LiveEvents
-from engine.records import RunRecords
+from engine.live_events import LiveEvents
+from engine.records.run_folder import RunRecords
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError
+from engine.scheduler.policy_error import PolicyError
 from sim.backend import SimBackend
 from sim.simulate import replay
 from sim.timing import ProfiledTiming

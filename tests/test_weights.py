@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.executor.weights import dummy_weights, load_weights
-from engine.model_config import PRESETS, ModelConfig, RopeScaling, load_model_config
+from engine.model.config import PRESETS, ModelConfig, RopeScaling, load_model_config
 from traces.errors import TandemError
 
 TEXT = [3, 14, 15, 92, 65, 35, 89, 79]

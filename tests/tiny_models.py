@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from engine.executor.batch import ForwardBatch, KVCache
 from engine.executor.model import Llama
 from engine.executor.weights import Weights, load_weights
-from engine.model_config import load_model_config
+from engine.model.config import load_model_config
 
 NO_BLOCK = 2**31 - 1
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.backend import Completion, Launch, drive
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import Event
-from engine.integrity import CheckedBackend
-from engine.recorder import Recorder
+from engine.records.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop

@@ -14,7 +14,7 @@ from analysis import options
 from analysis.commands.output import console, print_json, print_result
 from analysis.compare import RIDERS, check_once, check_roles, is_met, rider
 from analysis.options import Limits, Loading
-from engine.records import RunRecords, read_run
+from engine.records.run_folder import RunRecords, read_run
 from traces.errors import TandemError
 
 app = typer.Typer()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.tables import TextTable, print_tables
-from engine.records import RunRecords
+from engine.records.run_folder import RunRecords
 from traces.trace import Trace
 
 Result = TypeVar("Result")

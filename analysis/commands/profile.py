@@ -54,7 +54,7 @@ def profile(
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     check_profile_out(out, overwrite or plan)
     if roofline is not None:
-        from engine.model_config import load_model_config
+        from engine.model.config import load_model_config
         from sim.profile import write_profile
         from sim.roofline import roofline_profile
 
@@ -90,7 +90,7 @@ def profile_import(
     Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
     .csv of dense operations. What they lack comes from the card's data sheet; meta.yaml says what that is.
     """
-    from engine.model_config import load_model_config
+    from engine.model.config import load_model_config
     from sim.importers import import_profile
     from sim.profile import write_profile
 
@@ -113,7 +113,7 @@ def profile_derive(
     What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
     says of every table which and how. --check measures such a profile's points where the card is at hand.
     """
-    from engine.model_config import load_model_config
+    from engine.model.config import load_model_config
     from sim.derive import derive_profile
     from sim.profile import find_profile, read_profile, write_profile
 
@@ -140,8 +140,8 @@ def profile_calibrate(
     A GPU at its power limit is the slower the more it has computed just before. tandem profile serves a run of its own
     to learn this; here others take its place.
     """
-    from engine.manifest import config_of
-    from engine.records import read_run
+    from engine.records.manifest import config_of
+    from engine.records.run_folder import read_run
     from sim.calibrate import calibrate
     from sim.profile import check_profile_out, find_profile, read_profile, write_profile
 

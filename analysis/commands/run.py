@@ -11,7 +11,7 @@ import typer
 from analysis import options
 from analysis.commands.output import console, print_result, print_run, say_notes
 from analysis.options import Limits, Loading
-from engine.records import RunRecords, read_run
+from engine.records.run_folder import RunRecords, read_run
 from traces.trace import Trace, read_trace
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def memory(
     """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
     from analysis.card import card_memory, memory_table
     from analysis.limits import card_limits
-    from engine.model_config import load_model_config
+    from engine.model.config import load_model_config
 
     shape = load_model_config(model)
     terms = card_memory(hardware, shape, dtype, card_limits(shape, limits).config)

@@ -14,7 +14,7 @@ from rich.console import Console
 from analysis import options
 from analysis.commands.output import console, print_run
 from analysis.options import Limits, Loading
-from engine.records import check_out, read_run
+from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
 from traces.trace import read_trace
 

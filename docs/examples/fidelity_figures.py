@@ -24,8 +24,8 @@ from residuals import COMPUTE_BOUND, MEMORIES_MS, Steps, by_captured_size, memor
 from analysis.compare import STATISTICS
 from analysis.figures import COLOURS, LATENCY_NAMES
 from analysis.metrics import latencies
-from engine.graph_sizes import GraphSizes
-from engine.records import read_run
+from engine.model.graph_sizes import GraphSizes
+from engine.records.run_folder import read_run
 from sim.profile import read_profile
 
 LATENCIES = ("ttft", "tpot", "e2el")

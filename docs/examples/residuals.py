@@ -19,9 +19,9 @@ from rich.console import Console
 
 from analysis.metrics import Floats, Ints, column, step_kinds
 from analysis.tables import TextTable, number, print_tables, signed
-from engine.graph_sizes import GraphSizes
-from engine.manifest import config_of
-from engine.records import read_run
+from engine.model.graph_sizes import GraphSizes
+from engine.records.manifest import config_of
+from engine.records.run_folder import read_run
 from sim.profile import Profile, read_profile
 from sim.simulate import replay
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.executor.tokenizer import load_tokenizer, model_path
-from engine.recorder import Recorder
+from engine.records.recorder import Recorder
 from traces.request import TraceRequest
 
 PROMPTS = ("The capital of France is", "1, 1, 2, 3, 5, 8,", "Once upon a time")

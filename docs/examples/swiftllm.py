@@ -27,8 +27,8 @@ from analysis.figures import COLOURS
 from analysis.metrics import column, completed_requests, request_metrics
 from analysis.tables import TextTable, print_tables, signed
 from engine.config import ServingConfig
-from engine.recorder import Recorder
-from engine.records import RunRecords
+from engine.records.recorder import Recorder
+from engine.records.run_folder import RunRecords
 from sim.memory import DTYPE_BYTES, Memory
 from sim.profile import KEYS, Profile, find_profile, read_profile
 from sim.simulate import predict

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 _ALIGNMENT = 32  # words between the starts of sections: kernels are compiled for aligned pointers

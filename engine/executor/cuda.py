@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.config import MEMORY_FRACTION, ServingConfig
-from engine.copies import CopyOrder
+from engine.copy_order import CopyOrder
 from engine.executor import backend
 from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
 from engine.executor.kernels import ops

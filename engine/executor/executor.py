@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from engine.backend import drive
+from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import EventQueue
 from engine.executor.backend import DataPlane, ExecutorBackend, no_collections
@@ -20,9 +21,8 @@ from engine.executor.runner import Runner
 from engine.executor.running import RunningBatch
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
-from engine.integrity import CheckedBackend
-from engine.model_config import load_model_config
-from engine.recorder import Recorder
+from engine.model.config import load_model_config
+from engine.records.recorder import Recorder
 from engine.request import unknown_token
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
@@ -197,8 +197,8 @@ class Executor:
         A request with a token that the model lacks is rejected.
 
         Args:
-            stop_rule: as in `engine.manifest.workload`.
-            check: whether `engine.integrity` looks at every step before it runs.
+            stop_rule: as in `engine.records.manifest.workload`.
+            check: whether `engine.checks.step_checker` looks at every step before it runs.
 
         Raises:
             IntegrityError: `check` is set, and a step breaks an invariant.

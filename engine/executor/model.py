@@ -14,7 +14,7 @@ import torch
 from engine.executor.batch import ForwardBatch, KVCache, build_batch
 from engine.executor.reference import ops as reference
 from engine.executor.weights import LayerWeights, Weights
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 
 Mark = Callable[[str], None]
 """Called after each group of operations with its name; a profiler reads a clock there."""

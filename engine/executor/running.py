@@ -15,7 +15,7 @@ import numpy as np
 from engine.backend import Filled, Shown, Stop
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
-from engine.prefix import tells_blocks
+from engine.prefix_hash import tells_blocks
 from engine.step import Step
 from traces.request import TraceRequest
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.config import ServingConfig
 from engine.executor.batch import Shape
 from engine.executor.running import table_width
-from engine.graph_sizes import GraphSizes
+from engine.model.graph_sizes import GraphSizes
 
 
 @dataclass(frozen=True, slots=True)

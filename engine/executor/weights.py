@@ -18,7 +18,7 @@ import torch
 from gguf import dequantize
 from safetensors import SafetensorError, safe_open
 
-from engine.model_config import ModelConfig, first_line, open_gguf, read_json
+from engine.model.config import ModelConfig, first_line, open_gguf, read_json
 from traces.errors import TandemError
 
 

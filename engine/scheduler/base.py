@@ -29,7 +29,7 @@ from engine.config import COMPLETED, VLLM, WHOLE, ServingConfig
 from engine.decode_set import DecodeSet
 from engine.kv_blocks import BlockPool, PrefixCachingPool
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
-from engine.scheduler.blame import PolicyError
+from engine.scheduler.policy_error import PolicyError
 from engine.step import GENESIS, Chunk, Copies, Step, chain_digest
 
 PATIENCE = 1000

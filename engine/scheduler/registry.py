@@ -15,21 +15,21 @@ from typing import Any
 
 from engine.config import ServingConfig
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError, blame, called
-from engine.scheduler.chunked_prefill import ChunkedPrefill
-from engine.scheduler.edf import EarliestDeadlineFirst
-from engine.scheduler.fastserve import SkipJoinMlfq
-from engine.scheduler.fcfs import Fcfs
-from engine.scheduler.own import NO_SUPER, check_policy, import_policy, uses_unmade
-from engine.scheduler.prefill_first import PrefillFirst
-from engine.scheduler.priority import StrictPriority
-from engine.scheduler.sarathi import Sarathi
-from engine.scheduler.sjf import ShortestJobFirst
-from engine.scheduler.source import source_digests
-from engine.scheduler.srpt import ShortestRemainingFirst
-from engine.scheduler.swiftllm import SwiftLlm
-from engine.scheduler.vllm import Vllm, VllmPriority
-from engine.scheduler.vtc import VirtualTokenCounter
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.edf import EarliestDeadlineFirst
+from engine.scheduler.policies.fastserve import SkipJoinMlfq
+from engine.scheduler.policies.fcfs import Fcfs
+from engine.scheduler.policies.prefill_first import PrefillFirst
+from engine.scheduler.policies.priority import StrictPriority
+from engine.scheduler.policies.sarathi import Sarathi
+from engine.scheduler.policies.sjf import ShortestJobFirst
+from engine.scheduler.policies.srpt import ShortestRemainingFirst
+from engine.scheduler.policies.swiftllm import SwiftLlm
+from engine.scheduler.policies.vllm import Vllm, VllmPriority
+from engine.scheduler.policies.vtc import VirtualTokenCounter
+from engine.scheduler.policy_error import PolicyError, blame, called
+from engine.scheduler.policy_source import source_digests
+from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, uses_unmade
 from traces.errors import TandemError
 
 POLICIES: dict[str, type[Scheduler]] = {

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.live import Terms
+from engine.live_events import Terms
 from engine.server.answer import Answer, AnswerResponse, send_json
 from engine.server.dialect import ChatDialect, Dialect
 from engine.server.link import EngineLink

@@ -12,8 +12,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from engine.live import LiveEvents
-from engine.recorder import Recorder
+from engine.live_events import LiveEvents
+from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
 from engine.server.garbage import hold_back
 from engine.server.messages import Arrive, Cancel, Close, Over, Ready

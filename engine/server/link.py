@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from engine.live import Terms
+from engine.live_events import Terms
 from engine.request import REJECTED
 from engine.server.engine import run_engine
 from engine.server.garbage import collect_now

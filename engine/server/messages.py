@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from engine.config import ServingConfig
-from engine.live import Terms
+from engine.live_events import Terms
 from traces.request import TraceRequest
 
 

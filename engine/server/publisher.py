@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.recorder import Observer
+from engine.records.recorder import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
 from engine.server.garbage import collect_now
@@ -28,7 +28,7 @@ class _Launched(NamedTuple):
 
 
 class Publisher:
-    """Implements `engine.recorder.Observer`: sends one `Progress` a turn, and tells the recorder, if there is one."""
+    """An `engine.records.recorder.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
         self, send: Callable[[Progress], None], rider: Rider, scheduler: Scheduler, recorder: Observer | None

@@ -11,8 +11,8 @@ from engine.config import ServingConfig
 from engine.executor.backend import ExecutorBackend
 from engine.executor.executor import Executor
 from engine.executor.running import Ending
-from engine.live import LiveEvents, Terms
-from engine.recorder import Observer
+from engine.live_events import LiveEvents, Terms
+from engine.records.recorder import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.serving_loop import serving_loop

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from engine.config import ServingConfig
-from engine.live import LiveEvents
-from engine.recorder import Observer, Recorder
+from engine.live_events import LiveEvents
+from engine.records.recorder import Observer, Recorder
 from engine.scheduler import Scheduler
 
 

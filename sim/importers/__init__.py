@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.importers import aiconfigurator, llmservingsim, vidur
 from sim.importers.points import RULES, complete, cross_check, plane, rows
 from sim.importers.source import Measured, Points

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.importers.source import Line, Measured, Points, Publication, read_rows
 from sim.profile import Row
 from sim.roofline import gemm_shapes

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.importers.points import errors
 from sim.importers.source import Measured, Points, Publication, check_shape, read_rows
 from traces.errors import TandemError

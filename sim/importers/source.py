@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.profile import Row
 from traces.errors import TandemError
 

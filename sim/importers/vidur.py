@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from engine.model_config import ModelConfig
+from engine.model.config import ModelConfig
 from sim.importers.source import Measured, Points, Publication, check_shape, read_rows
 from traces.errors import TandemError
 

@@ -15,7 +15,7 @@ from engine.backend import Backend
 from engine.config import COMPLETED, ServingConfig
 from engine.events import Event
 from engine.request import CANCELLED, LENGTH, STOP, Request
-from engine.scheduler.blame import PolicyError
+from engine.scheduler.policy_error import PolicyError
 from engine.step import Chunk, Copies, Step
 
 

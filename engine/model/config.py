@@ -16,7 +16,7 @@ import yaml
 
 from traces.errors import TandemError
 
-PRESETS = Path(__file__).parent / "models"
+PRESETS = Path(__file__).parent / "presets"
 _PLAIN_LLAMA = {  # config keys that make a model another one, and the value under which it stays LLaMA
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str) -> ModelConfig:
-        """Read one of the shapes that ship in `engine/models`."""
+        """Read one of the shapes that ship in `engine/model/presets`."""
         text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
         return cls.from_hf(yaml.safe_load(text), name)
 

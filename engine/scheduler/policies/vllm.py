@@ -11,8 +11,8 @@ from dataclasses import replace
 from engine.config import COMPLETED, VLLM, ServingConfig
 from engine.request import Request
 from engine.scheduler.base import Scheduler
-from engine.scheduler.chunked_prefill import ChunkedPrefill
-from engine.scheduler.priority import StrictPriority
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.priority import StrictPriority
 
 
 def as_vllm(config: ServingConfig) -> ServingConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.scheduler.base import Scheduler
-from engine.scheduler.own import is_users
+from engine.scheduler.user_policy import is_users
 
 DIGITS = 16
 

@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from engine.scheduler.base import Scheduler
-from engine.scheduler.blame import PolicyError, called
-from engine.scheduler.fcfs import Fcfs
+from engine.scheduler.policies.fcfs import Fcfs
+from engine.scheduler.policy_error import PolicyError, called
 from traces.errors import TandemError
 
 ROOT = Path(__file__).parents[2]

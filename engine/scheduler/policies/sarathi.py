@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from engine.config import WHOLE, ServingConfig
 from engine.request import Request
-from engine.scheduler.chunked_prefill import ChunkedPrefill
+from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 
 WATERMARK = 0.01
 """Of all blocks, what an admission must leave free."""

@@ -1,0 +1,1 @@
+"""Checks of every step, apart from the scheduler."""
