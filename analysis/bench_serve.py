@@ -35,7 +35,7 @@ from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run
 from engine.server.app import Manners
 from engine.server.serve import serve
-from engine.server.text import Text, load_text
+from engine.server.tokenization import Text, load_text
 from sim.profile import HOST_TERMS, Profile, write_profile
 from traces.errors import TandemError
 from traces.request import TraceRequest

@@ -27,14 +27,14 @@ from traces.trace import Trace, write_trace
 if TYPE_CHECKING:
     from analysis.client import Target
     from engine.executor.executor import Executor
-    from engine.server.rider import Rider
+    from engine.server.driver import Rider
 
 TRACE = "trace.parquet"
 
 
 @dataclass
 class SimService:
-    """Implements `engine.server.rider.Service` with the simulator.
+    """Implements `engine.server.driver.Service` with the simulator.
 
     Attributes:
         profile: the latency profile's folder.
@@ -111,7 +111,7 @@ class SimService:
 
 @dataclass
 class RealService:
-    """Implements `engine.server.rider.Service` with the executor; attributes as in `SimService`."""
+    """Implements `engine.server.driver.Service` with the executor; attributes as in `SimService`."""
 
     loading: Loading
     limits: Limits
@@ -129,7 +129,7 @@ class RealService:
 
     def open(self) -> Rider:
         """As in `Service`."""
-        from engine.server.real import RealRider
+        from engine.server.executor_driver import RealRider
 
         console = Console(stderr=True)
         executor = self._executor = load_executor(self.loading, console)

@@ -55,7 +55,7 @@ class PacedEnvironment(simpy.Environment):  # type: ignore[misc]
 
 
 class PacedRider:
-    """Implements `engine.server.rider.Rider`: the times of a profile, and text that says nothing, of the right length.
+    """Implements `engine.server.driver.Rider`: the times of a profile, and text that says nothing, of the right length.
 
     A request makes `max_tokens` tokens, or as many as its client tells or `draw` says, whatever is the least.
 

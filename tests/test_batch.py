@@ -15,10 +15,10 @@ from tiny_models import tiny_model
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, KVCache, Packing, Prefill, Shape, build_batch
+from engine.executor.batch_state import RunningBatch, Work
+from engine.executor.cuda.shapes import Shapes
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
-from engine.executor.running import RunningBatch, Work
-from engine.executor.shapes import Shapes
 from engine.executor.weights import load_weights
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder

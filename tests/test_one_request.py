@@ -22,8 +22,8 @@ from engine.live_events import Terms
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
 from engine.server.app import Manners, build_app
-from engine.server.link import EngineLink
-from engine.server.text import Text, Writer
+from engine.server.engine_client import EngineLink
+from engine.server.tokenization import Text, Writer
 from sim.profile import write_profile
 from traces.trace import read_trace
 

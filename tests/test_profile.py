@@ -15,7 +15,7 @@ from shadow import small_profile
 
 from analysis.workflow import measure
 from engine.config import ServingConfig
-from engine.executor.running import RunningBatch
+from engine.executor.batch_state import RunningBatch
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords

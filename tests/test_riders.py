@@ -22,10 +22,10 @@ from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.live_events import Terms
 from engine.records.run_folder import RunRecords
-from engine.server.engine import _serve
+from engine.server.driver import Rider
+from engine.server.engine_process import _serve
+from engine.server.executor_driver import RealRider
 from engine.server.messages import Arrive, Cancel, Close, Progress, Ready
-from engine.server.real import RealRider
-from engine.server.rider import Rider
 from sim.paced import PacedRider
 from traces.request import TraceRequest
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.server.text import Text, Writer, load_text
+from engine.server.tokenization import Text, Writer, load_text
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from traces.trace import read_trace
 if TYPE_CHECKING:
     from analysis.serving import SimService
     from engine.server.app import Manners
-    from engine.server.text import Text
+    from engine.server.tokenization import Text
 
 app = typer.Typer()
 
@@ -67,7 +67,7 @@ def serve(
     from analysis.serving import RealService
     from engine.server.app import Manners
     from engine.server.serve import serve as run_server
-    from engine.server.text import load_text
+    from engine.server.tokenization import load_text
 
     _check_backend(backend, profile, output_len)
     service: RealService | SimService
@@ -95,7 +95,7 @@ def _simulated(
 ) -> tuple[SimService, Callable[[], Text]]:
     """The engine of a simulation needs a few token ids; the tokenizer stays in the API's process."""
     from analysis.serving import SimService
-    from engine.server.text import load_text
+    from engine.server.tokenization import load_text
 
     text = load_text(model)
     return SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, out, overwrite), lambda: text

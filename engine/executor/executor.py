@@ -15,10 +15,10 @@ from engine.config import ServingConfig
 from engine.events import EventQueue
 from engine.executor.backend import DataPlane, ExecutorBackend, no_collections
 from engine.executor.batch import KVCache
-from engine.executor.cpu import Cpu
+from engine.executor.batch_state import RunningBatch
+from engine.executor.cpu.machine import Cpu
+from engine.executor.cpu.runner import Runner
 from engine.executor.model import Llama
-from engine.executor.runner import Runner
-from engine.executor.running import RunningBatch
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
 from engine.model.config import load_model_config
@@ -30,7 +30,7 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 
 if TYPE_CHECKING:
-    from engine.executor.cuda_meter import CudaMeter
+    from engine.executor.cuda.meter import CudaMeter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -152,8 +152,8 @@ class Executor:
 
     def meter(self, config: ServingConfig) -> CudaMeter:
         """What times whole steps on a GPU. Raises TandemError if memory does not suffice."""
-        from engine.executor.cuda import Cuda
-        from engine.executor.cuda_meter import CudaMeter  # imports Triton, which a machine without a GPU may lack
+        from engine.executor.cuda.machine import Cuda
+        from engine.executor.cuda.meter import CudaMeter  # imports Triton, which a machine without a GPU may lack
 
         assert isinstance(self.machine, Cuda)
         return CudaMeter(self.machine, self.llama, config)
@@ -220,6 +220,6 @@ def _machine(device: str, threads: int | None) -> Machine:
         raise TandemError("no CUDA device is visible to torch: use --device cpu, or mend the driver")
     if device == "cpu" or not torch.cuda.is_available():
         return Cpu(threads)
-    from engine.executor.cuda import Cuda  # imports Triton, which a machine without a GPU may lack
+    from engine.executor.cuda.machine import Cuda  # imports Triton, which a machine without a GPU may lack
 
     return Cuda()

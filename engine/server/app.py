@@ -19,10 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.live_events import Terms
-from engine.server.answer import Answer, AnswerResponse, send_json
-from engine.server.dialect import ChatDialect, Dialect
-from engine.server.link import EngineLink
-from engine.server.metrics import Exposition
+from engine.server.engine_client import EngineLink
+from engine.server.openai_format import ChatDialect, Dialect
+from engine.server.prometheus import Exposition
 from engine.server.protocol import (
     MOST_PROMPTS,
     ChatRequest,
@@ -31,7 +30,8 @@ from engine.server.protocol import (
     Generate,
     Refused,
 )
-from engine.server.text import Text, Writer
+from engine.server.response import Answer, AnswerResponse, send_json
+from engine.server.tokenization import Text, Writer
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
 RETRY_AFTER_S = 1

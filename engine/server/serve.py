@@ -12,12 +12,12 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from engine.server.answer import WIRE
 from engine.server.app import Manners, build_app
-from engine.server.garbage import hold_back
-from engine.server.link import EngineLink
-from engine.server.rider import Service
-from engine.server.text import Text
+from engine.server.driver import Service
+from engine.server.engine_client import EngineLink
+from engine.server.gc_tuning import hold_back
+from engine.server.response import WIRE
+from engine.server.tokenization import Text
 from traces.errors import TandemError
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -27,7 +27,7 @@ GRACE_S = 5  # for slow readers, once nothing runs any more
 class TandemProtocol(HttpToolsProtocol):
     """HTTP that lends itself as a wire, and whose headers end: httptools would gather them as long as some are sent.
 
-    Implements `engine.server.answer.Wire`.
+    Implements `engine.server.response.Wire`.
     """
 
     _in_head = True

@@ -23,9 +23,9 @@ from triton.runtime.errors import OutOfResources
 from engine.executor.batch import Span, query_tiles
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
+from engine.executor.kernels.gpu_timer import time_us
 from engine.executor.kernels.paged_decode import cut, paged_decode
 from engine.executor.kernels.paged_prefill import paged_prefill
-from engine.executor.kernels.timing import time_us
 from engine.executor.kernels.tuning import Tiles, Tuning, tuning
 
 MOST_SAMPLES = 256  # a step samples one token a sequence

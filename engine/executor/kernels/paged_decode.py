@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.dependent import await_inputs, dependent
+from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_tokens, token_offsets
-from engine.executor.kernels.softmax import softmax_scale, weigh
+from engine.executor.kernels.pdl import await_inputs, dependent
 from engine.executor.kernels.tuning import Tiles
 
 _ROWS = tl.constexpr(16)  # the fewest that tensor cores multiply

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from engine.executor.kernels.dependent import await_inputs, dependent
+from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_block, load_tokens, token_offsets
-from engine.executor.kernels.softmax import softmax_scale, weigh
+from engine.executor.kernels.pdl import await_inputs, dependent
 from engine.executor.kernels.tuning import Tiles
 
 

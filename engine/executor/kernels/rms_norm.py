@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.dependent import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, dependent
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.dependent import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, dependent
 
 _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 

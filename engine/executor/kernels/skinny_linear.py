@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.dependent import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, dependent
 from engine.executor.kernels.tuning import Skinny
 
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 from engine.live_events import Terms
 from engine.request import REJECTED
-from engine.server.engine import run_engine
-from engine.server.garbage import collect_now
+from engine.server.driver import Service
+from engine.server.engine_process import run_engine
+from engine.server.gc_tuning import collect_now
 from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
-from engine.server.metrics import Metrics
-from engine.server.rider import Service
+from engine.server.prometheus import Metrics
 from traces.errors import TandemError
 from traces.request import TraceRequest
 

@@ -13,10 +13,10 @@ import torch
 from engine.config import ServingConfig
 from engine.executor.backend import ThreadedDataPlane
 from engine.executor.batch import KVCache
+from engine.executor.batch_state import RunningBatch
+from engine.executor.cpu.runner import Runner
 from engine.executor.model import Llama
 from engine.executor.reference import ops
-from engine.executor.runner import Runner
-from engine.executor.running import RunningBatch
 from traces.errors import TandemError
 
 MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop

@@ -11,9 +11,9 @@ from engine.events import Event
 from engine.records.recorder import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
-from engine.server.garbage import collect_now
+from engine.server.driver import Rider
+from engine.server.gc_tuning import collect_now
 from engine.server.messages import End, Load, Progress
-from engine.server.rider import Rider
 from engine.step import Step
 
 

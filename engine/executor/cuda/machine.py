@@ -20,11 +20,11 @@ from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.copy_order import CopyOrder
 from engine.executor import backend
 from engine.executor.batch import Decodes, KVCache, Packing, Shape, Span
+from engine.executor.batch_state import RunningBatch, Work, table_width
+from engine.executor.cuda.shapes import Shapes
 from engine.executor.kernels import ops
-from engine.executor.kernels.timing import timing_event
+from engine.executor.kernels.gpu_timer import timing_event
 from engine.executor.model import Llama
-from engine.executor.running import RunningBatch, Work, table_width
-from engine.executor.shapes import Shapes
 from engine.step import Copies, Step
 from traces.errors import TandemError
 

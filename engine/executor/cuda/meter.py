@@ -14,10 +14,10 @@ import torch
 
 from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.executor.batch import Decodes, Prefill, Shape, Span
-from engine.executor.cuda import Cuda, CudaDataPlane
-from engine.executor.kernels.timing import time_us, timing_event
+from engine.executor.batch_state import RunningBatch
+from engine.executor.cuda.machine import Cuda, CudaDataPlane
+from engine.executor.kernels.gpu_timer import time_us, timing_event
 from engine.executor.model import Llama
-from engine.executor.running import RunningBatch
 from engine.step import Step
 from traces.errors import TandemError
 from traces.request import TraceRequest

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from engine.server.messages import Load
 
 if TYPE_CHECKING:
-    from engine.server.link import EngineLink
+    from engine.server.engine_client import EngineLink
 
 GAP_BUCKETS_S = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.025),

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
-from engine.server.dialect import DONE, Choice, Dialect
-from engine.server.link import BROKEN, EngineLink
+from engine.server.engine_client import BROKEN, EngineLink
+from engine.server.openai_format import DONE, Choice, Dialect
 from engine.server.protocol import Refused
-from engine.server.text import Writer
+from engine.server.tokenization import Writer
 
 _STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
 GONE, STOP_STRING = "the client is gone", "stop"
@@ -36,7 +36,7 @@ class Wire(Protocol):
 
 
 class Output:
-    """One choice of an answer. Implements `engine.server.link.Sink`."""
+    """One choice of an answer. Implements `engine.server.engine_client.Sink`."""
 
     __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
 

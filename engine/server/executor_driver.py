@@ -9,8 +9,8 @@ from typing import Any
 from engine.backend import drive
 from engine.config import ServingConfig
 from engine.executor.backend import ExecutorBackend
+from engine.executor.batch_state import Ending
 from engine.executor.executor import Executor
-from engine.executor.running import Ending
 from engine.live_events import LiveEvents, Terms
 from engine.records.recorder import Observer
 from engine.request import unknown_token
@@ -20,7 +20,7 @@ from traces.request import TraceRequest
 
 
 class RealRider:
-    """Implements `engine.server.rider.Rider`.
+    """Implements `engine.server.driver.Rider`.
 
     Attributes:
         prompts: token ids by request, if they are kept.

@@ -7,8 +7,8 @@ import torch
 
 from engine.backend import Shown
 from engine.executor.batch import KVCache, Packing
+from engine.executor.batch_state import RunningBatch
 from engine.executor.model import Llama, Mark
-from engine.executor.running import RunningBatch
 from engine.step import Step
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from engine.live_events import LiveEvents
 from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
-from engine.server.garbage import hold_back
+from engine.server.driver import Rider, Service
+from engine.server.gc_tuning import hold_back
 from engine.server.messages import Arrive, Cancel, Close, Over, Ready
-from engine.server.publisher import Publisher
-from engine.server.rider import Rider, Service
+from engine.server.output_publisher import Publisher
 from traces.errors import TandemError
 
 SWITCH_S = 0.0005  # a thread that wants to run gets to within this, where Python's default is 5 ms

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.config import ServingConfig
 from engine.executor.batch import Shape
-from engine.executor.running import table_width
+from engine.executor.batch_state import table_width
 from engine.model.graph_sizes import GraphSizes
 
 
