@@ -15,7 +15,7 @@ from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
 from engine.prefix_hash import Content, with_output
 from engine.step import Step
-from sim.timing import Timing
+from sim.device_timing import Timing
 from traces.request import TraceRequest
 
 

@@ -21,9 +21,9 @@ from engine.request import STOP, Request
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
-from sim.latency import LatencyModel
-from sim.profile import Profile
-from sim.timing import ProfiledTiming, RecordedTiming, ReplayOver, Timing
+from sim.device_timing import ProfiledTiming, RecordedTiming, ReplayOver, Timing
+from sim.latency_model import LatencyModel
+from sim.profile.format import Profile
 from traces.request import TraceRequest
 
 
@@ -71,12 +71,12 @@ def predict(
     """Simulate on the times of a profile.
 
     Args:
-        ignore: what is to count for nothing: `sim.latency.PARTS`, and `host`.
+        ignore: what is to count for nothing: `sim.latency_model.PARTS`, and `host`.
         check: whether `engine.checks.step_checker` looks at every step.
         refused: requests that are rejected as they arrive, and why, as `refusals` has them.
 
     Returns:
-        How far the times rest on what was measured: `sim.latency.LatencyModel.coverage`.
+        How far the times rest on what was measured: `sim.latency_model.LatencyModel.coverage`.
     """
     timing = ProfiledTiming(profile, ignore)
     events = EventQueue.from_trace(requests, lambda source: refused.get(source.id)) if refused else None

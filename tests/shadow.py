@@ -12,8 +12,8 @@ from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
-from sim.profile import HOST_TERMS, Profile
-from sim.timing import ProfiledTiming, Timing
+from sim.device_timing import ProfiledTiming, Timing
+from sim.profile.format import HOST_TERMS, Profile
 from traces.request import TraceRequest
 
 

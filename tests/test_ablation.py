@@ -11,12 +11,12 @@ from shadow import small_profile
 from test_attribution import run_on, sparse
 from test_compare import CONFIG, MS, with_manifest
 
-from analysis.ablation import TERMS, ablate, ablation_tables, read_terms
-from analysis.metrics import step_kinds
+from analysis.comparison.ablation import TERMS, ablate, ablation_tables, read_terms
+from analysis.metrics.summary import step_kinds
 from engine.config import ServingConfig
 from engine.records.manifest import system
 from engine.records.run_folder import RunRecords
-from sim.profile import Profile
+from sim.profile.format import Profile
 from sim.simulate import replay_parts
 from traces.errors import TandemError
 from traces.request import TraceRequest

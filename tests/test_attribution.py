@@ -11,12 +11,12 @@ import pytest
 from shadow import small_profile
 from test_compare import CONFIG, MS, serve, with_column, workload
 
-from analysis.compare import compare
-from analysis.metrics import step_kinds
+from analysis.comparison.compare import compare
+from analysis.metrics.summary import step_kinds
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from sim.profile import Profile
+from sim.profile.format import Profile
 from sim.simulate import predict, replay, replay_parts
 from traces.request import TraceRequest
 

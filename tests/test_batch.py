@@ -25,7 +25,7 @@ from engine.records.recorder import Recorder
 from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
 from sim.backend import SimBackend
-from sim.timing import ProfiledTiming
+from sim.device_timing import ProfiledTiming
 from traces.request import TraceRequest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

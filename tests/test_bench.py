@@ -20,12 +20,12 @@ from rich.console import Console
 from test_metrics import records
 from tiny_models import tiny_model
 
-from analysis.bench import Batch, decode_steps, read_batch, run_benchmark
-from analysis.bench_forward import Forward
-from analysis.bench_online import scenarios
-from analysis.cli import main
-from analysis.metrics import request_metrics
-from analysis.options import Limits, listed
+from analysis.bench.common import Batch, decode_steps, read_batch, run_benchmark
+from analysis.bench.forward import Forward
+from analysis.bench.online import scenarios
+from analysis.cli.main import main
+from analysis.cli.options import Limits, listed
+from analysis.metrics.summary import request_metrics
 from engine.executor.executor import Executor
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run

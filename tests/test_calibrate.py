@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import compare_decisions, latency_model_errors
+from analysis.comparison.compare import compare_decisions, latency_model_errors
 from engine.config import ServingConfig
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
 from engine.step import Chunk, Step
-from sim.calibrate import LEVELS, calibrate, levels, without_served
-from sim.latency import LatencyModel
-from sim.power import Load
-from sim.profile import Profile, read_profile, shipped_profiles, write_profile
+from sim.latency_model import LatencyModel
+from sim.power_state import Load
+from sim.profile.format import Profile, read_profile, shipped_profiles, write_profile
+from sim.profiling.calibration import LEVELS, calibrate, levels, without_served
 from sim.simulate import predict, replay
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
@@ -118,7 +118,7 @@ def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
 
 
 def test_a_machine_that_can_do_much_is_asked_for_a_shorter_time(measured, config, monkeypatch):
-    monkeypatch.setattr("sim.calibrate.MOST", 500)
+    monkeypatch.setattr("sim.profiling.calibration.MOST", 500)
     requests = levels(measured, config).requests
     assert len(requests) == pytest.approx(500, rel=0.01) and 5e9 < requests[-1].arrival_ns < 30e9
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 from shadow import serve, small_profile
 
-from analysis.caveats import beyond_sentence, completed_sentences
-from analysis.machine import MachineWatch, seen_sentences
-from analysis.metrics import not_completed, summarize
+from analysis.jobs.machine_watch import MachineWatch, seen_sentences
+from analysis.metrics.summary import not_completed, summarize
+from analysis.report.caveats import beyond_sentence, completed_sentences
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.step import Chunk, Step
-from sim.latency import LatencyModel
-from sim.profile import Profile
+from sim.latency_model import LatencyModel
+from sim.profile.format import Profile
 from sim.simulate import predict
 from traces.request import TraceRequest
 

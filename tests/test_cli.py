@@ -20,7 +20,7 @@ import pytest
 from tiny_models import tiny_model
 
 from engine.records.run_folder import read_run
-from sim.profile import read_profile, write_profile
+from sim.profile.format import read_profile, write_profile
 
 TANDEM = Path(sys.executable).with_name("tandem")
 
@@ -502,7 +502,7 @@ def test_two_thousand_requests_fit_in_300_mb(work):
     shape = ("--prompt", "lognormal:4.8:1", "--output", "lognormal:5:0.8", "--requests", 2000, "--rate", 6)
     tandem("trace", "synthetic", *shape, "--out", "long.parquet", cwd=work)
     code = (
-        "import re, sys; from analysis.cli import main; sys.argv[0] = 'tandem'\n"
+        "import re, sys; from analysis.cli.main import main; sys.argv[0] = 'tandem'\n"
         "try: main()\n"
         "finally: print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], 'torch' in sys.modules)"
     )

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.compare import Targets, check_once, check_roles, compare, is_met
-from analysis.metrics import itl, metrics, request_metrics, step_kinds
-from analysis.workflow import compare_runs
+from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
+from analysis.jobs.run import compare_runs
+from analysis.metrics.summary import itl, metrics, request_metrics, step_kinds
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from sim.latency import LatencyModel
+from sim.latency_model import LatencyModel
 from sim.simulate import predict, replay
 from traces.errors import TandemError
 from traces.request import TraceRequest

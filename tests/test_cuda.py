@@ -20,10 +20,10 @@ from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
 from engine.scheduler import POLICIES
-from sim.calibrate import calibrate, levels
-from sim.controls import negative_controls
-from sim.memory import Memory
-from sim.profiler import measure_profile
+from sim.memory_model import Memory
+from sim.negative_controls import negative_controls
+from sim.profiling.calibration import calibrate, levels
+from sim.profiling.profiler import measure_profile
 from sim.simulate import predict, replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -178,7 +178,7 @@ def test_a_server_on_the_gpu_answers_with_the_tokens_of_a_run_in_process(folder,
 
 def answers(url: str, requests: list[TraceRequest]) -> dict[int, list[int]]:
     """Output tokens, as far as they came, of requests that were sent to a server."""
-    from analysis.client import find_target, send_all
+    from analysis.client.load_client import find_target, send_all
 
     target = find_target(url, None, "trace", 101, None)
     _, replies = asyncio.run(send_all(target, requests, lambda _: None))

@@ -19,13 +19,13 @@ from test_rigs import CONFIG, known_profile
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig, load_model_config
 from engine.step import Chunk, Step
-from sim.derive import PRODUCTS, derive_profile
-from sim.drift import DriftCheck
-from sim.importers import aiconfigurator, import_profile
-from sim.latency import LatencyModel
-from sim.memory import card_blocks
-from sim.profile import Profile, find_profile, read_profile
-from sim.roofline import data_sheet, roofline_profile
+from sim.latency_model import LatencyModel
+from sim.memory_model import card_blocks
+from sim.profile.format import Profile, find_profile, read_profile
+from sim.profiling.drift import DriftCheck
+from sim.sources.derive import PRODUCTS, derive_profile
+from sim.sources.importers import aiconfigurator, import_profile
+from sim.sources.roofline import data_sheet, roofline_profile
 from traces.errors import TandemError
 
 LLAMA3, LLAMA2 = load_model_config("llama-3-8b"), load_model_config("llama-2-7b")
@@ -198,7 +198,7 @@ def test_what_cannot_be_derived_is_refused():
     with pytest.raises(TandemError, match="source is itself derived"):
         derived(once, LLAMA3)
     source = gpu_profile()
-    with pytest.raises(TandemError, match=r"no data sheet of abacus in sim/hardware: it has NVIDIA A100"):
+    with pytest.raises(TandemError, match=r"no data sheet of abacus in sim/sources/hardware: it has NVIDIA A100"):
         derived(replace(source, meta=source.meta | {"device": "abacus"}), LLAMA2)
     odd = [row | {"op": "router"} for row in source.tables["dense"]]
     with pytest.raises(TandemError, match="'router' is no operation that is known"):

@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from engine.step import Step
-from sim.drift import ALLOWED, DriftCheck, TableDrift, judge
-from sim.profile import Profile, read_profile, write_profile
+from sim.profile.format import Profile, read_profile, write_profile
+from sim.profiling.drift import ALLOWED, DriftCheck, TableDrift, judge
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")

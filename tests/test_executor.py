@@ -14,7 +14,7 @@ from engine.executor.executor import Executor
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
-from sim.controls import negative_controls
+from sim.negative_controls import negative_controls
 from sim.simulate import replay
 from traces.errors import TandemError
 from traces.request import TraceRequest

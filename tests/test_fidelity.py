@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model
 
-from analysis import cli
-from analysis.fidelity import Case, Study, _verdicts
+from analysis.cli import main as cli
+from analysis.jobs.study import Case, Study, _verdicts
 from traces.errors import TandemError
 from traces.synthetic import synthetic
 from traces.trace import write_trace

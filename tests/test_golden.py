@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import STATISTICS, closed_loop_errors, common_requests, compare_decisions, latency_model_errors
-from analysis.fidelity import LATENCY_TARGETS, MODEL_TARGETS
+from analysis.comparison.compare import (
+    STATISTICS,
+    closed_loop_errors,
+    common_requests,
+    compare_decisions,
+    latency_model_errors,
+)
+from analysis.jobs.study import LATENCY_TARGETS, MODEL_TARGETS
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
-from sim.profile import Profile, read_profile, shipped_profiles
+from sim.profile.format import Profile, read_profile, shipped_profiles
 from sim.simulate import predict, recorded_requests, replay
 
 ROOT = Path(__file__).parents[1]

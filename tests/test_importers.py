@@ -18,12 +18,12 @@ import yaml
 
 from engine.model.config import load_model_config
 from engine.step import Chunk, Step
-from sim.importers import import_profile, llmservingsim
-from sim.importers.llmservingsim import OPS as VLLM_OPS
-from sim.importers.points import RULES, between_chunks, cross_check, errors, with_contexts
-from sim.importers.vidur import OPS as VIDUR_OPS
-from sim.latency import LatencyModel
-from sim.profile import Profile, find_profile, read_profile, shipped_profiles
+from sim.latency_model import LatencyModel
+from sim.profile.format import Profile, find_profile, read_profile, shipped_profiles
+from sim.sources.importers import import_profile, llmservingsim
+from sim.sources.importers.llmservingsim import OPS as VLLM_OPS
+from sim.sources.importers.points import RULES, between_chunks, cross_check, errors, with_contexts
+from sim.sources.importers.vidur import OPS as VIDUR_OPS
 from traces.errors import TandemError
 
 LLAMA3, LAYERS = load_model_config("llama-3-8b"), 32

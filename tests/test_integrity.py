@@ -29,7 +29,7 @@ from engine.scheduler.policy_error import PolicyError
 from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
 from sim.backend import SimBackend
-from sim.timing import ProfiledTiming
+from sim.device_timing import ProfiledTiming
 from traces.request import TraceRequest
 
 HERE = Path(__file__).name

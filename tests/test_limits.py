@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import tiny_model
 
-from analysis.limits import real_limits, simulated_limits
-from analysis.options import Limits
+from analysis.cli.options import Limits
+from analysis.jobs.limits import real_limits, simulated_limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from engine.records import manifest
 from engine.records.run_folder import RunRecords, read_run
-from sim.derive import derive_profile
-from sim.profile import Profile, find_profile, read_profile, shipped_profiles
-from sim.roofline import roofline_profile
+from sim.profile.format import Profile, find_profile, read_profile, shipped_profiles
+from sim.sources.derive import derive_profile
+from sim.sources.roofline import roofline_profile
 from traces.errors import TandemError
 
 TANDEM = Path(sys.executable).with_name("tandem")

@@ -19,8 +19,8 @@ from engine.request import unknown_token
 from engine.scheduler import load_scheduler
 from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
+from sim.device_timing import DeliveredTiming
 from sim.simulate import replay
-from sim.timing import DeliveredTiming
 from traces.request import TraceRequest
 
 MS = 1_000_000

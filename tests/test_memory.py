@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shadow import small_profile
 
-from analysis.limits import simulated_limits
-from analysis.options import Limits
+from analysis.cli.options import Limits
+from analysis.jobs.limits import simulated_limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
-from sim.memory import Memory, card_blocks, pass_bytes
-from sim.profile import Profile, find_profile, read_profile
-from sim.roofline import data_sheet, roofline_profile
+from sim.memory_model import Memory, card_blocks, pass_bytes
+from sim.profile.format import Profile, find_profile, read_profile
+from sim.sources.roofline import data_sheet, roofline_profile
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shadow import serve, small_profile
 from test_scheduling_properties import configs, schedulers, workloads
 
-from analysis.metrics import (
+from analysis.metrics.summary import (
     GOODPUT,
     LATENCIES,
     P99_REQUESTS,
@@ -33,8 +33,8 @@ from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import COLUMNS, RunRecords, tables_from_rows
 from engine.step import Step
+from sim.device_timing import ProfiledTiming
 from sim.simulate import simulate
-from sim.timing import ProfiledTiming
 from traces.errors import TandemError
 from traces.request import TraceRequest
 

@@ -15,16 +15,16 @@ from tiny_models import save_number_tokenizer, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from analysis.bench_serve import steady_profile
-from analysis.options import Limits
-from analysis.serving import SimService
+from analysis.bench.server_path import steady_profile
+from analysis.cli.options import Limits
+from analysis.jobs.serve import SimService
 from engine.live_events import Terms
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
 from engine.server.app import Manners, build_app
 from engine.server.engine_client import EngineLink
 from engine.server.tokenization import Text, Writer
-from sim.profile import write_profile
+from sim.profile.format import write_profile
 from traces.trace import read_trace
 
 MODELS_TOKENS, TOKENIZERS_TOKENS = 101, 150  # as where tokens were added to a tokenizer, and no rows to the embedding

@@ -15,8 +15,8 @@ from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
+from sim.device_timing import ProfiledTiming
 from sim.simulate import simulate
-from sim.timing import ProfiledTiming
 from traces.errors import TandemError
 from traces.request import TraceRequest
 

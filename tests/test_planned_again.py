@@ -17,12 +17,12 @@ from test_cli import LIMITS, tandem, work
 from test_replay import digests, record
 from test_scheduling_properties import configs, workloads
 
-from analysis.planned_again import _opening, check_deterministic
-from analysis.workflow import simulate_run
+from analysis.jobs.determinism import _opening, check_deterministic
+from analysis.jobs.run import simulate_run
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords, read_run
 from engine.scheduler.policy_error import PolicyError
-from sim.profile import find_profile, read_profile
+from sim.profile.format import find_profile, read_profile
 from sim.simulate import replay
 from traces.request import TraceRequest
 from traces.trace import Trace
@@ -147,7 +147,7 @@ def test_a_deterministic_policy_passes_whatever_it_looks_at_and_prints(policies,
 
 
 def test_all_of_a_run_is_planned_again_if_it_is_checked_and_the_opening_of_ones_own_if_not(policies, monkeypatch):
-    monkeypatch.setattr("analysis.planned_again.OPENING", 3)  # before the first lot falls on the other side
+    monkeypatch.setattr("analysis.jobs.determinism.OPENING", 3)  # before the first lot falls on the other side
     lucky = POLICIES.replace("random.random() < 0.9", "self.decoding.ticks < 30 or random.random() < 0.9")
     (policies / "mine.py").write_text(lucky)
     run(policies, "ByLuck")
@@ -174,7 +174,7 @@ def test_the_opening_of_a_run_can_be_planned_again_by_itself(requests, config, t
 
 @pytest.mark.parametrize("turns", range(1, 12))
 def test_an_opening_that_ends_while_a_policy_waits_for_the_next_is_no_fault_of_it(policies, turns, monkeypatch):
-    monkeypatch.setattr("analysis.planned_again.OPENING", turns)
+    monkeypatch.setattr("analysis.jobs.determinism.OPENING", turns)
     requests = [TraceRequest(each, each * 10**9, 50, 3, 3) for each in range(6)]
     config = ServingConfig(num_blocks=2000, scheduler=f"{policies}/mine.py:Patient")
     whole = record(requests, config)

@@ -16,7 +16,7 @@ from test_executor import serve as serve_for_real
 from test_replay import digests
 from test_scheduling_properties import configs, workloads
 
-from analysis.metrics import metrics
+from analysis.metrics.summary import metrics
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.kv_blocks import PrefixCachingPool

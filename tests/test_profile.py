@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.workflow import measure
+from analysis.jobs.run import measure
 from engine.config import ServingConfig
 from engine.executor.batch_state import RunningBatch
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.step import Chunk, Step
-from sim.latency import LatencyModel
-from sim.passes import Pass, grid, uneven_grid
-from sim.profile import Curve, Profile, Surface, read_profile, write_profile
-from sim.profiler import Notes
-from sim.rigs import Sample
-from sim.roofline import roofline_profile
+from sim.latency_model import LatencyModel
+from sim.profile.format import Curve, Profile, Surface, read_profile, write_profile
+from sim.profiling.batches import Pass, grid, uneven_grid
+from sim.profiling.device_profiler import Sample
+from sim.profiling.profiler import Notes
+from sim.sources.roofline import roofline_profile
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from test_compare import MS, serve, with_column, with_manifest, workload
 
-from analysis.metrics import metrics
-from analysis.ranking import METRICS, rank, ranking_tables
-from analysis.tables import print_tables
+from analysis.comparison.ranking import METRICS, rank, ranking_tables
+from analysis.metrics.summary import metrics
+from analysis.report.tables import print_tables
 from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 

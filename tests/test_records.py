@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from shadow import serve, small_profile
 from test_scheduling_properties import configs, workloads
 
-from analysis.metrics import metrics
+from analysis.metrics.summary import metrics
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from engine.records.recorder import Recorder
 from engine.records.run_folder import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, table_from_rows
-from sim.profile import Profile, find_profile, read_profile
+from sim.device_timing import ProfiledTiming
+from sim.profile.format import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate
-from sim.timing import ProfiledTiming
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -206,8 +206,8 @@ def test_the_metrics_of_a_run_are_those_that_it_has_when_looked_at_piece_by_piec
     whole = metrics(run)
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         run.write(Path(folder) / "run")
-        patch.setattr("analysis.metrics.PART", part)
-        patch.setattr("analysis.metrics.SORTED", some)
+        patch.setattr("analysis.metrics.summary.PART", part)
+        patch.setattr("analysis.metrics.summary.SORTED", some)
         patch.setattr("engine.records.run_folder.BATCH", rows)
         assert metrics(RunRecords({}, StoredTables(Path(folder) / "run"))) == pytest.approx(whole, nan_ok=True)
 

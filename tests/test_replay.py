@@ -15,8 +15,8 @@ from test_scheduling_properties import configs, workloads
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
+from sim.device_timing import ProfiledTiming
 from sim.simulate import replay
-from sim.timing import ProfiledTiming
 from traces.request import TraceRequest
 
 MS = 1_000_000

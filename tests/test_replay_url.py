@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
 
-from analysis.client import Reply, Target, send_all
-from analysis.client_records import side_by_side
-from analysis.metrics import latencies, metrics, request_metrics, token_times
+from analysis.client.load_client import Reply, Target, send_all
+from analysis.client.records import side_by_side
+from analysis.metrics.summary import latencies, metrics, request_metrics, token_times
 from engine.records.run_folder import read_run
 from traces.request import TraceRequest
 from traces.trace import Trace, write_trace
@@ -123,7 +123,7 @@ def test_how_slowly_a_client_parses_changes_nothing_about_when_it_says_that_chun
     event = b'data: {"id": "c-1", "choices": [{"text": "x", "finish_reason": null}]}\n\ndata: [DONE]\n\n'
     answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
     loads = json.loads
-    monkeypatch.setattr("analysis.client.json.loads", lambda data: time.sleep(parse_s) or loads(data))
+    monkeypatch.setattr("analysis.client.load_client.json.loads", lambda data: time.sleep(parse_s) or loads(data))
 
     async def replies() -> list[Reply]:
         waiting = asyncio.Barrier(clients)

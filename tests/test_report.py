@@ -16,10 +16,10 @@ from rich.console import Console
 from shadow import small_profile
 from test_compare import CONFIG, MS, replayed, serve, with_column, with_manifest, workload
 
-from analysis.ablation import ablate
-from analysis.compare import compare
-from analysis.figures import MAX_POINTS
-from analysis.report import headline, print_comparison, write_report
+from analysis.comparison.ablation import ablate
+from analysis.comparison.compare import compare
+from analysis.report.comparison_page import headline, print_comparison, write_report
+from analysis.report.figures import MAX_POINTS
 from engine.records.manifest import system
 from engine.records.run_folder import RunRecords
 from sim.simulate import replay_parts

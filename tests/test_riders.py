@@ -17,7 +17,7 @@ from served import eventually
 from test_executor import executor
 from test_live import assert_replay_is_the_same
 
-from analysis.bench_serve import steady_profile
+from analysis.bench.server_path import steady_profile
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.live_events import Terms
@@ -26,7 +26,7 @@ from engine.server.driver import Rider
 from engine.server.engine_process import _serve
 from engine.server.executor_driver import RealRider
 from engine.server.messages import Arrive, Cancel, Close, Progress, Ready
-from sim.paced import PacedRider
+from sim.realtime import PacedRider
 from traces.request import TraceRequest
 
 LIMITS = ServingConfig(num_blocks=60, block_size=8, max_seqs=4, max_batched_tokens=130, max_model_len=200)

@@ -10,11 +10,11 @@ from shadow import small_profile
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from engine.step import Step
-from sim.latency import LatencyModel
-from sim.passes import Pass
-from sim.profile import Profile
-from sim.profiler import held_out_error
-from sim.rigs import CapturedSteps
+from sim.latency_model import LatencyModel
+from sim.profile.format import Profile
+from sim.profiling.batches import Pass
+from sim.profiling.device_profiler import CapturedSteps
+from sim.profiling.profiler import held_out_error
 
 CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
 SIZES = GraphSizes.within(CONFIG.max_seqs, CONFIG.max_batched_tokens)

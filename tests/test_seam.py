@@ -79,7 +79,7 @@ def test_torch_stays_in_the_executor(path):
     visitor.visit(ast.parse(path.read_text()))
     for module, at_load in visitor.found:
         heavy = module.split(".")[0] in ("torch", "triton", "transformers") or module.startswith("engine.executor")
-        lazy = not at_load and place in ("sim/profiler.py", "analysis/workflow.py")
+        lazy = not at_load and place in ("sim/profiling/profiler.py", "analysis/jobs/run.py")
         assert not heavy or lazy, f"{place} imports {module}"
 
 

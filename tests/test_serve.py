@@ -16,9 +16,9 @@ from served import MODEL, PROFILE, Server, eventually, serving, sim
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import read_run
-from sim.profile import find_profile, read_profile
+from sim.device_timing import DeliveredTiming
+from sim.profile.format import find_profile, read_profile
 from sim.simulate import deliveries, recorded_requests, replay, simulate
-from sim.timing import DeliveredTiming
 
 FOX = " The quick brown fox jumps over the lazy dog."
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from served import TANDEM, Server, eventually, serving, sim
 
-from analysis.bench_serve import steady_profile
-from sim.profile import write_profile
+from analysis.bench.server_path import steady_profile
+from sim.profile.format import write_profile
 
 KB = 1024
 

@@ -9,10 +9,10 @@ import pytest
 
 from engine.config import ServingConfig
 from engine.step import Chunk, Step
-from sim.latency import LatencyModel
-from sim.profile import Profile, read_profile, shipped_profiles
-from sim.profiler import held_out_error
-from sim.rigs import Batch, burst_steps, held_out_passes
+from sim.latency_model import LatencyModel
+from sim.profile.format import Profile, read_profile, shipped_profiles
+from sim.profiling.device_profiler import Batch, burst_steps, held_out_passes
+from sim.profiling.profiler import held_out_error
 
 CHUNKS = (256, 512, 1024, 2048)
 CONTEXTS = (0, 128, 512, 1024, 2048, 4000)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from shadow import serve
 
-from analysis.metrics import latencies, metrics
-from analysis.policies import compare_policies, policy_tables, write_policy_page
+from analysis.comparison.policies import compare_policies, policy_tables, write_policy_page
+from analysis.metrics.summary import latencies, metrics
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from traces.request import TraceRequest

@@ -23,11 +23,11 @@ from engine.scheduler import POLICIES
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.step import Chunk, Copies, Step
-from sim.controls import negative_controls
-from sim.latency import LatencyModel
-from sim.profile import Profile, read_profile, write_profile
+from sim.device_timing import ProfiledTiming
+from sim.latency_model import LatencyModel
+from sim.negative_controls import negative_controls
+from sim.profile.format import Profile, read_profile, write_profile
 from sim.simulate import replay
-from sim.timing import ProfiledTiming
 from traces.errors import TandemError
 from traces.request import TraceRequest
 

@@ -19,8 +19,8 @@ from engine.records.run_folder import RunRecords
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policy_error import PolicyError
 from sim.backend import SimBackend
+from sim.device_timing import ProfiledTiming
 from sim.simulate import replay
-from sim.timing import ProfiledTiming
 from traces.request import TraceRequest
 
 __all__ = ["executor"]  # a fixture

@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from residuals import COMPUTE_BOUND, MEMORIES_MS, Steps, by_captured_size, memory_correlation, recent_rate, study_steps
 
-from analysis.compare import STATISTICS
-from analysis.figures import COLOURS, LATENCY_NAMES
-from analysis.metrics import latencies
+from analysis.comparison.compare import STATISTICS
+from analysis.metrics.summary import latencies
+from analysis.report.figures import COLOURS, LATENCY_NAMES
 from engine.model.graph_sizes import GraphSizes
 from engine.records.run_folder import read_run
-from sim.profile import read_profile
+from sim.profile.format import read_profile
 
 LATENCIES = ("ttft", "tpot", "e2el")
 ALLOWED = {"ttft": 5, "tpot": 2, "e2el": 2}  # percent, up to 90 % load

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from analysis.metrics import Floats, Ints, column, step_kinds
-from analysis.tables import TextTable, number, print_tables, signed
+from analysis.metrics.summary import Floats, Ints, column, step_kinds
+from analysis.report.tables import TextTable, number, print_tables, signed
 from engine.model.graph_sizes import GraphSizes
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
-from sim.profile import Profile, read_profile
+from sim.profile.format import Profile, read_profile
 from sim.simulate import replay
 
 MEMORIES_MS = (5, 10, 20, 40, 80, 160, 320, 640)

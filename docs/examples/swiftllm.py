@@ -23,14 +23,14 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.progress import track
 
-from analysis.figures import COLOURS
-from analysis.metrics import column, completed_requests, request_metrics
-from analysis.tables import TextTable, print_tables, signed
+from analysis.metrics.summary import column, completed_requests, request_metrics
+from analysis.report.figures import COLOURS
+from analysis.report.tables import TextTable, print_tables, signed
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from sim.memory import DTYPE_BYTES, Memory
-from sim.profile import KEYS, Profile, find_profile, read_profile
+from sim.memory_model import DTYPE_BYTES, Memory
+from sim.profile.format import KEYS, Profile, find_profile, read_profile
 from sim.simulate import predict
 from traces.arrivals import assign_arrivals
 from traces.trace import Trace, read_trace

@@ -1,0 +1,269 @@
+"""What the server's path adds: from the moment the engine knows a token to the moment a client has it.
+
+The engine is a simulation whose steps all take the same time, so that the load is exactly so many streams of so many
+tokens a second; server, engine and client are processes of this machine, and share its clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import uvloop
+from rich.console import Console
+
+from analysis.cli.options import Limits
+from analysis.client.load_client import Reply, Target, find_target, send_all
+from analysis.jobs.run import progress_bar
+from analysis.jobs.serve import SimService
+from analysis.metrics.summary import Ints, token_times
+from analysis.report.tables import TextTable
+from engine.model.config import load_model_config
+from engine.records.run_folder import RunRecords, read_run
+from engine.server.app import Manners
+from engine.server.serve import serve
+from engine.server.tokenization import Text, load_text
+from sim.profile.format import HOST_TERMS, Profile, write_profile
+from traces.errors import TandemError
+from traces.request import TraceRequest
+
+PROMPT, BLOCK = 8, 16
+RAMP_SHARE = 0.4  # of a stream's life, over which the streams begin
+NAP_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A load: so many streams at once, of `rate` tokens a second each, for `seconds`."""
+
+    streams: int
+    rate: float
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Of one stream."""
+        return max(1, round(self.rate * self.seconds))
+
+    def requests(self) -> list[TraceRequest]:
+        """Streams that begin one after the other, then all run."""
+        gap_ns = int(RAMP_SHARE * self.seconds * 1e9 / self.streams)
+        return [TraceRequest(i, i * gap_ns, PROMPT, self.tokens, self.tokens) for i in range(self.streams)]
+
+    def limits(self) -> Limits:
+        """All fit at once."""
+        longest = PROMPT + self.tokens
+        return Limits(
+            num_blocks=self.streams * -(-longest // BLOCK),
+            block_size=BLOCK,
+            max_seqs=self.streams,
+            max_batched_tokens=self.streams * PROMPT,
+            max_model_len=longest,
+            allow_long_context=True,  # no model makes these tokens
+            pipeline_depth=1,
+        )
+
+
+def read_load(text: str) -> tuple[int, float]:
+    """Read STREAMSxRATE. Raises ValueError if it is not a number of 1 or more and one above 0, to 1,000."""
+    streams, _, rate = text.partition("x")
+    read = int(streams), float(rate)
+    if read[0] < 1 or not 0 < read[1] <= 1000:
+        raise ValueError(text)
+    return read
+
+
+def measure_load(offered: Offered, model: str, console: Console) -> dict[str, Any]:
+    """Serve the load and account for every token.
+
+    Returns:
+        `streams`, `tokens`, `tokens_per_s`; `complete`: streams with exactly their text and one end; and of the added
+        latency in milliseconds its mean, p50, p99 and maximum; the CPU seconds a second of each of the processes.
+
+    Raises:
+        TandemError: the server did not start.
+    """
+    text = load_text(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        profile, out = Path(scratch) / "profile", Path(scratch) / "run"
+        write_profile(steady_profile(1e6 / offered.rate), profile)
+        service = SimService(profile, offered.limits(), text.filler(), text.vocab_size, out=out)
+        pipe, theirs = multiprocessing.Pipe()
+        server = multiprocessing.get_context("spawn").Process(target=_serve, args=(service, model, theirs))
+        with _client_apart(server.start):
+            theirs.close()
+            try:
+                url = pipe.recv()
+            except EOFError:
+                raise TandemError("the server did not start") from None
+            try:
+                replies, busy = _send(offered, url, server.pid or 0, console)
+            finally:
+                os.kill(server.pid or 0, signal.SIGINT)
+                server.join()
+        return asdict(offered) | _judge(offered, text, read_run(out), replies) | busy
+
+
+@contextmanager
+def _client_apart(start_server: Callable[[], None]) -> Iterator[None]:
+    """Keep one core for this thread, and the others for the server's processes: the kernel may leave server and client
+    on one for milliseconds, with another idle. Where there is one core only, they share it."""
+    cores = os.sched_getaffinity(0)
+    *others, own = sorted(cores)
+    os.sched_setaffinity(0, others or [own])
+    start_server()
+    os.sched_setaffinity(0, [own])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _serve(service: SimService, model: str, pipe: Connection) -> None:
+    manners = partial(_manners, service.limits.max_seqs or 1)
+    serve(service, partial(load_text, model), manners, "127.0.0.1", 0, 10, pipe.send)
+
+
+def _manners(streams: int, model: str) -> Manners:
+    return Manners(model, max_waiting=2 * streams)
+
+
+def _send(offered: Offered, url: str, pid: int, console: Console) -> tuple[list[Reply], dict[str, float]]:
+    target = find_target(url, None, "trace", 1000, None)
+    api = psutil.Process(pid)
+    (engine,) = [child for child in api.children() if "spawn_main" in " ".join(child.cmdline())]
+    processes = {"api": api, "engine": engine, "client": psutil.Process()}
+    before = {name: sum(each.cpu_times()[:2]) for name, each in processes.items()}
+    with progress_bar(console, f"{offered.streams} streams", offered.streams) as show:
+        start_ns, replies = uvloop.run(_send_and_nap(target, offered.requests(), show))
+    wall_s = (max(reply.chunk_ns[-1] for reply in replies if reply.chunk_ns) - start_ns) / 1e9
+    busy = {f"{name}_cpu": (sum(each.cpu_times()[:2]) - before[name]) / wall_s for name, each in processes.items()}
+    return replies, busy
+
+
+async def _send_and_nap(
+    target: Target, requests: Sequence[TraceRequest], show: Callable[[int], None]
+) -> tuple[int, list[Reply]]:
+    """Send all, and read every `NAP_S` what has come: a client that is woken for each chunk costs the server, on the
+    same machine, more for waking it than for the chunk. What has come by then waits, which counts as added."""
+
+    async def nap() -> None:
+        while True:
+            time.sleep(NAP_S)
+            await asyncio.sleep(0)
+
+    napping = asyncio.create_task(nap())
+    try:
+        return await send_all(target, requests, show)
+    finally:
+        napping.cancel()
+
+
+def _judge(offered: Offered, text: Text, run: RunRecords, replies: Sequence[Reply]) -> dict[str, Any]:
+    """Set each token's arrival at its client against the engine's own record of when it was known."""
+    filler = text.filler()
+    ids = [filler[place % len(filler)] for place in range(offered.tokens)]
+    expected = text.tokens.decode(ids)
+    lengths = np.cumsum([len(text.tokens.decode([token])) for token in ids])
+    engine_ns = run.manifest["provenance"]["start_perf_ns"]
+    times = token_times(run)
+    added, received, complete = [], [], 0
+    for reply in replies:
+        whole = "".join(reply.pieces) == expected and reply.ends == 1 and reply.error is None
+        complete += whole and reply.completion_tokens == offered.tokens
+        if whole and reply.response_id:
+            request_id = int(reply.response_id.rpartition("-")[2]) - 1  # answers are numbered from 1, requests from 0
+            known = times.time_ns[np.searchsorted(times.request, request_id) :][: offered.tokens] + engine_ns
+            received.append(_received(reply, lengths))
+            added.append(received[-1] - known)
+    return {
+        "tokens": offered.streams * offered.tokens,
+        "complete": int(complete),
+        "chunks": sum(len(reply.chunk_ns) for reply in replies),
+        "tokens_per_s": _plateau(received),
+    } | _milliseconds(np.concatenate(added) if added else np.empty(0, np.int64))
+
+
+def _received(reply: Reply, lengths: Ints) -> Ints:
+    """When each token came, (tokens,): with the chunk that completed its text."""
+    so_far = np.cumsum([len(piece) for piece in reply.pieces])
+    return np.asarray(reply.chunk_ns, np.int64)[np.searchsorted(so_far, lengths)]
+
+
+def _plateau(received: Sequence[Ints]) -> float | None:
+    """Tokens a second that came while all streams ran."""
+    if not received:
+        return None
+    begin, end = max(times[0] for times in received), min(times[-1] for times in received)
+    tokens = sum(int(np.count_nonzero((times > begin) & (times <= end))) for times in received)
+    return tokens / ((end - begin) / 1e9) if end > begin else None
+
+
+def _milliseconds(added_ns: Ints) -> dict[str, float | None]:
+    if not len(added_ns):
+        return dict.fromkeys(("added_mean_ms", "added_p50_ms", "added_p99_ms", "added_max_ms"))
+    p50, p99 = np.percentile(added_ns, [50, 99])
+    values = {"mean": added_ns.mean(), "p50": p50, "p99": p99, "max": added_ns.max()}
+    return {f"added_{name}_ms": float(value) / 1e6 for name, value in values.items()}
+
+
+def steady_profile(step_us: float) -> Profile:
+    """Every step takes as long, whatever it runs; the host takes no time."""
+
+    def row(time_us: float, **keys: Any) -> dict[str, Any]:
+        return keys | {"time_us": time_us, "spread": 0.0}
+
+    shape = load_model_config(Path("llama-3-8b"))
+    return Profile(
+        {
+            "device": "a device of even steps",
+            "model": asdict(shape),
+            "dtype": "float16",
+            "source": "invented: every step takes the same time",
+            "kv_blocks": 1,
+            "block_size": BLOCK,
+        },
+        {
+            "dense": [row(step_us, op="all", tokens=1), row(step_us, op="all", tokens=2**20)],
+            "prefill_attention": [row(0.0, chunk=c, context=x) for c in (1, 2**20) for x in (0, 2**20)],
+            "decode_attention": [
+                row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in (1, 2**20)
+            ],
+            "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
+            "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
+        },
+    )
+
+
+def load_table(measured: Sequence[dict[str, Any]]) -> TextTable:
+    """One line a load."""
+    columns = ["streams", "tokens/s each", "tokens/s", "whole", "mean", "p50", "p99", "max", "API", "engine", "client"]
+    rows = [
+        [
+            f"{row['streams']:,}",
+            f"{row['rate']:g}",
+            f"{row['tokens_per_s'] or 0:,.0f}",
+            f"{row['complete']:,}",
+            *(f"{row[f'added_{name}_ms'] or 0:.1f}" for name in ("mean", "p50", "p99", "max")),
+            *(f"{row[f'{name}_cpu']:.2f}" for name in ("api", "engine", "client")),
+        ]
+        for row in measured
+    ]
+    note = (
+        "Tokens/s: while all streams ran. Whole: streams that had exactly their text, their count and one end. Mean to "
+        "max: ms from the engine's notice of a token to the client's. API, engine, client: processors kept busy."
+    )
+    return TextTable("What the server's path adds", note, columns, rows)

@@ -1,0 +1,64 @@
+"""`tandem fidelity`: a study of how far simulation can be believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli import options
+from analysis.cli.options import Limits, Loading, listed, read_rate
+from analysis.cli.output import console, print_result
+from traces.trace import read_trace
+
+app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
+
+
+@app.command("measure")
+@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
+@options.takes_loading()
+def fidelity_measure(
+    limits: Limits,
+    loading: Loading,
+    trace: options.TracePath,
+    out: options.Out,
+    loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",
+    against: Annotated[str, typer.Option(help="Policies to rank --scheduler with.")] = "fcfs,prefill_first",
+    shared: Annotated[str, typer.Option(help="Loads at which they are ranked and real runs repeated.")] = "50,90",
+    repeats: Annotated[int, typer.Option(help="Further real runs there, for the spread.", min=0)] = 2,
+    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=1)] = 60,
+    seed: options.Seed = 0,
+) -> None:
+    """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
+    from analysis.jobs.limits import config_to_check, real_limits
+    from analysis.jobs.run import load_executor
+    from analysis.jobs.study import Study, measure_study
+
+    shares = [
+        [percent / 100 for percent in listed(option, text, read_rate, "25,50,100")]
+        for option, text in (("--loads", loads), ("--shared", shared))
+    ]
+    policy = config_to_check(limits).scheduler
+    policies = [name for name in against.split(",") if name]
+    study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
+    executor = load_executor(loading, console)
+    settled = real_limits(executor, limits)
+    settled.say(console)
+    measure_study(study, executor, settled.config, out, console)
+
+
+@app.command("judge")
+def fidelity_judge(
+    study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
+    as_json: options.AsJson = False,
+) -> int:
+    """Simulate and compare every case, and rank the policies. Needs no machine but this one. Writes fidelity.json.
+
+    The exit status is 1 if decisions differ anywhere.
+    """
+    from analysis.jobs.study import judge_study, study_tables
+
+    judged = judge_study(study, console)
+    print_result(judged, as_json, study_tables, width=120)
+    return 0 if all(case["result"]["decisions"]["identical"] for case in judged["cases"].values()) else 1

@@ -1,0 +1,49 @@
+"""The `tandem` command line: paths in, folders out, no hidden state."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from analysis.cli import bench, compare, fidelity, profile, run, serve, trace
+from traces.errors import TandemError, UnmetError
+
+app = typer.Typer(
+    name="tandem",
+    help="One scheduler, two riders: try an LLM serving policy in simulation, then on the real engine, and compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    epilog="Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request "
+    "completed, --strict); 2 bad input; 130 interrupted.",
+)
+for group in (run, compare, serve):
+    app.add_typer(group.app)  # without a name: its commands are of the top level
+app.add_typer(trace.app, name="trace")
+app.add_typer(profile.app, name="profile")
+app.add_typer(bench.app, name="bench")
+app.add_typer(fidelity.app, name="fidelity")
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend becomes one line and exit status 2, and 1 what was not met."""
+    try:
+        status = app(standalone_mode=False)
+    except UnmetError as error:
+        _fail(str(error), 1)
+    except TandemError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)  # bad usage, in click's words
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    if message:  # click has none where it has printed the help instead
+        print(f"tandem: {message}", file=sys.stderr)
+    sys.exit(status)

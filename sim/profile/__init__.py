@@ -1,0 +1,1 @@
+"""Latency profiles: their format, and interpolation between measured points."""

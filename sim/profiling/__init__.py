@@ -1,0 +1,1 @@
+"""How a profile is measured. The simulator does not import this package."""

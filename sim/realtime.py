@@ -1,0 +1,125 @@
+"""The simulator on live time: its clock runs no faster than the wall's, and its requests come from clients.
+
+Decisions follow from simulated time and from when events were delivered, never from how long the host took: an offline
+simulation that is given the deliveries repeats the run exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import simpy
+
+from engine.config import ServingConfig
+from engine.live_events import LiveEvents, Terms
+from engine.records.recorder import Observer
+from engine.request import unknown_token
+from engine.scheduler import Scheduler
+from engine.serving_loop import serving_loop
+from sim.backend import SimBackend
+from sim.device_timing import DeliveredTiming
+from sim.profile.format import Profile
+from traces.request import TraceRequest
+
+
+class PacedEnvironment(simpy.Environment):  # type: ignore[misc]
+    """A SimPy environment in nanoseconds that waits for the wall clock before each event.
+
+    It does not fail where the wall is ahead, as SimPy's own does: it goes on as fast as it can.
+
+    Attributes:
+        start_ns: when the clock stood at 0, by `time.perf_counter_ns`.
+        lag_ns: how far the wall was ahead at worst.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(initial_time=0)
+        self.start_ns = time.perf_counter_ns()
+        self.lag_ns = 0
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since the start, in truth."""
+        return time.perf_counter_ns() - self.start_ns
+
+    def step(self) -> None:
+        """Process the next event when its time has come."""
+        ahead = int(self.peek()) - self.wall_ns()
+        if ahead > 0:
+            time.sleep(ahead / 1e9)
+        else:
+            self.lag_ns = max(self.lag_ns, -ahead)
+        super().step()
+
+
+class PacedRider:
+    """Implements `engine.server.driver.Rider`: the times of a profile, and text that says nothing, of the right length.
+
+    A request makes `max_tokens` tokens, or as many as its client tells or `draw` says, whatever is the least.
+
+    Attributes:
+        prompts: token ids by request, if they are kept.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        config: ServingConfig,
+        filler: Sequence[int],
+        vocab_size: int,
+        draw: Callable[[int], int] | None = None,
+        keep_prompts: bool = False,
+    ) -> None:
+        """Build the rider.
+
+        Args:
+            filler: the token ids that every output repeats.
+            vocab_size: of the tokenizer that they are from.
+            draw: where the request of a number meets its end-of-sequence, for those that heed it; None: nowhere.
+        """
+        self.config = config
+        self.facts: dict[str, Any] = {
+            "backend": "sim",
+            "device": profile.meta["device"],
+            "model": profile.model.name,
+            "vocab_size": vocab_size,
+        }
+        self._profile = profile
+        self._filler = tuple(filler)
+        self._draw = draw
+        self.prompts: dict[int, Sequence[int]] = {}
+        self._keep_prompts = keep_prompts
+        self._env = PacedEnvironment()
+        self._events = LiveEvents(self._env.wall_ns, self._admit)
+        self._backend = SimBackend(self._env, (), DeliveredTiming(profile), self._events)
+
+    @property
+    def lag_ns(self) -> int:
+        """How far simulated time fell behind the wall clock, at worst."""
+        return self._env.lag_ns
+
+    def token(self, request_id: int, position: int) -> int:
+        """As in `Rider`."""
+        return self._filler[position % len(self._filler)]
+
+    def forget(self, request_id: int) -> None:
+        """As in `Rider`."""
+        self._backend.endings.forget(request_id)
+
+    def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
+        """As in `Rider`."""
+        begun(self._events, self._env.start_ns)
+        self._env.run(until=self._env.process(serving_loop(self._backend, scheduler, observer)))
+
+    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
+        if self._keep_prompts and source.prompt_token_ids is not None:
+            self.prompts[source.id] = source.prompt_token_ids
+        lengths = [source.max_tokens]
+        if terms.output_len is not None:
+            lengths.append(terms.output_len)
+        elif self._draw is not None and not terms.ignore_eos:
+            lengths.append(max(self._draw(source.id), terms.min_tokens))
+        self._backend.endings.seen(replace(source, output_len=min(lengths)))
+        return unknown_token(source, self.facts["vocab_size"])

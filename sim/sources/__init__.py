@@ -1,0 +1,1 @@
+"""Profiles that are not measured here: data sheets, and published measurements."""

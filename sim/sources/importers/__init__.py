@@ -1,0 +1,158 @@
+"""Makes latency profiles of measurements that others published.
+
+Such a profile is of other kernels and another engine, and says so. What its sources lack is filled in from the card's
+data sheet or by a rule; `meta.yaml` says so too, table by table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import ModelConfig
+from sim.profile.format import KEYS, TABLES, Profile, Row, Surface
+from sim.sources.importers import aiconfigurator, llmservingsim, vidur
+from sim.sources.importers.points import RULES, complete, cross_check, plane, rows
+from sim.sources.importers.source import Measured, Points
+from sim.sources.roofline import BYTES, data_sheet, known_hardware, roofline_profile, small_kernels
+from traces.errors import TandemError
+
+FORMATS = {"llmservingsim": llmservingsim, "aiconfigurator": aiconfigurator, "vidur": vidur}
+BELIEVED = (0.3, 30.0)  # times the data sheet's floor: outside of this, a file's times are in another unit
+LEAST_KERNEL_US = 2.0  # what the smallest kernels take on either card: 1.9 us and up (RTX 4090), 2 us and up (A100)
+LOGIT_BYTES = 10  # greedy sampling reads a logit, writes it in float32, and reads that
+
+
+def import_profile(
+    sources: Sequence[Path],
+    model: ModelConfig,
+    hardware: str | None = None,
+    source_format: str | None = None,
+    block_size: int = 16,
+) -> Profile:
+    """Make a profile of what `sources` measured; where several have a table, the first one's is taken.
+
+    Args:
+        hardware: a card of `sim/sources/hardware`; can be left out if a source names its device.
+        source_format: of `FORMATS`; None: found out from the files.
+
+    Raises:
+        TandemError: a source is damaged, of no known format, or of another model or card than is asked for.
+    """
+    found = [_reader(source, source_format).read(source, model) for source in sources]
+    hardware = _hardware(found, hardware)
+    floor = roofline_profile(hardware, model, block_size)
+    tables: dict[str, list[Row]] = dict(floor.tables)
+    origin: dict[str, Any] = {name: {"how": "roofline"} for name in tables}
+    origin["host"] = {"how": "zero"}
+    held_out: dict[str, Any] = {"rule": RULES["held_out"]}
+    for table in KEYS:
+        of = next((each for each in found if table in each.tables), None)
+        if of is None:
+            continue
+        if table in TABLES:
+            _check_unit(of, table, floor)
+        origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
+        held_out[table] = cross_check(table, of.tables[table])
+        tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta["data_sheet"]))
+    for each in found:
+        held_out |= each.checks
+    return Profile(floor.meta | _meta(found) | {"tables": origin, "held_out": held_out}, tables)
+
+
+def _reader(source: Path, source_format: str | None) -> Any:
+    if not source.exists():
+        raise TandemError(f"{source}: no such file or folder")
+    if source_format is None:
+        fitting = [name for name, reader in FORMATS.items() if reader.recognizes(source)]
+        if len(fitting) == 1:
+            return FORMATS[fitting[0]]
+        raise TandemError(
+            f"{source}: {'several formats' if fitting else 'no format that is known'}; give --format and "
+            f"a folder with {', '.join(llmservingsim.FILES)} (llmservingsim) or {', '.join(aiconfigurator.FILES)} "
+            "(aiconfigurator), or a .csv file (vidur)"
+        )
+    if source_format not in FORMATS:
+        raise TandemError(f"no format '{source_format}': choose {', '.join(FORMATS)}")
+    return FORMATS[source_format]
+
+
+def _hardware(found: Sequence[Measured], said: str | None) -> str:
+    devices = {name: data_sheet(name)["device"] for name in known_hardware()}
+    if said is not None:
+        data_sheet(said)
+    stated = {each.about["device"]: each.path for each in found if each.about["device"]}
+    for device, path in stated.items():
+        if said is not None and device != devices[said]:
+            raise TandemError(f"{path}: measured on {device}; --hardware {said} is {devices[said]}")
+    fitting = [name for name, device in devices.items() if set(stated) == {device}]
+    if said is None and not fitting:
+        names = " and ".join(stated) or "no device"
+        raise TandemError(f"the sources name {names}: give --hardware, one of {', '.join(devices)}")
+    return said or fitting[0]
+
+
+def _check_unit(of: Measured, table: str, floor: Profile) -> None:
+    """Refuse times in another unit than the format's: at the largest measured point, far from the data sheet's."""
+    measured = plane(table, of.tables[table])
+    keys = TABLES[table]
+    sheet = Surface(plane(table, {tuple(row[key] for key in keys): row["time_us"] for row in floor.tables[table]}))
+    key = max(measured, key=lambda each: sheet(*each))
+    ratio = measured[key] / sheet(*key)
+    if not BELIEVED[0] < ratio < BELIEVED[1]:
+        raise TandemError(
+            f"{of.path}: {table} takes {ratio:.3g} times what the data sheet's rates allow, at its largest: "
+            "times in another unit, or of another card"
+        )
+
+
+def _filled(of: Measured, table: str, model: ModelConfig, sheet: dict[str, Any]) -> Points:
+    """What a measured table lacks: small kernels and sampling, by their memory traffic."""
+    bytes_per_us = sheet["memory_gb_per_s"] * 1e3
+    if table == "dense" and "small" in of.lacks:
+        sizes = {tokens for _, tokens in of.tables["dense"]}
+        return {("small", tokens): _small_kernels_us(model, tokens, bytes_per_us) for tokens in sizes}
+    if table == "head" and "sampling" in of.lacks:
+        logits_us = {n: n * model.vocab_size * LOGIT_BYTES / bytes_per_us for (n,) in of.tables["head"]}
+        return {(n,): of.tables["head"][n,] + time_us for n, time_us in logits_us.items()}
+    return {}
+
+
+def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> float:
+    """Norms with residual, rotary embedding, KV write, activation, embedding: their memory traffic, or a least time."""
+    numbers = chain(*small_kernels(model).values())
+    in_layer = sum(max(LEAST_KERNEL_US, BYTES * tokens * each / bytes_per_us) for each in numbers)
+    once = 2 * max(LEAST_KERNEL_US, BYTES * tokens * 2 * model.hidden_size / bytes_per_us)  # embedding, final norm
+    return model.num_layers * in_layer + once
+
+
+def _provenance(of: Measured) -> dict[str, Any]:
+    return {name: of.about[name] for name in ("source", "engine", "dtype")}
+
+
+def _rules(of: Measured, table: str) -> dict[str, Any]:
+    rules = [of.rules[table]] if of.rules.get(table) else []
+    if table == "decode_attention" and not of.unevenness:
+        rules.append("contexts all alike: uneven ones were not measured")
+    if table == "prefill_attention":
+        rules.append(RULES["chunks"])
+        if not any(context for _, context in of.tables[table]):
+            rules.append(RULES["contexts"])
+    if table == "dense" and "small" in of.lacks:
+        rules.append(f"op small by memory traffic, {LEAST_KERNEL_US:g} us a kernel at least")
+    if table == "head" and "sampling" in of.lacks:
+        rules.append(f"sampling by memory traffic, {LOGIT_BYTES} bytes a logit")
+    return {"rules": rules} if rules else {}
+
+
+def _meta(found: Sequence[Measured]) -> dict[str, Any]:
+    sources = [f"{each.about['source']} {each.about['commit']} ({each.about['licence']})" for each in found]
+    return {
+        "dtype": found[0].about["dtype"],
+        "source": f"imported: {', '.join(sources)}; kernels of another engine",
+        "kernels": ", ".join(dict.fromkeys(each.about["engine"] for each in found)),
+        "sources": [{name: value for name, value in each.about.items() if value is not None} for each in found],
+        "spread": "not published: 0 throughout",
+    }

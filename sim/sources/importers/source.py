@@ -1,0 +1,99 @@
+"""What a source of measurements is to the importers: where it was published, what it holds, and how files are read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import ModelConfig
+from sim.profile.format import Row
+from traces.errors import TandemError
+
+Line = dict[int, float]  # time by tokens, samples or sequences
+Points = dict[tuple[Any, ...], float]  # time (us, all layers) by a table's keys, as in `sim.profile.format.TABLES`
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Where measurements were published; `digest` is the SHA-256 of one file at `commit`, by which that is known."""
+
+    repository: str
+    commit: str
+    licence: str
+    digests: tuple[str, ...]
+
+    def of(self, path: Path) -> dict[str, str]:
+        """Provenance of a file that this repository published, at `commit` or at one that is not known."""
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        commit = self.commit if digest in self.digests else "unknown"
+        return {"source": self.repository, "commit": commit, "licence": self.licence, "file_sha256": digest}
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one source has of a model.
+
+    Attributes:
+        path: the file or folder that was read.
+        about: provenance: source, commit, licence, file_sha256, engine, dtype, device (None: not stated), model.
+        tables: points by table; a table that the source has not is absent.
+        rules: by table, what of it was not measured and how it was filled in.
+        lacks: of `small` (norms, rotary embedding, activation) and `sampling`, what the tables do not hold.
+        unevenness: by sequences, the share of time that decode attention gains as unevenness goes from 1 to 2.
+        checks: held-out errors that the reader found itself, by name.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    tables: dict[str, Points]
+    rules: dict[str, str] = field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+    unevenness: dict[float, float] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(path: Path, counts: Sequence[str], times: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
+    """Rows of a .csv or .parquet file: whole numbers in `counts`, times in any unit in `times`, words in `texts`.
+
+    Raises:
+        TandemError: the file cannot be read, has no rows, lacks a column, or holds what is no count or no time.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as pc
+    import pyarrow.parquet as pq
+
+    try:
+        table = pc.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    wanted = [*counts, *times, *texts]
+    missing = [column for column in wanted if column not in table.column_names]
+    if missing:
+        raise TandemError(f"{path}: no column '{missing[0]}': it is of another format, or of another version of it")
+    rows: list[Row] = table.select(wanted).to_pylist()
+    if not rows:
+        raise TandemError(f"{path}: has no rows")
+    for number, row in enumerate(rows, start=1):
+        _check_row(f"{path}, row {number}", row, counts, times)
+    return rows
+
+
+def _check_row(place: str, row: Row, counts: Sequence[str], times: Sequence[str]) -> None:
+    for column in counts:
+        if type(row[column]) is not int or row[column] < 0:
+            raise TandemError(f"{place}: {column} is {row[column]!r}, not a whole number")
+    for column in times:
+        if type(row[column]) not in (int, float) or not 0 < row[column] < math.inf:
+            raise TandemError(f"{place}: {column} is {row[column]!r}, not a time above 0")
+
+
+def check_shape(path: Path, found: Mapping[str, int], model: ModelConfig) -> None:
+    """Raises TandemError unless `found`, by names of `ModelConfig`'s fields, is the shape of `model`."""
+    wanted = asdict(model)
+    for name, value in found.items():
+        if wanted[name] != value:
+            raise TandemError(f"{path}: measured with {name} {value}; {model.name} has {wanted[name]}")

@@ -1,0 +1,73 @@
+"""Vidur's profiles of dense operations: a .csv for a model, a row for each number of tokens and degree of parallelism.
+
+Milliseconds of the operations of ONE layer and of the embedding, measured with Sarathi-Serve's layers
+(github.com/microsoft/vidur, `data/profiling/compute`). No attention and no head.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+from engine.model.config import ModelConfig
+from sim.sources.importers.source import Measured, Points, Publication, check_shape, read_rows
+from traces.errors import TandemError
+
+PUBLISHED = Publication(
+    "microsoft/vidur",
+    "7d47513",
+    "MIT",
+    (
+        "98c26488298e324e89db7349e213f75c856ae83dc6b17548a68636d2cb5efff0",  # Llama-3-8B
+        "2cfacca979f32e83257753cf6fd815a71af8ba9a7a9d0643b18d9f54e8a37688",  # Llama-2-7B
+    ),
+)
+# their operation -> ours, and how often it runs: in each layer, and once a step (a final norm is like any other)
+OPS = {
+    "attn_pre_proj": ("qkv", 1, 0),
+    "attn_post_proj": ("o", 1, 0),
+    "mlp_up_proj": ("gate_up", 1, 0),
+    "mlp_down_proj": ("down", 1, 0),
+    "input_layernorm": ("small", 1, 1),
+    "post_attention_layernorm": ("small", 1, 0),
+    "attn_rope": ("small", 1, 0),
+    "mlp_act": ("small", 1, 0),
+    "add": ("small", 1, 0),
+    "emb": ("small", 0, 1),
+}
+SHAPE = {
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "n_embd": "hidden_size",
+    "n_expanded_embd": "intermediate_size",
+}
+TP = "num_tensor_parallel_workers"
+
+
+def recognizes(source: Path) -> bool:
+    """Whether `source` is in this format."""
+    if source.suffix != ".csv" or not source.is_file():
+        return False
+    with source.open(encoding="utf-8", errors="replace") as file:
+        return "time_stats." in file.readline()
+
+
+def read(source: Path, model: ModelConfig) -> Measured:
+    """Read a file. Raises TandemError if it is damaged, or of another model."""
+    columns = {f"time_stats.{theirs}.median": OPS[theirs] for theirs in OPS}
+    found = [row for row in read_rows(source, ["num_tokens", TP, *SHAPE], list(columns)) if row[TP] == 1]
+    if not found:
+        raise TandemError(f"{source}: no rows of {TP} 1")
+    check_shape(source, {ours: found[0][theirs] for theirs, ours in SHAPE.items()}, model)
+    times: defaultdict[int, list[dict[str, float]]] = defaultdict(list)
+    for row in found:
+        times[row["num_tokens"]].append(row)
+    points: Points = {}
+    for tokens, repeats in times.items():
+        for column, (ours, in_layer, once) in columns.items():
+            time_us = 1000 * (in_layer * model.num_layers + once) * fmean(row[column] for row in repeats)
+            points[ours, tokens] = points.get((ours, tokens), 0.0) + time_us
+    about = PUBLISHED.of(source) | {"engine": "Sarathi-Serve", "dtype": "float16", "device": None}
+    rules = {"dense": "the final norm counts here and costs what another does; form factor of the card not stated"}
+    return Measured(source, about, {"dense": points}, rules)
