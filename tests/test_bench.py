@@ -24,7 +24,8 @@ from analysis.bench.common import Batch, decode_steps, read_batch, run_benchmark
 from analysis.bench.forward import Forward
 from analysis.bench.online import scenarios
 from analysis.cli.main import main
-from analysis.cli.options import Limits, listed
+from analysis.cli.options import listed
+from analysis.jobs.options import Limits
 from analysis.metrics.summary import request_metrics
 from engine.executor.executor import Executor
 from engine.records.recorder import Recorder

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import tiny_model
 
-from analysis.cli.options import Limits
 from analysis.jobs.limits import real_limits, simulated_limits
+from analysis.jobs.options import Limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from engine.records import manifest

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shadow import small_profile
 
-from analysis.cli.options import Limits
 from analysis.jobs.limits import simulated_limits
+from analysis.jobs.options import Limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from sim.memory_model import Memory, card_blocks, pass_bytes

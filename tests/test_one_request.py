@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from analysis.bench.server_path import steady_profile
-from analysis.cli.options import Limits
+from analysis.jobs.options import Limits
 from analysis.jobs.serve import SimService
 from engine.live_events import Terms
 from engine.records.manifest import config_of

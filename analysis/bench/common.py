@@ -18,8 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.cli.options import Limits, check_new
+from analysis.cli.options import check_new
 from analysis.jobs.limits import Settled, config_to_check
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress
 from analysis.metrics.summary import Floats, column
 from engine.config import ServingConfig
 from engine.records import manifest
@@ -87,7 +89,7 @@ class Benchmark(Protocol):
     def settled(self, executor: Executor) -> Settled:
         """The limits of all its runs."""
 
-    def measure(self, executor: Executor, config: ServingConfig, console: Console) -> Iterator[Row]:
+    def measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
         """Yields each row, by its `row`, and again whenever more is known of it."""
 
     def tables(self, rows: Sequence[Row]) -> Iterator[Table | str]:
@@ -95,7 +97,7 @@ class Benchmark(Protocol):
 
 
 def run_benchmark(
-    benchmark: Benchmark, executor: Executor, out: Path | None, as_json: bool, console: Console, **facts: Any
+    benchmark: Benchmark, executor: Executor, out: Path | None, as_json: bool, progress: Progress, **facts: Any
 ) -> None:
     """Run a benchmark and print what it finds, as tables or JSON, on standard output.
 
@@ -103,21 +105,21 @@ def run_benchmark(
 
     Args:
         out: a file that gets the JSON too.
-        console: for progress.
+        progress: is told of it.
         facts: what else the JSON should say of the run.
 
     Raises:
         TandemError: the limits cannot be served with, or `out` cannot be written.
     """
     settled = benchmark.settled(executor)
-    settled.say(console)
+    settled.say(progress)
     config = settled.config
-    with console.status("warming up"):
+    with progress.status("warming up"):
         warm_up(executor, config)
     rows: dict[str, Row] = {}
     failure: BaseException | None = None
     try:
-        for row in benchmark.measure(executor, config, console):
+        for row in benchmark.measure(executor, config, progress):
             rows[row["row"]] = row
     except BaseException as error:  # whatever it was, the rows so far are worth keeping
         failure = error

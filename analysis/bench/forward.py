@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.bench.common import Batch, Row, decode_steps, number, serve_batch, table
-from analysis.cli.options import Limits
 from analysis.jobs.limits import Settled, real_limits
-from analysis.jobs.run import progress_bar
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress
 from analysis.metrics.summary import NS_PER_MS, column, completed_requests
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
@@ -92,9 +91,9 @@ class Forward:
                 refusal = error
         raise refusal
 
-    def measure(self, executor: Executor, config: ServingConfig, console: Console) -> Iterator[Row]:
+    def measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
         """Yields a row after each of its repeats; one that memory does not hold says so in `not_measured`."""
-        with progress_bar(console, "bench forward", len(self.batches) * self.repeats) as show:
+        with progress.bar("bench forward", len(self.batches) * self.repeats) as show:
             for number, batch in enumerate(self.batches):
                 for repeat, row in enumerate(self._row(batch, executor, config), start=1):
                     yield row

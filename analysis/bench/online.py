@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.bench.common import Row, decode_steps, number, table
-from analysis.cli.options import Limits
 from analysis.jobs.limits import Settled, real_limits
-from analysis.jobs.run import real_run, watched
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress, following
+from analysis.jobs.run import real_run
 from analysis.metrics.summary import metrics, not_completed
 from analysis.report.caveats import NOTHING_COMPLETED, missing_sentences
 from engine.config import ServingConfig
@@ -123,22 +123,22 @@ class Online:
         """As many KV blocks as memory holds."""
         return real_limits(executor, self.limits)
 
-    def measure(self, executor: Executor, config: ServingConfig, console: Console) -> Iterator[Row]:
+    def measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
         """Yields a scenario's row after each of its runs."""
         for scenario in self.scenarios:
             runs: dict[str, RunRecords] = {}
             for name, trace in scenario.traces.items():
-                console.print(f"{name}:", highlight=False)
-                runs[name] = self._serve(name, trace, executor, config, console)
+                progress.note(f"{name}:")
+                runs[name] = self._serve(name, trace, executor, config, progress)
                 yield _online_row(scenario, runs)
 
     def _serve(
-        self, name: str, trace: Trace, executor: Executor, config: ServingConfig, console: Console
+        self, name: str, trace: Trace, executor: Executor, config: ServingConfig, progress: Progress
     ) -> RunRecords:
         if self.keep:
-            return real_run(trace, executor, config, self.keep / name, console, overwrite=self.overwrite)
+            return real_run(trace, executor, config, self.keep / name, progress, overwrite=self.overwrite)
         recorder = Recorder()
-        with watched(console, "run", recorder, len(trace.requests)):
+        with following(progress, "run", recorder, len(trace.requests)):
             executor.serve(trace.requests, config, recorder)
         return RunRecords({}, recorder.tables())
 

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import psutil
 import uvloop
-from rich.console import Console
 
-from analysis.cli.options import Limits
 from analysis.client.load_client import Reply, Target, find_target, send_all
-from analysis.jobs.run import progress_bar
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress
 from analysis.jobs.serve import SimService
 from analysis.metrics.summary import Ints, token_times
 from analysis.report.tables import TextTable
@@ -86,7 +85,7 @@ def read_load(text: str) -> tuple[int, float]:
     return read
 
 
-def measure_load(offered: Offered, model: str, console: Console) -> dict[str, Any]:
+def measure_load(offered: Offered, model: str, progress: Progress) -> dict[str, Any]:
     """Serve the load and account for every token.
 
     Returns:
@@ -110,7 +109,7 @@ def measure_load(offered: Offered, model: str, console: Console) -> dict[str, An
             except EOFError:
                 raise TandemError("the server did not start") from None
             try:
-                replies, busy = _send(offered, url, server.pid or 0, console)
+                replies, busy = _send(offered, url, server.pid or 0, progress)
             finally:
                 os.kill(server.pid or 0, signal.SIGINT)
                 server.join()
@@ -141,13 +140,13 @@ def _manners(streams: int, model: str) -> Manners:
     return Manners(model, max_waiting=2 * streams)
 
 
-def _send(offered: Offered, url: str, pid: int, console: Console) -> tuple[list[Reply], dict[str, float]]:
+def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[list[Reply], dict[str, float]]:
     target = find_target(url, None, "trace", 1000, None)
     api = psutil.Process(pid)
     (engine,) = [child for child in api.children() if "spawn_main" in " ".join(child.cmdline())]
     processes = {"api": api, "engine": engine, "client": psutil.Process()}
     before = {name: sum(each.cpu_times()[:2]) for name, each in processes.items()}
-    with progress_bar(console, f"{offered.streams} streams", offered.streams) as show:
+    with progress.bar(f"{offered.streams} streams", offered.streams) as show:
         start_ns, replies = uvloop.run(_send_and_nap(target, offered.requests(), show))
     wall_s = (max(reply.chunk_ns[-1] for reply in replies if reply.chunk_ns) - start_ns) / 1e9
     busy = {f"{name}_cpu": (sum(each.cpu_times()[:2]) - before[name]) / wall_s for name, each in processes.items()}

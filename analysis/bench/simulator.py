@@ -28,10 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.bench.common import TABLE_WIDTH, Row, number, table
-from analysis.cli.options import Limits
 from analysis.jobs.limits import simulated_limits
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress
 from analysis.jobs.run import simulate_run
 from analysis.metrics.summary import metrics
+from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.recorder import Recorder
@@ -123,18 +125,17 @@ class SimulateBench:
         if not self.rates:
             raise TandemError("no load: give --rates 6,2, for example")
 
-    def run(self, console: Console) -> dict[str, Any]:
-        """Measure everything, saying on `console` what is being measured; returns it as JSON values."""
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Measure everything, telling `progress`; returns it as JSON values."""
         times = read_profile(self.profile)
-        simulated_limits(times, self.limits).say(console)
+        simulated_limits(times, self.limits).say(progress)
         with TemporaryDirectory() as name:
             folder = Path(name)
-            with console.status("bench simulate: start"):
+            with progress.status("bench simulate: start"):
                 start_s = min(self._start_s(folder) for _ in range(self.repeats))
             rows = []
-            with console.status("bench simulate") as status:
-                for load in self.loads(folder):
-                    status.update(f"bench simulate: {load.name}")
+            for load in self.loads(folder):
+                with progress.status(f"bench simulate: {load.name}"):
                     rows.append(_in_its_own_process(self, load))
         return {
             "schema": SCHEMA_VERSION,
@@ -184,7 +185,7 @@ def _measure(bench: SimulateBench, load: Load) -> Row:
     config = bench.config(profile)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        simulate_run(trace, profile, config, out, Console(quiet=True))
+        simulate_run(trace, profile, config, out, ConsoleProgress(Console(quiet=True)))
         peak_mb = _peak_mb()
         timed = [_beside_timeouts(lambda: _run(trace, profile, config, out)) for _ in range(load.repeats)]
         run_s = min((phases for phases, _ in timed), key=sum)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading, listed, read_count, read_rate, read_seed
-from analysis.cli.output import console, print_json, print_result, say_notes
+from analysis.cli.options import listed, read_count, read_rate, read_seed
+from analysis.cli.output import print_json, print_result, progress, say_notes
+from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def bench_serve(
     from analysis.bench.server_path import Offered, load_table, measure_load, read_load
 
     offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_load, "2000x10,1000x10")]
-    measured = [measure_load(each, model, console) for each in offered]
+    measured = [measure_load(each, model, progress) for each in offered]
     print_result(measured, as_json, lambda found: [load_table(found)], width=110)
 
 
@@ -117,7 +118,7 @@ def bench_simulate(
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
     check_out_file(out, overwrite)
-    document = bench.run(console)
+    document = bench.run(progress)
     if out:
         write_json(out, document)
     if as_json:
@@ -131,5 +132,5 @@ def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, overwrite: 
     from analysis.jobs.run import load_executor
 
     check_benchmark(benchmark, out, overwrite)
-    executor = load_executor(loading, console)
-    run_benchmark(benchmark, executor, out, as_json, console, load_format=loading.load_format)
+    executor = load_executor(loading, progress)
+    run_benchmark(benchmark, executor, out, as_json, progress, load_format=loading.load_format)

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading
-from analysis.cli.output import console, print_json, print_result
+from analysis.cli.output import print_json, print_result, progress
 from analysis.comparison.compare import RIDERS, check_once, check_roles, is_met, rider
+from analysis.jobs.options import Limits, Loading
 from engine.records.run_folder import RunRecords, read_run
 from traces.errors import TandemError
 
@@ -100,7 +100,7 @@ def _compare_simulations(
         write_simulation_page(comparison, named, out / "simulations.html")
     print_result(comparison, as_json, simulation_tables, width=110 + max(map(len, named)))
     if out and not as_json:
-        console.print(f"page: {out / 'simulations.html'}", highlight=False)
+        progress.note(f"page: {out / 'simulations.html'}")
     return 0 if comparison["requests"] else 1
 
 
@@ -128,12 +128,12 @@ def _compare(
     times = read_profile(find_profile(profile))
     terms = read_terms(ablate, times)
     sim, real, *repeats = runs.values()
-    comparison = compare_runs(sim, real, repeats, times, out, console, allowed, terms=terms)
+    comparison = compare_runs(sim, real, repeats, times, out, progress, allowed, terms=terms)
     if as_json:
         print_json(comparison)
     else:
         print_comparison(comparison, Console())
-        console.print(f"report: {out / 'report.html'}", highlight=False)
+        progress.note(f"report: {out / 'report.html'}")
     return 0 if is_met(comparison) else 1
 
 
@@ -171,4 +171,4 @@ def validate(
 
     limits = replace(limits, max_model_len=max_total)
     job = Job(out, loading, requests, rate, seed, max_total, repeats, limits, overwrite or out == VALIDATED)
-    return (validate_matrix if matrix else validate_one)(job, console)
+    return (validate_matrix if matrix else validate_one)(job, progress)

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading, listed, read_rate
-from analysis.cli.output import console, print_result
+from analysis.cli.options import listed, read_rate
+from analysis.cli.output import print_result, progress
+from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
 
 app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
@@ -42,10 +43,10 @@ def fidelity_measure(
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
     study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
-    executor = load_executor(loading, console)
+    executor = load_executor(loading, progress)
     settled = real_limits(executor, limits)
-    settled.say(console)
-    measure_study(study, executor, settled.config, out, console)
+    settled.say(progress)
+    measure_study(study, executor, settled.config, out, progress)
 
 
 @app.command("judge")
@@ -59,6 +60,6 @@ def fidelity_judge(
     """
     from analysis.jobs.study import judge_study, study_tables
 
-    judged = judge_study(study, console)
+    judged = judge_study(study, progress)
     print_result(judged, as_json, study_tables, width=120)
     return 0 if all(case["result"]["decisions"]["identical"] for case in judged["cases"].values()) else 1

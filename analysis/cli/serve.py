@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from analysis.cli import options
-from analysis.cli.options import Limits, Loading
-from analysis.cli.output import console, print_run
+from analysis.cli.output import print_run, progress
+from analysis.jobs.options import Limits, Loading
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
 from traces.trace import read_trace
@@ -138,10 +138,10 @@ def replay(
     check_out(out, overwrite)
     workload, other = read_trace(trace), read_run(against) if against else None
     target = find_target(url, model, stops, vocab_size, api_key or None)
-    run = replay_run(workload, target, console)
+    run = replay_run(workload, target, progress)
     run.write(out, overwrite)
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
-        console.print(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies", highlight=False)
+        progress.note(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies")
     names = ("completed", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms")
     status = print_run(run, as_json, str(out), names)
     if other and not as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from analysis.cli import options
-from analysis.cli.output import console, print_facts, say_notes
+from analysis.cli.output import print_facts, progress, say_notes
 from traces.trace import Trace, read_trace, write_trace
 
 app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
@@ -37,7 +37,7 @@ def trace_sharegpt(
 
     options.check_new(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
-    trace = sharegpt_trace(model, requests, seed, lengths, console, source, max_tokens, strict)
+    trace = sharegpt_trace(model, requests, seed, lengths, progress, source, max_tokens, strict)
     trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
     _write(out, overwrite, trace)
 
@@ -156,4 +156,4 @@ def _write(out: Path, overwrite: bool, trace: Trace) -> None:
     options.check_new(out, overwrite)
     say_notes(trace)
     write_trace(out, trace)
-    console.print(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}", highlight=False)
+    progress.note(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}")

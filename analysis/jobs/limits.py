@@ -8,9 +8,8 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from analysis.cli.options import Limits
+from analysis.jobs.options import Limits
+from analysis.jobs.progress import Progress
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
 from engine.records import manifest
@@ -59,10 +58,10 @@ class Settled:
             f"{', '.join(shown[name] for name in names)} ({origin})" for origin, names in groups
         )
 
-    def say(self, console: Console) -> None:
+    def say(self, progress: Progress) -> None:
         """Print them, in a line, and the notes."""
         for line in (self.line, *(f"note: {note}" for note in self.notes)):
-            console.print(line, highlight=False, soft_wrap=True)
+            progress.note(line)
 
 
 def _shown(config: ServingConfig) -> Iterator[tuple[str, str]]:

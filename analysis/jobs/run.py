@@ -6,22 +6,19 @@ The one place that builds executors and tokenizers; torch is imported only where
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from analysis.cli.options import Loading, check_new
+from analysis.cli.options import check_new
 from analysis.comparison.ablation import ablate
 from analysis.comparison.compare import compare
 from analysis.comparison.policies import compare_policies, write_policy_page
 from analysis.jobs.determinism import check_deterministic
 from analysis.jobs.machine_watch import MachineWatch
+from analysis.jobs.options import Loading
+from analysis.jobs.progress import Progress, following
 from analysis.metrics.summary import summarize
 from analysis.report.caveats import beyond_sentence
 from analysis.report.comparison_page import write_report
@@ -46,44 +43,13 @@ from traces.trace import Trace, atomic_file
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
-REFRESH_S = 0.5
-
-
-@contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on `console`; yields the function that says how far things are."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
-@contextmanager
-def watched(console: Console, what: str, recorder: Recorder, total: int) -> Iterator[None]:
-    """A bar that follows a recorder from a thread of its own, so that the serving loop need not."""
-    over = Event()
-    with progress_bar(console, what, total) as show:
-
-        def follow() -> None:
-            while not over.wait(REFRESH_S):
-                show(recorder.ended)
-
-        thread = Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            show(recorder.ended)
-
 
 def sharegpt_trace(
     model: str,
     count: int,
     seed: int,
     lengths: LengthFilter,
-    console: Console,
+    progress: Progress,
     source: Path | None = None,
     max_tokens: int | None = None,
     strict: bool = False,
@@ -96,9 +62,9 @@ def sharegpt_trace(
     from engine.executor.tokenizer import load_tokenizer, model_path
 
     path = model_path(model)
-    with console.status(f"reading the tokenizer of {path.name}"):
+    with progress.status(f"reading the tokenizer of {path.name}"):
         tokenizer = load_tokenizer(path)
-    with console.status("reading ShareGPT"):
+    with progress.status("reading ShareGPT"):
         return sample_requests(
             source or sharegpt_path(),
             tokenizer.encode,
@@ -111,15 +77,17 @@ def sharegpt_trace(
         )
 
 
-def load_executor(loading: Loading, console: Console) -> Executor:
+def load_executor(loading: Loading, progress: Progress) -> Executor:
     """Load a model; errors are those of `engine.executor.executor.Executor`."""
     from engine.executor.executor import Executor
 
-    with console.status(f"loading {loading.model}"):
+    with progress.status(f"loading {loading.model}"):
         return Executor(**asdict(loading))
 
 
-def measure(executor: Executor, config: ServingConfig, out: Path, console: Console, overwrite: bool = False) -> Profile:
+def measure(
+    executor: Executor, config: ServingConfig, out: Path, progress: Progress, overwrite: bool = False
+) -> Profile:
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, a run is served besides, which calibrates the profile: it stays beside `out`, as
@@ -130,27 +98,27 @@ def measure(executor: Executor, config: ServingConfig, out: Path, console: Conso
     check_profile_out(out, overwrite)
     overwrite_served = overwrite or notes.exists()
     check_before(config, served, overwrite_served)
-    with progress_bar(console, "profile", count_work(executor, config)) as show:
+    with progress.bar("profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        run = real_run(levels(profile, config), executor, config, served, console, overwrite=overwrite_served)
+        run = real_run(levels(profile, config), executor, config, served, progress, overwrite=overwrite_served)
         profile = calibrate(profile, [(run, config)])
     write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
     return profile
 
 
-def drift_since(profile: Profile, executor: Executor, console: Console) -> dict[str, float]:
+def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
     """How far the machine has moved since it was profiled, with a progress bar."""
-    with progress_bar(console, "drift", count_drift(executor, profile)) as show:
+    with progress.bar("drift", count_drift(executor, profile)) as show:
         return measure_drift(executor, profile, show)
 
 
-def check_drift(profile: Profile, executor: Executor, console: Console) -> dict[str, Any]:
+def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dict[str, Any]:
     """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
-    with console.status("getting ready"):
+    with progress.status("getting ready"):
         check = DriftCheck(executor, profile)
-    with progress_bar(console, "check", check.total) as show:
+    with progress.bar("check", check.total) as show:
         found = check.run(show)
     return drift_report(executor, profile, found)
 
@@ -172,7 +140,7 @@ def simulate_run(
     profile: Profile,
     config: ServingConfig,
     out: Path,
-    console: Console,
+    progress: Progress,
     like: RunRecords | None = None,
     what: str = "simulate",
     check: bool = False,
@@ -187,7 +155,7 @@ def simulate_run(
         profile: the times.
         config: limits and policy.
         out: the run's folder.
-        console: where progress is shown.
+        progress: where progress is shown.
         like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
         what: the progress bar's label.
         check: whether `engine.checks.step_checker` looks at every step, and all of them are planned again elsewhere.
@@ -201,7 +169,7 @@ def simulate_run(
     """
     check_like(trace, like)
     check_before(config, out, overwrite)
-    _note_useless_cache(trace, config, console)
+    _note_useless_cache(trace, config, progress)
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = _stopping_like(trace, like) if like else trace.requests
     parts = {
@@ -213,14 +181,14 @@ def simulate_run(
     }
     with RunWriter(out, overwrite) as writer:
         recorder = Recorder(writer.add)
-        with watched(console, what, recorder, len(requests)):
+        with following(progress, what, recorder, len(requests)):
             refused = refusals(like) if like else None
             coverage = predict(requests, config, profile, recorder, check=check, refused=refused)
         if strict:
             _check_covered(coverage, config.scheduler)
         recorder.close()
         written = writer.written()
-        plan_again(written.folder, parts["system"], check, console)
+        plan_again(written.folder, parts["system"], check, progress)
         summary = summarize(RunRecords(parts, written))
         run = RunRecords(parts, StoredTables(out), summary | {"profile_lookups": coverage})
         writer.finish(run)
@@ -245,9 +213,9 @@ def _stopping_like(trace: Trace, like: RunRecords) -> list[TraceRequest]:
     ]
 
 
-def _note_useless_cache(trace: Trace, config: ServingConfig, console: Console) -> None:
+def _note_useless_cache(trace: Trace, config: ServingConfig, progress: Progress) -> None:
     if config.prefix_caching and all(Content.of(each) is None for each in trace.requests):
-        console.print(
+        progress.note(
             "note: the trace says nothing of what prompts share (no token ids, no hash ids): nothing is cached"
         )
 
@@ -258,7 +226,7 @@ def simulate_policies(
     config: ServingConfig,
     policies: Sequence[str],
     out: Path,
-    console: Console,
+    progress: Progress,
     like: RunRecords | None = None,
     check: bool = False,
     strict: bool = False,
@@ -283,7 +251,7 @@ def simulate_policies(
     rules: dict[str, Any] = {"check": check, "strict": strict, "overwrite": overwrite, "facts": facts}
     runs = {
         policy: simulate_run(
-            trace, profile, each, out / _folder_name(policy), console, like, policy.ljust(width), **rules
+            trace, profile, each, out / _folder_name(policy), progress, like, policy.ljust(width), **rules
         )
         for policy, each in configs.items()
     }
@@ -320,7 +288,7 @@ def real_run(
     executor: Executor,
     config: ServingConfig,
     out: Path,
-    console: Console,
+    progress: Progress,
     stop_rule: str = "trace",
     check: bool = False,
     overwrite: bool = False,
@@ -331,11 +299,11 @@ def real_run(
     Whatever ends it early (Ctrl-C, a failing data plane) is raised once the records so far are written, marked partial.
     """
     check_before(config, out, overwrite)
-    _note_useless_cache(trace, config, console)
-    with console.status("getting ready"):
+    _note_useless_cache(trace, config, progress)
+    with progress.status("getting ready"):
         executor.prepare(config)
     recorder, failure, machine = Recorder(), None, MachineWatch()
-    with watched(console, "run", recorder, len(trace.requests)):
+    with following(progress, "run", recorder, len(trace.requests)):
         try:
             executor.serve(trace.requests, config, recorder, stop_rule, check)
         except BaseException as error:  # whatever it was, the records so far are worth keeping
@@ -350,23 +318,23 @@ def real_run(
     run.summary = summarize(run)
     run.write(out, overwrite)
     if failure:
-        console.print(f"{out}: what ran until then is written, marked partial", highlight=False)
+        progress.note(f"{out}: what ran until then is written, marked partial")
         raise failure
-    plan_again(out, parts["system"], check, console)
+    plan_again(out, parts["system"], check, progress)
     return run
 
 
-def plan_again(folder: Path, system: Mapping[str, Any], check: bool, console: Console) -> None:
+def plan_again(folder: Path, system: Mapping[str, Any], check: bool, progress: Progress) -> None:
     """See whether a policy is deterministic, by the run in `folder`: of one's own its opening, if `check` all of any.
 
     Raises:
         TandemError: as `analysis.jobs.determinism.check_deterministic`.
     """
     if check or is_own(system["scheduler"]):
-        with console.status("planning again"):
+        with progress.status("planning again"):
             unknown = check_deterministic(folder, system, whole=check)
         if unknown:
-            console.print(f"note: {unknown}", highlight=False, soft_wrap=True)
+            progress.note(f"note: {unknown}")
 
 
 def compare_runs(
@@ -375,7 +343,7 @@ def compare_runs(
     repeats: Sequence[RunRecords],
     profile: Profile,
     out: Path,
-    console: Console,
+    progress: Progress,
     allow_different: Collection[str] = (),
     drift: Mapping[str, float] | None = None,
     terms: Sequence[str] = (),
@@ -392,12 +360,12 @@ def compare_runs(
     changed = manifest.changed_sources(real.manifest)
     if changed:
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
-        console.print(note, highlight=False, soft_wrap=True)
+        progress.note(note)
     replayed, parts, coverage = replay_predicted(real, config, profile)
     comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts, coverage=coverage)
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
-        with progress_bar(console, "ablate", len(terms) + 1) as show:
+        with progress.bar("ablate", len(terms) + 1) as show:
             comparison["ablation"] = ablate(real, profile, terms, show)
     write_json(out / "compare.json", comparison)
     title = f"{config.scheduler} at depth {config.pipeline_depth}: simulated and real"

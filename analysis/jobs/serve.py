@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from analysis.cli.options import Limits, Loading
 from analysis.jobs.limits import config_to_check, real_limits, simulated_limits
 from analysis.jobs.machine_watch import MachineWatch
-from analysis.jobs.run import check_before, load_executor, progress_bar
+from analysis.jobs.options import Limits, Loading
+from analysis.jobs.progress import Progress
+from analysis.jobs.run import check_before, load_executor
 from analysis.metrics.summary import summarize
+from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.recorder import Recorder
@@ -67,7 +69,7 @@ class SimService:
         _check(settled.config, self.out, self.overwrite)
         if self.output is not None:
             draw_length(self.output, self.seed, 0)
-        settled.say(Console(stderr=True))
+        settled.say(ConsoleProgress(Console(stderr=True)))
 
     def open(self) -> Rider:
         """As in `Service`."""
@@ -131,10 +133,10 @@ class RealService:
         """As in `Service`."""
         from engine.server.executor_driver import RealRider
 
-        console = Console(stderr=True)
-        executor = self._executor = load_executor(self.loading, console)
+        progress = ConsoleProgress(Console(stderr=True))
+        executor = self._executor = load_executor(self.loading, progress)
         self._settled = real_limits(executor, self.limits)
-        self._settled.say(console)
+        self._settled.say(progress)
         self._rider = RealRider(executor, self._settled.config, self.records)
         self._machine = MachineWatch()
         return self._rider
@@ -190,13 +192,13 @@ def _write(
     write_trace(out / TRACE, trace)
 
 
-def replay_run(trace: Trace, target: Target, console: Console) -> RunRecords:
+def replay_run(trace: Trace, target: Target, progress: Progress) -> RunRecords:
     """Send a trace to a server, with a progress bar; returns what the client saw."""
     import uvloop
 
     from analysis.client.load_client import send_all
     from analysis.client.records import client_run
 
-    with progress_bar(console, "replay", len(trace.requests)) as show:
+    with progress.bar("replay", len(trace.requests)) as show:
         start_ns, replies = uvloop.run(send_all(target, trace.requests, show))
     return client_run(trace, target, start_ns, replies)

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-
 from analysis.comparison.attribution import LATENCIES
 from analysis.comparison.compare import STATISTICS
 from analysis.comparison.ranking import rank, ranking_tables
+from analysis.jobs.progress import Progress
 from analysis.jobs.run import (
     check_before,
     check_profile,
@@ -121,7 +120,7 @@ class Study:
 # -- with the machine ------------------------------------------------------------------------------------------
 
 
-def measure_study(study: Study, executor: Executor, config: ServingConfig, out: Path, console: Console) -> None:
+def measure_study(study: Study, executor: Executor, config: ServingConfig, out: Path, progress: Progress) -> None:
     """Profile the machine and serve every case for real, but for what `out` holds already.
 
     Raises:
@@ -129,36 +128,36 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
     """
     for case in study.cases:
         check_before(replace(config, scheduler=case.policy), out / case.name / "real", overwrite=True)
-    profile = _profile(executor, config, out / "profile", console)
-    capacity = _capacity(study, executor, replace(config, scheduler=study.policy), out / "capacity", console)
-    console.print(f"capacity: {capacity:.1f} requests a second", highlight=False)
+    profile = _profile(executor, config, out / "profile", progress)
+    capacity = _capacity(study, executor, replace(config, scheduler=study.policy), out / "capacity", progress)
+    progress.note(f"capacity: {capacity:.1f} requests a second")
     for case, name in study.runs:
         if _is_whole(out / case.name / name):
             continue
         trace, folder = study.arrivals(case.load, capacity), out / case.name
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(folder / "trace.parquet", trace)
-        console.print(f"{case.name}/{name}:", highlight=False)
-        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, console, overwrite=True)
+        progress.note(f"{case.name}/{name}:")
+        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, progress, overwrite=True)
     if not (out / "drift.json").exists():
-        write_json(out / "drift.json", drift_since(profile, executor, console))
+        write_json(out / "drift.json", drift_since(profile, executor, progress))
 
 
-def _profile(executor: Executor, config: ServingConfig, folder: Path, console: Console) -> Profile:
+def _profile(executor: Executor, config: ServingConfig, folder: Path, progress: Progress) -> Profile:
     if folder.exists():
         profile = read_profile(folder)
         check_profile(profile, executor, config)
         return profile
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return measure(executor, config, folder, console)
+    return measure(executor, config, folder, progress)
 
 
-def _capacity(study: Study, executor: Executor, config: ServingConfig, folder: Path, console: Console) -> float:
+def _capacity(study: Study, executor: Executor, config: ServingConfig, folder: Path, progress: Progress) -> float:
     if not _is_whole(folder):
         count = min(BURST, len(study.trace.requests))
         trace = assign_arrivals(replace(study.trace, requests=study.trace.requests[:count]), "all_at_once")
-        console.print("capacity:", highlight=False)
-        real_run(trace, executor, config, folder, console, overwrite=True)
+        progress.note("capacity:")
+        real_run(trace, executor, config, folder, progress, overwrite=True)
     return float(read_run(folder).summary["request_throughput"])
 
 
@@ -169,7 +168,7 @@ def _is_whole(folder: Path) -> bool:
 # -- with the folder alone -------------------------------------------------------------------------------------
 
 
-def judge_study(out: Path, console: Console) -> dict[str, Any]:
+def judge_study(out: Path, progress: Progress) -> dict[str, Any]:
     """Simulate and compare every case of a measured study, and rank the policies of each load.
 
     Returns:
@@ -184,7 +183,7 @@ def judge_study(out: Path, console: Console) -> dict[str, Any]:
         raise TandemError(f"{out} holds no measured study: make one with tandem fidelity measure")
     profile = read_profile(out / "profile")
     drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
-    cases = {path.parent.name: _judge_case(path.parent, profile, drift, console) for path in found}
+    cases = {path.parent.name: _judge_case(path.parent, profile, drift, progress) for path in found}
     study = {
         "profile": {name: profile.meta.get(name) for name in ("device", "dtype", "held_out")},
         "drift": drift,
@@ -196,13 +195,15 @@ def judge_study(out: Path, console: Console) -> dict[str, Any]:
     return study
 
 
-def _judge_case(folder: Path, profile: Profile, drift: Mapping[str, float] | None, console: Console) -> dict[str, Any]:
+def _judge_case(
+    folder: Path, profile: Profile, drift: Mapping[str, float] | None, progress: Progress
+) -> dict[str, Any]:
     real, *repeats = (read_run(path) for path in [folder / "real", *sorted(folder.glob("repeat-*"))])
     config = manifest.config_of(real.manifest)
     trace = read_trace(folder / "trace.parquet")
-    simulate_run(trace, profile, config, folder / "sim", console, real, overwrite=True)
+    simulate_run(trace, profile, config, folder / "sim", progress, real, overwrite=True)
     sim = read_run(folder / "sim")
-    comparison = compare_runs(sim, real, repeats, profile, folder, console, drift=drift)
+    comparison = compare_runs(sim, real, repeats, profile, folder, progress, drift=drift)
     policy, _, load = folder.name.rpartition("-")
     return {"policy": policy, "load": int(load) / 100, "requests": len(real.tables["requests"]), "result": comparison}
 

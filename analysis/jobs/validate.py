@@ -12,9 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.cli.options import Limits, Loading, check_new
+from analysis.cli.options import check_new
 from analysis.comparison.compare import is_met
 from analysis.jobs.limits import real_limits
+from analysis.jobs.options import Limits, Loading
+from analysis.jobs.progress import Progress
 from analysis.jobs.run import (
     check_profile,
     compare_runs,
@@ -66,27 +68,27 @@ class Job:
             check_out(self.out / run, self.overwrite)
 
 
-def validate_one(job: Job, console: Console) -> int:
+def validate_one(job: Job, progress: Progress) -> int:
     """Run the job; returns the exit status: 0, or 1 where decisions differ or an error is outside."""
     names = ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
     job.check_new(("sim", *names))
-    executor = load_executor(job.loading, console)
+    executor = load_executor(job.loading, progress)
     settled = real_limits(executor, job.limits)
-    settled.say(console)
-    trace = _trace(job, console)
-    profile = _profile(job, executor, settled.config, console)
+    settled.say(progress)
+    trace = _trace(job, progress)
+    profile = _profile(job, executor, settled.config, progress)
     known: dict[str, Any] = {"overwrite": job.overwrite, "facts": settled.facts}
     # Before the real run: it is a prediction.
-    sim = simulate_run(trace, profile, settled.config, job.out / "sim", console, **known)
-    real, *repeats = [real_run(trace, executor, settled.config, job.out / name, console, **known) for name in names]
-    drift = drift_since(profile, executor, console)
-    comparison = compare_runs(sim, real, repeats, profile, job.out, console, drift=drift)
+    sim = simulate_run(trace, profile, settled.config, job.out / "sim", progress, **known)
+    real, *repeats = [real_run(trace, executor, settled.config, job.out / name, progress, **known) for name in names]
+    drift = drift_since(profile, executor, progress)
+    comparison = compare_runs(sim, real, repeats, profile, job.out, progress, drift=drift)
     print_comparison(comparison, Console())
-    console.print(f"report: {job.out / 'report.html'}", highlight=False)
+    progress.note(f"report: {job.out / 'report.html'}")
     return 0 if is_met(comparison) else 1
 
 
-def validate_matrix(job: Job, console: Console) -> int:
+def validate_matrix(job: Job, progress: Progress) -> int:
     """Compare decisions for every policy at both depths under memory pressure, and with the model's own stops.
 
     Returns:
@@ -95,17 +97,17 @@ def validate_matrix(job: Job, console: Console) -> int:
     job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
     cells = {f"{policy}-depth{depth}": (policy, depth) for policy, depth in product(sorted(POLICIES), (1, 2))}
     job.check_new(f"{cell}/{rider}" for cell in (*cells, STOPS) for rider in ("real", "sim"))
-    executor = load_executor(job.loading, console)
+    executor = load_executor(job.loading, progress)
     config = _scarce(real_limits(executor, job.limits).config, job.max_total)
-    trace = _trace(job, console)
-    profile = _profile(job, executor, config, console)
+    trace = _trace(job, progress)
+    profile = _profile(job, executor, config, progress)
     rows = []
     for name, (policy, depth) in cells.items():
         cell = replace(config, scheduler=policy, pipeline_depth=depth)
-        rows.append(_cell(job, name, trace, executor, profile, cell, "trace", console))
+        rows.append(_cell(job, name, trace, executor, profile, cell, "trace", progress))
     open_ended = _open_ended(trace, job.max_total)
     cell = replace(config, scheduler="chunked_prefill", pipeline_depth=2)
-    rows.append(_cell(job, STOPS, open_ended, executor, profile, cell, "model", console))
+    rows.append(_cell(job, STOPS, open_ended, executor, profile, cell, "model", progress))
     _print_matrix(rows)
     return 0 if all(row["identical"] and row["controls"] for row in rows) else 1
 
@@ -123,13 +125,13 @@ def _cell(
     profile: Profile,
     config: ServingConfig,
     stop_rule: str,
-    console: Console,
+    progress: Progress,
 ) -> dict[str, Any]:
     out = job.out / name
-    console.print(f"{name}:", highlight=False)
-    real = real_run(trace, executor, config, out / "real", console, stop_rule, overwrite=job.overwrite)
-    sim = simulate_run(trace, profile, config, out / "sim", console, real, overwrite=job.overwrite)
-    decisions = compare_runs(sim, real, (), profile, out, console)["decisions"]
+    progress.note(f"{name}:")
+    real = real_run(trace, executor, config, out / "real", progress, stop_rule, overwrite=job.overwrite)
+    sim = simulate_run(trace, profile, config, out / "sim", progress, real, overwrite=job.overwrite)
+    decisions = compare_runs(sim, real, (), profile, out, progress)["decisions"]
     return {
         "run": name,
         "steps": decisions["steps"],
@@ -152,11 +154,11 @@ def _print_matrix(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _trace(job: Job, console: Console) -> Trace:
+def _trace(job: Job, progress: Progress) -> Trace:
     lengths = LengthFilter(max_total=job.max_total)
-    trace = sharegpt_trace(job.loading.model, job.requests, job.seed, lengths, console)
+    trace = sharegpt_trace(job.loading.model, job.requests, job.seed, lengths, progress)
     for note in trace.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        progress.note(f"note: {note}")
     trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)
     job.out.mkdir(parents=True, exist_ok=True)
     write_trace(job.out / TRACE, trace)
@@ -170,7 +172,7 @@ def _open_ended(trace: Trace, max_total: int) -> Trace:
     return replace(trace, requests=[replace(each, max_tokens=limit, output_len=limit) for each, limit in pairs])
 
 
-def _profile(job: Job, executor: Executor, config: ServingConfig, console: Console) -> Profile:
+def _profile(job: Job, executor: Executor, config: ServingConfig, progress: Progress) -> Profile:
     """The profile of an earlier run, if it is of this model and machine and wide enough; else a new one."""
     folder = job.out / "profile"
     if folder.exists():
@@ -178,8 +180,8 @@ def _profile(job: Job, executor: Executor, config: ServingConfig, console: Conso
             profile = read_profile(folder)
             check_profile(profile, executor, config)
         except TandemError as error:
-            console.print(f"note: {folder}: {error}; measuring a new one", highlight=False, soft_wrap=True)
+            progress.note(f"note: {folder}: {error}; measuring a new one")
         else:
-            console.print(f"{folder}: reused", highlight=False)
+            progress.note(f"{folder}: reused")
             return profile
-    return measure(executor, config, folder, console, job.overwrite)
+    return measure(executor, config, folder, progress, job.overwrite)
