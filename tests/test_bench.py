@@ -27,6 +27,7 @@ from analysis.cli.main import main
 from analysis.cli.options import listed
 from analysis.jobs.options import Limits
 from analysis.metrics.summary import request_metrics
+from analysis.report.console_progress import ConsoleProgress
 from engine.executor.executor import Executor
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
@@ -35,7 +36,7 @@ from traces.synthetic import synthetic
 from traces.trace import write_trace
 
 TANDEM = Path(sys.executable).with_name("tandem")
-QUIET = Console(quiet=True)
+QUIET = ConsoleProgress(Console(quiet=True))
 Tandem = Callable[..., tuple[int, str, list[str]]]
 
 

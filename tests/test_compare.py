@@ -15,6 +15,7 @@ from shadow import small_profile
 from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
 from analysis.jobs.run import compare_runs
 from analysis.metrics.summary import itl, metrics, request_metrics, step_kinds
+from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
@@ -334,6 +335,6 @@ def test_one_replay_serves_the_whole_comparison(sim, real, tmp_path, monkeypatch
     models = []
     monkeypatch.setattr("sim.simulate.LatencyModel", lambda *args: models.append(LatencyModel(*args)) or models[-1])
     allowed = [f"system.{each.name}" for each in fields(CONFIG)]
-    found = compare_runs(sim, full, (), small_profile(), tmp_path, Console(quiet=True), allowed)
+    found = compare_runs(sim, full, (), small_profile(), tmp_path, ConsoleProgress(Console(quiet=True)), allowed)
     assert len(models) == 1
     assert found["attribution"]["kernels"]["kernels"] and found["coverage"]["lookups"] == models[0].lookups.total()

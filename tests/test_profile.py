@@ -14,6 +14,7 @@ from rich.console import Console
 from shadow import small_profile
 
 from analysis.jobs.run import measure
+from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.executor.batch_state import RunningBatch
 from engine.model.config import load_model_config
@@ -65,10 +66,10 @@ def test_a_profile_never_replaces_anything_else(a100, tmp_path):
 def test_the_run_beside_a_profile_is_replaced_only_by_a_profile_that_goes_on(tmp_path):
     RunRecords({}, Recorder().tables()).write(tmp_path / "p.served")
     with pytest.raises(TandemError, match=r"p\.served holds a run"):
-        measure(None, ServingConfig(1), tmp_path / "p", Console(quiet=True))
+        measure(None, ServingConfig(1), tmp_path / "p", ConsoleProgress(Console(quiet=True)))
     (tmp_path / "p.partial.jsonl").write_text("begun\n")
     with pytest.raises(AttributeError):  # past the checks, to the executor that is missing here
-        measure(None, ServingConfig(1), tmp_path / "p", Console(quiet=True))
+        measure(None, ServingConfig(1), tmp_path / "p", ConsoleProgress(Console(quiet=True)))
 
 
 def break_meta(folder, **changes):
