@@ -64,9 +64,9 @@ class Request:
     refused: str | None = None
     outcome: str | None = None
     reason: str | None = None
-    _records_hashes: bool = False  # whether records have its blocks' hashes in place of what the workload says
-    _published: int = 0  # of its blocks, how many of the first may be found by their hash, or never will
-    _last_step: int = -1  # the step that makes its last token, once that is planned
+    records_hashes: bool = False  # whether records have its blocks' hashes in place of what the workload says
+    published: int = 0  # of its blocks, how many of the first may be found by their hash, or never will
+    last_step: int = -1  # the step that makes its last token, once that is planned
     _computed: int = 0
     _generated: int = 0
     _decoding: DecodeSet | None = None
@@ -122,7 +122,7 @@ class Request:
             hashes = self.block_hashes.ids
             assert isinstance(hashes, array), "as `Content.hashes` makes them"
             hashes.append(chain_hash(hashes[-1] if hashes else None, own))
-            self.output_ids.append(hashes[-1] if self._records_hashes else own[0])
+            self.output_ids.append(hashes[-1] if self.records_hashes else own[0])
 
     def prefilled(self, tokens: int) -> None:
         """Count a planned prefill chunk, or tokens found in the prefix cache."""
@@ -147,7 +147,7 @@ class Request:
 
     def forget_cache(self) -> None:
         """Preemption by recompute: the tokens stay, their keys and values are lost."""
-        self._computed = self._published = 0
+        self._computed = self.published = 0
         self.preemptions += 1
 
 

@@ -9,10 +9,11 @@ the next token. Mixing both in a step is SARATHI's piggybacking.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import NamedTuple
 
 ENCODING_VERSION = 2
@@ -35,14 +36,35 @@ class Copies(NamedTuple):
     target: list[int]
 
 
-@dataclass(slots=True)
-class Step:
+class StepLoad(NamedTuple):
+    """What a step's batch weighs. It follows from the decisions, so the digest leaves it out.
+
+    Attributes:
+        kv_tokens: sum of the decodes' contexts, in tokens.
+        kv_squares: sum of the squares of the decodes' contexts.
+        kv_blocks_used: GPU blocks in use as the step was planned.
+        running: requests that held blocks then.
+        waiting: requests that waited then.
+    """
+
+    kv_tokens: int = 0
+    kv_squares: int = 0
+    kv_blocks_used: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+NO_LOAD, NO_COPIES = StepLoad(), MappingProxyType[int, Copies]({})
+
+
+class Step(NamedTuple):
     """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `swapped_out` leave and are copied,
     `skipped` leave the decode set, `swapped_in` are copied back, `joined` enter it, chunks and decodes run, `finishing`
     leave.
 
     Attributes:
         index: the step's number, from 0.
+        decodes: decoding requests that make a token in this step: all of the decode set, or 0.
         dropped: requests that ended (stop token, cancellation) since the last step, or whose last token, by
             `max_tokens`, has become known since, where they keep their blocks until then.
         preempted: requests that lose their blocks and will be prefilled again.
@@ -52,30 +74,24 @@ class Step:
         skipped: decoding requests that make no token in this step; they keep their blocks, and join in a later one.
         chunks: request id -> prefill chunk that runs in this step.
         blocks: request id -> KV blocks appended to its block table.
-        decodes: decoding requests that make a token in this step: all of the decode set, or 0.
         finishing: requests whose last token, by `max_tokens`, is made in this step.
-        digest: hash of this and all earlier steps.
-        kv_tokens, kv_squares: sum of the decodes' contexts in tokens, and of their squares: what attention costs.
-        kv_blocks_used, running, waiting: for the records: blocks in use, and queue lengths as the step was planned.
+        load: what the batch weighs, for latency models and records.
+        digest: hash of this and all earlier steps, but for their loads.
     """
 
-    index: int
-    dropped: list[int] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
-    swapped_out: dict[int, Copies] = field(default_factory=dict)
-    swapped_in: dict[int, Copies] = field(default_factory=dict)
-    joined: dict[int, int] = field(default_factory=dict)
-    skipped: list[int] = field(default_factory=list)
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    blocks: dict[int, list[int]] = field(default_factory=dict)
+    index: int  # type: ignore[assignment]  # hides tuple.index, of which a step has no use
     decodes: int = 0
-    finishing: list[int] = field(default_factory=list)
+    dropped: Sequence[int] = ()
+    preempted: Sequence[int] = ()
+    swapped_out: Mapping[int, Copies] = NO_COPIES
+    swapped_in: Mapping[int, Copies] = NO_COPIES
+    joined: Mapping[int, int] = MappingProxyType({})
+    skipped: Sequence[int] = ()
+    chunks: Mapping[int, Chunk] = MappingProxyType({})
+    blocks: Mapping[int, Sequence[int]] = MappingProxyType({})
+    finishing: Sequence[int] = ()
+    load: StepLoad = NO_LOAD
     digest: bytes = b""
-    kv_tokens: int = 0
-    kv_squares: int = 0
-    kv_blocks_used: int = 0
-    running: int = 0
-    waiting: int = 0
 
     @property
     def leaving(self) -> list[int]:
@@ -85,22 +101,12 @@ class Step:
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
-        return sum([chunk.tokens for chunk in self.chunks.values()]) if self.chunks else 0
+        return _tokens(self.chunks)
 
     @property
     def is_steady(self) -> bool:
         """Whether it changes nothing: who decoded decodes on."""
-        return not (
-            self.chunks
-            or self.finishing
-            or self.blocks
-            or self.joined
-            or self.skipped
-            or self.dropped
-            or self.preempted
-            or self.swapped_out
-            or self.swapped_in
-        )
+        return _is_steady(self)
 
     @property
     def kind(self) -> str:
@@ -110,37 +116,95 @@ class Step:
         return "decode" if self.decodes else "swap"
 
 
-_STEADY = struct.Struct("<3q64x")  # the last eight fields are lists without an entry
+@dataclass(slots=True)
+class StepDraft:
+    """A step under construction: attributes as in `Step`."""
+
+    dropped: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    swapped_out: dict[int, Copies] = field(default_factory=dict)
+    swapped_in: dict[int, Copies] = field(default_factory=dict)
+    joined: dict[int, int] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    finishing: list[int] = field(default_factory=list)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of all chunks together."""
+        return _tokens(self.chunks)
+
+    def give(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Append blocks to a request's block table."""
+        self.blocks.setdefault(request_id, []).extend(blocks)
+
+    def take_out(self, request_id: int) -> None:
+        """A request runs nothing in this step."""
+        for part in (self.chunks, self.blocks, self.joined):
+            part.pop(request_id, None)
+        if request_id in self.skipped:
+            self.skipped.remove(request_id)
+
+    def seal(self, index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
+        """The step, which goes on from one with the digest `previous`. A draft that is not steady is used up."""
+        if _is_steady(self):  # as most steps are
+            delta = _STEADY.pack(ENCODING_VERSION, index, decodes)
+            return Step(index, decodes, load=load, digest=_chain(previous, delta))
+        return Step(
+            index,
+            decodes,
+            self.dropped,
+            self.preempted,
+            self.swapped_out,
+            self.swapped_in,
+            self.joined,
+            self.skipped,
+            self.chunks,
+            self.blocks,
+            self.finishing,
+            load,
+            _chain(previous, self._encode(index, decodes)),
+        )
+
+    def _encode(self, index: int, decodes: int) -> bytes:
+        """Canonical bytes of the decisions. A steady step's are `_STEADY`'s, at a fraction of the cost."""
+        out, back = _encode_copies(self.swapped_out), _encode_copies(self.swapped_in)
+        joined = [n for item in self.joined.items() for n in item]
+        chunks = [n for each, chunk in self.chunks.items() for n in (each, *chunk)]
+        blocks = [n for each, new in self.blocks.items() for n in (each, len(new), *new)]
+        parts = (self.dropped, self.preempted, out, back, joined, chunks, blocks, self.finishing)
+        numbers = [ENCODING_VERSION, index, decodes]
+        for part in parts if not self.skipped else (*parts, self.skipped):  # digests of old know no skipped requests
+            numbers.append(len(part))
+            numbers += part
+        return _packer(len(numbers))(*numbers)
 
 
-def chain_digest(previous: bytes, step: Step) -> bytes:
+_STEADY = struct.Struct("<3q64x")  # eight lists without an entry
+
+
+def _tokens(chunks: Mapping[int, Chunk]) -> int:
+    return sum([chunk.tokens for chunk in chunks.values()]) if chunks else 0
+
+
+def _is_steady(step: Step | StepDraft) -> bool:
+    return not (
+        step.chunks
+        or step.finishing
+        or step.blocks
+        or step.joined
+        or step.skipped
+        or step.dropped
+        or step.preempted
+        or step.swapped_out
+        or step.swapped_in
+    )
+
+
+def _chain(previous: bytes, delta: bytes) -> bytes:
     """d_n = H(d_{n-1}, canonical bytes of the delta): 16 bytes that stand for every decision so far."""
-    # A steady step's are what `_encode` would make of it, at a fraction of the cost; most steps are steady.
-    steady = step.is_steady
-    delta = _STEADY.pack(ENCODING_VERSION, step.index, step.decodes) if steady else _encode(step)
     return blake2b(previous + delta, digest_size=DIGEST_BYTES).digest()
-
-
-def _encode(step: Step) -> bytes:
-    out = _encode_copies(step.swapped_out) if step.swapped_out else ()
-    back = _encode_copies(step.swapped_in) if step.swapped_in else ()
-    joined = [n for item in step.joined.items() for n in item] if step.joined else ()
-    chunks = [n for each, chunk in step.chunks.items() for n in (each, *chunk)] if step.chunks else ()
-    blocks = [n for each, new in step.blocks.items() for n in (each, len(new), *new)] if step.blocks else ()
-    numbers = [
-        ENCODING_VERSION, step.index, step.decodes,
-        len(step.dropped), *step.dropped,
-        len(step.preempted), *step.preempted,
-        len(out), *out,
-        len(back), *back,
-        len(joined), *joined,
-        len(chunks), *chunks,
-        len(blocks), *blocks,
-        len(step.finishing), *step.finishing,
-    ]  # fmt: skip
-    if step.skipped:  # at the end, so that the digest of a step without any is what it was before there were any
-        numbers += [len(step.skipped), *step.skipped]
-    return _packer(len(numbers))(*numbers)
 
 
 @cache

@@ -106,7 +106,7 @@ class _HostTimes:
 
     def of(self, step: Step) -> tuple[int, ...]:
         """`HOST_TERMS`, in order; for a number of sequences outside the measured, those of the nearest that was."""
-        key = len(step.chunks), step.running
+        key = len(step.chunks), step.load.running
         times = self._known.get(key)
         if times is None:
             times = self._known[key] = tuple(self._ns(term, *key) for term in HOST_TERMS)

@@ -308,7 +308,7 @@ class LatencyModel:
     def _attention_us(self, step: Step, batch: _Decodes) -> tuple[float, float]:
         """Attention of decodes with contexts all alike, and what their unevenness adds."""
         sequences, levels, covered = step.decodes, self._levels, True
-        context = step.kv_tokens / sequences + 1  # a decode attends to its own token too
+        context = step.load.kv_tokens / sequences + 1  # a decode attends to its own token too
         even, skew = batch.curves[0](context), 0.0
         batch.attended += 1
         for low, high in batch.measured:
@@ -317,7 +317,7 @@ class LatencyModel:
         else:
             batch.outside, covered = batch.outside + 1, False
         if len(levels) > 1:
-            squares = step.kv_squares + 2 * step.kv_tokens + sequences
+            squares = step.load.kv_squares + 2 * step.load.kv_tokens + sequences
             unevenness = min(squares / sequences / context**2, levels[-1])
             right = bisect_right(levels, unevenness, 1, len(levels) - 1)
             low, high = levels[right - 1], levels[right]

@@ -15,7 +15,7 @@ from analysis.report.caveats import beyond_sentence, completed_sentences
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile
 from sim.simulate import predict
@@ -103,7 +103,7 @@ def bounded() -> Profile:
 
 def decodes(sequences: int, context: int) -> Step:
     cached = context - 1
-    return Step(0, decodes=sequences, kv_tokens=sequences * cached, kv_squares=sequences * cached**2)
+    return Step(0, decodes=sequences, load=StepLoad(kv_tokens=sequences * cached, kv_squares=sequences * cached**2))
 
 
 def test_what_was_measured_is_not_beyond_the_profile():

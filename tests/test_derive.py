@@ -18,7 +18,7 @@ from test_rigs import CONFIG, known_profile
 
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig, load_model_config
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.memory_model import card_blocks
 from sim.profile.format import Profile, find_profile, read_profile
@@ -76,7 +76,7 @@ def test_more_layers_of_the_same_shape_take_so_many_times_as_long():
         "host": "reused",
         "swap": "estimated",
     }
-    step = Step(0, decodes=8, kv_tokens=8000, kv_squares=8 * 1000**2)
+    step = Step(0, decodes=8, load=StepLoad(kv_tokens=8000, kv_squares=8 * 1000**2))
     once, twice = (LatencyModel(each).parts_us(step) for each in (source, deep))
     assert twice["decode_attention"] == pytest.approx(2 * once["decode_attention"])
     assert twice["dense"] == pytest.approx(2 * once["dense"]) and twice["head"] == once["head"]
@@ -155,7 +155,7 @@ def test_a_captured_step_shrinks_with_its_operations():
     half = replace(LLAMA3, name="half", num_layers=16, vocab_size=LLAMA3.vocab_size // 2)
     source = gpu_profile()
     made = derived(source, half)
-    step = Step(0, chunks={0: Chunk(0, 100, True)}, decodes=8, kv_tokens=800)
+    step = Step(0, chunks={0: Chunk(0, 100, True)}, decodes=8, load=StepLoad(kv_tokens=800))
     ratio = LatencyModel(made).device_ns(step) / LatencyModel(source).device_ns(step)
     assert ratio == pytest.approx(0.5, abs=0.01)
     assert how(made)["graph"] == "estimated" and made.meta["graphs"] == source.meta["graphs"]

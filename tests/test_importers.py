@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from engine.model.config import load_model_config
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, find_profile, read_profile, shipped_profiles
 from sim.sources.importers import import_profile, llmservingsim
@@ -160,7 +160,7 @@ def aiconfigurator(tmp_path: Path) -> Path:
 
 
 def decodes(sequences: int, cached: int) -> Step:
-    return Step(0, decodes=sequences, kv_tokens=sequences * cached, kv_squares=sequences * cached**2)
+    return Step(0, decodes=sequences, load=StepLoad(kv_tokens=sequences * cached, kv_squares=sequences * cached**2))
 
 
 def prefill(tokens: int, context: int = 0) -> Step:
@@ -220,7 +220,7 @@ def test_uneven_contexts_cost_more_as_the_source_measured(vllm):
 def uneven() -> Step:
     """Eight decodes, half of 100 tokens and half of 400, their own included: mean square over squared mean is 1.36."""
     contexts = [99] * 4 + [399] * 4
-    return Step(0, decodes=8, kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts))
+    return Step(0, decodes=8, load=StepLoad(kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts)))
 
 
 def test_without_uneven_measurements_there_is_one_level_and_the_profile_says_so(vllm):

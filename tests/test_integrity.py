@@ -27,7 +27,7 @@ from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.scheduler.policies.fcfs import Fcfs
 from engine.scheduler.policy_error import PolicyError
 from engine.serving_loop import serving_loop
-from engine.step import Chunk, Copies, Step
+from engine.step import Chunk, Copies, Step, StepLoad
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming
 from traces.request import TraceRequest
@@ -49,8 +49,10 @@ def books(config: ServingConfig = CONFIG, prompt_len: int = 6, **fields: object)
     return account
 
 
-def step(index: int, used: int = 0, running: int = 0, **changes: object) -> Step:
-    return Step(index, kv_blocks_used=used, running=running, **changes)
+def step(
+    index: int, used: int = 0, running: int = 0, kv_tokens: int = 0, kv_squares: int = 0, **changes: object
+) -> Step:
+    return Step(index, load=StepLoad(kv_tokens, kv_squares, used, running), **changes)
 
 
 def decode(index: int, **changes: object) -> Step:
@@ -254,7 +256,7 @@ class Stingy(ChunkedPrefill):
     def schedule(self, now: int) -> Step | None:
         made = super().schedule(now)
         if made and made.index == 3:
-            made.blocks[max(self.running)] = [0]
+            return made._replace(blocks={max(self.running): [0]})
         return made
 
 

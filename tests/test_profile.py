@@ -20,7 +20,7 @@ from engine.executor.batch_state import RunningBatch
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Curve, Profile, Surface, read_profile, write_profile
 from sim.profiling.batches import Pass, grid, uneven_grid
@@ -149,15 +149,15 @@ def test_beyond_its_ends_a_curve_goes_on_and_says_so():
 
 def test_lookups_outside_the_measured_range_are_counted(a100):
     model = LatencyModel(a100)
-    model.device_ns(Step(0, decodes=4, kv_tokens=4000))
+    model.device_ns(Step(0, decodes=4, load=StepLoad(kv_tokens=4000)))
     assert model.lookups.total() == 3 and not model.outside
-    model.device_ns(Step(1, decodes=5000, kv_tokens=5000 * 100))
+    model.device_ns(Step(1, decodes=5000, load=StepLoad(kv_tokens=5000 * 100)))
     assert set(model.outside) == {"head", "decode_attention"}
 
 
 def test_more_work_never_takes_less_time(a100):
     model = LatencyModel(a100)
-    decode = [model.device_ns(Step(0, decodes=n, kv_tokens=n * 500)) for n in range(1, 400)]
+    decode = [model.device_ns(Step(0, decodes=n, load=StepLoad(kv_tokens=n * 500))) for n in range(1, 400)]
     prefill = [model.device_ns(Step(0, chunks={0: Chunk(0, n, True)})) for n in range(1, 4000, 13)]
     context = [model.device_ns(Step(0, chunks={0: Chunk(n, 64, True)})) for n in range(0, 4000, 13)]
     for each in (decode, prefill, context):
@@ -166,8 +166,8 @@ def test_more_work_never_takes_less_time(a100):
 
 def test_a_mixed_step_is_the_sum_of_its_parts_but_for_weights_read_once():
     model = LatencyModel(small_profile())
-    chunk, decodes = Step(0, chunks={0: Chunk(0, 64, True)}), Step(0, decodes=8, kv_tokens=800)
-    mixed = Step(0, chunks={0: Chunk(0, 64, True)}, decodes=8, kv_tokens=800)
+    chunk, decodes = Step(0, chunks={0: Chunk(0, 64, True)}), Step(0, decodes=8, load=StepLoad(kv_tokens=800))
+    mixed = Step(0, chunks={0: Chunk(0, 64, True)}, decodes=8, load=StepLoad(kv_tokens=800))
     fixed_ns = LatencyModel(small_profile()).device_ns(Step(0, chunks={0: Chunk(0, 1, False)})) - 10_000
     separate = model.device_ns(chunk) + model.device_ns(decodes)
     assert separate - 1.2 * fixed_ns < model.device_ns(mixed) < separate
@@ -177,7 +177,7 @@ def test_the_roofline_of_a_decode_step_is_the_time_to_read_weights_and_cache(a10
     weights = 2 * (LLAMA3.num_parameters - LLAMA3.vocab_size * LLAMA3.hidden_size)  # the embedding is not read whole
     cache = 32 * 1000 * LLAMA3.kv_bytes_per_token(2)
     floor_ms = (weights + cache) / 2039e9 * 1e3
-    step = Step(0, decodes=32, kv_tokens=32 * 999)
+    step = Step(0, decodes=32, load=StepLoad(kv_tokens=32 * 999))
     assert LatencyModel(a100).device_ns(step) / 1e6 == pytest.approx(floor_ms, rel=0.03)
 
 
@@ -206,7 +206,7 @@ def test_a_pass_is_run_over_and_over_by_steps_that_a_data_plane_follows():
     for index, step in enumerate(one.steps(config.block_size, 4)):
         work = running.apply(step)
         assert work.decodes.contexts.tolist() == [30 + index, 5 + index]
-        assert (step.kv_tokens, step.kv_squares) == (35 + 2 * index, (30 + index) ** 2 + (5 + index) ** 2)
+        assert (step.load.kv_tokens, step.load.kv_squares) == (35 + 2 * index, (30 + index) ** 2 + (5 + index) ** 2)
         (prefill,) = work.prefills
         assert (prefill.start, len(prefill.token_ids)) == (0, 20)
         assert running.note(work, [7] * len(work.samplers)).stops == []
@@ -264,7 +264,7 @@ def graph_profile() -> Profile:
 
 def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
     latency = LatencyModel(graph_profile())
-    parts = latency.parts_us(Step(0, decodes=5, kv_tokens=5 * 9, kv_squares=5 * 81))
+    parts = latency.parts_us(Step(0, decodes=5, load=StepLoad(kv_tokens=5 * 9, kv_squares=5 * 81)))
     assert parts["dense"] + parts["head"] == pytest.approx(1050)
     assert parts["padding"] == pytest.approx(110)
     assert parts["decode_attention"] == pytest.approx(50) and parts["skew"] == pytest.approx(0)
@@ -273,7 +273,7 @@ def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
 def test_uneven_contexts_cost_what_the_profile_says_of_them():
     latency = LatencyModel(graph_profile())
     contexts = [9] * 12 + [89] * 4
-    one = Step(0, decodes=16, kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts))
+    one = Step(0, decodes=16, load=StepLoad(kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts)))
     unevenness = 16 * sum((each + 1) ** 2 for each in contexts) / (sum(contexts) + 16) ** 2
     assert unevenness > 1.9
     parts = latency.parts_us(one)
@@ -290,7 +290,7 @@ def test_chunks_of_one_captured_step_attend_at_once():
 
 @pytest.mark.parametrize("part", ["dense", "head", "padding", "decode_attention", "skew"])
 def test_an_ignored_part_counts_for_nothing(part):
-    step = Step(0, decodes=5, kv_tokens=50, kv_squares=900)
+    step = Step(0, decodes=5, load=StepLoad(kv_tokens=50, kv_squares=900))
     whole = LatencyModel(graph_profile())
     without = LatencyModel(graph_profile(), [part])
     assert whole.device_ns(step) - without.device_ns(step) == pytest.approx(1000 * whole.parts_us(step)[part], abs=2)

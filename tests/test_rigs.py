@@ -40,7 +40,7 @@ class KnownMeter:
 
     def attended_us(self, step: Step) -> float:
         pairs = sum(tokens * (start + tokens / 2) for start, tokens, _ in step.chunks.values())
-        return (step.kv_tokens + step.decodes) / 20 + (200 if step.chunks else 0) + pairs / 1000
+        return (step.load.kv_tokens + step.decodes) / 20 + (200 if step.chunks else 0) + pairs / 1000
 
     def head_us(self, samples: int) -> float:
         return 300 + samples
@@ -152,5 +152,5 @@ def test_every_pass_fits_the_limits(measured):
     for point in rig.work:
         for step in point.one.steps(CONFIG.block_size, 10) if point.one else ():
             assert step.prefill_tokens + step.decodes <= CONFIG.max_batched_tokens
-            assert step.running <= CONFIG.max_seqs
+            assert step.load.running <= CONFIG.max_seqs
             assert all(max(blocks) < CONFIG.num_blocks for blocks in step.blocks.values())

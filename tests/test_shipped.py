@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from engine.config import ServingConfig
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, read_profile, shipped_profiles
 from sim.profiling.device_profiler import Batch, burst_steps, held_out_passes
@@ -34,7 +34,7 @@ def h100() -> Profile:
 
 
 def decodes(sequences: int, context: int) -> Step:
-    return Step(0, decodes=sequences, kv_tokens=sequences * context, kv_squares=sequences * context**2)
+    return Step(0, decodes=sequences, load=StepLoad(kv_tokens=sequences * context, kv_squares=sequences * context**2))
 
 
 def attention_us(model: LatencyModel, step: Step) -> float:
@@ -100,7 +100,9 @@ def test_twice_as_many_rows_take_no_less_time(h100):
 def test_steps_within_the_limits_are_covered_and_others_counted(h100):
     model = LatencyModel(h100)
     model.device_ns(decodes(256, 1000))
-    model.device_ns(Step(0, chunks={0: Chunk(512, 1024, True)}, decodes=100, kv_tokens=60_000, kv_squares=4 * 10**7))
+    model.device_ns(
+        Step(0, chunks={0: Chunk(512, 1024, True)}, decodes=100, load=StepLoad(kv_tokens=60_000, kv_squares=4 * 10**7))
+    )
     assert model.lookups.total() >= 7 and not model.outside
     model.device_ns(decodes(300, 1000))
     model.device_ns(Step(0, chunks={0: Chunk(16_000, 8, True)}))

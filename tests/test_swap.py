@@ -22,7 +22,7 @@ from engine.request import LENGTH
 from engine.scheduler import POLICIES
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
-from engine.step import Chunk, Copies, Step
+from engine.step import Chunk, Copies, Step, StepLoad
 from sim.device_timing import ProfiledTiming
 from sim.latency_model import LatencyModel
 from sim.negative_controls import negative_controls
@@ -343,7 +343,7 @@ def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without
     eight = Copies(list(range(8)), list(range(8)))
     timing.launch(Step(0, swapped_in={1: eight}), 0)
     timing.launch(Step(1, swapped_in={2: eight}, joined={1: 100}), 0)
-    timing.launch(Step(2, decodes=1, kv_tokens=100), 0)
+    timing.launch(Step(2, decodes=1, load=StepLoad(kv_tokens=100)), 0)
     _, starts, device_ns, _ = zip(*(timing.complete(0) for _ in range(3)), strict=True)
     assert starts[2] == starts[0] + device_ns[0]
 

@@ -257,9 +257,9 @@ class Books:
         works = bool(step.chunks or step.decodes or step.swapped_in or step.swapped_out)
         self._expect(None, "whether the step runs anything", True, works)
         self._at_most(None, "tokens", config.max_batched_tokens, step.prefill_tokens + step.decodes)
-        self._expect(None, "requests that hold blocks", len(self._resident), step.running)
+        self._expect(None, "requests that hold blocks", len(self._resident), step.load.running)
         self._at_most(None, "requests that hold blocks", config.max_seqs, len(self._resident))
-        self._expect(None, "blocks in use", len(self._owners), step.kv_blocks_used)
+        self._expect(None, "blocks in use", len(self._owners), step.load.kv_blocks_used)
 
     def _prefill(self, mirror: Mirror, chunk: Chunk) -> None:
         self._expect(mirror, "whether a request with a chunk decodes", False, mirror.request.id in self._decoding)
@@ -281,8 +281,8 @@ class Books:
             return
         self._expect(None, "requests that decode", len(self._decoding), step.decodes)
         contexts = [mirror.cached for mirror in self._decoding.values()]
-        self._expect(None, "sum of the decodes' contexts", sum(contexts), step.kv_tokens)
-        self._expect(None, "sum of their squares", sum(context**2 for context in contexts), step.kv_squares)
+        self._expect(None, "sum of the decodes' contexts", sum(contexts), step.load.kv_tokens)
+        self._expect(None, "sum of their squares", sum(context**2 for context in contexts), step.load.kv_squares)
         for mirror in self._decoding.values():
             self._cache(mirror, 1, makes=True)
 

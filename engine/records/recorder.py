@@ -136,11 +136,11 @@ class Recorder:
         """A step's tokens are known."""
         step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
         _, completed_ns, start_ns, device_ns, stops, _ = completion
-        out, back = step.swapped_out, step.swapped_in
+        load, out, back = step.load, step.swapped_out, step.swapped_in
         self._steps += _pack_step(
             step.index, step.digest, now, planned_ns, launched_ns,
             step.prefill_tokens, len(step.chunks), step.decodes,
-            step.kv_tokens, step.kv_blocks_used, step.running, step.waiting,
+            load.kv_tokens, load.kv_blocks_used, load.running, load.waiting,
             len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
             completed_ns, start_ns, device_ns,
         )  # fmt: skip
@@ -225,7 +225,7 @@ def _recorded(request: Request) -> tuple[Sequence[int] | None, int | None, Seque
     if request.block_hashes is None or request.content is None:
         return None, None, None
     told = request.output_ids or None
-    if not request._records_hashes:
+    if not request.records_hashes:
         return *request.content, told
     hashes, size = request.block_hashes
     return hashes[: request.prompt_len // size], size, told

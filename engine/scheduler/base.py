@@ -25,12 +25,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from engine.backend import Completion
-from engine.config import COMPLETED, VLLM, WHOLE, ServingConfig
+from engine.config import COMPLETED, WHOLE, ServingConfig
 from engine.decode_set import DecodeSet
-from engine.kv_blocks import BlockPool, PrefixCachingPool
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.policy_error import PolicyError
-from engine.step import GENESIS, Chunk, Copies, Step, chain_digest
+from engine.step import GENESIS, Chunk, Step, StepDraft, StepLoad
 
 PATIENCE = 1000
 """Preemptions for each of `max_seqs` that may pass without a token. A run without an end has no end of them: without
@@ -55,22 +55,18 @@ class Scheduler(ABC):
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
-        sizes = config.num_blocks, config.block_size
-        self._shares_at_once = config.prefix_rules == VLLM
-        self._cache = PrefixCachingPool(*sizes, keeps_equal=self._shares_at_once) if config.prefix_caching else None
-        self.pool = self._cache or BlockPool(*sizes)
-        self.cpu_pool = BlockPool(config.num_cpu_blocks, config.block_size)
+        self.kv = KVManager(config)
+        self.pool, self.cpu_pool = self.kv.pool, self.kv.cpu_pool
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         self.running: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
         self.held: dict[int, Request] = {}
         self.decoding = DecodeSet()
         self._ready: list[Request] = []  # prefilled or swapped in by the last step; they decode from the next
-        self._found: dict[int, int] = {}  # tokens that a request admitted by this step found in the prefix cache
         self._out_of_block: dict[int, Request] = {}  # decoding requests whose next token needs a new block
-        self._filled: dict[int, Request] = {}  # running requests with a block of known tokens that nobody may share yet
         self._admissions = 0
-        self._step = Step(0)
+        self._step = StepDraft()
+        self._index = 0  # of the step under construction
         self._digest = GENESIS
         self._decode_planned = False
         self._closed = False  # blocks ran out while this step was planned: nobody is admitted
@@ -157,8 +153,8 @@ class Scheduler(ABC):
             return False
         self._step.chunks[request.id] = Chunk(request.computed, tokens, tokens == request.to_prefill)
         request.prefilled(tokens)
-        if self._cache and self._shares_at_once:
-            self._publish(self._cache, request, request.computed)
+        if self.kv.shares_at_once:
+            self.kv.publish(request, request.computed)
         if not request.to_prefill:
             del self.prefilling[request.id]
         return True
@@ -176,8 +172,8 @@ class Scheduler(ABC):
         if self._out_of_block:
             due, self._out_of_block = self._out_of_block, {}
             self._extend(due)
-        if self._cache and self._shares_at_once:
-            self._publish_filled(self._cache)
+        if self.kv.shares_at_once:
+            self.kv.publish_filled(self.decoding)
         return True
 
     def skip(self, request: Request) -> None:
@@ -193,10 +189,10 @@ class Scheduler(ABC):
         if self._step.joined.pop(request.id, None) is None:
             self._step.skipped.append(request.id)
         self._out_of_block.pop(request.id, None)
-        published = request._published
+        published = request.published
         self._withdraw(request)
-        if request._published < published:
-            self._filled[request.id] = request
+        if request.published < published:
+            self.kv.watch(request)
         request.stop_decoding()
         self._ready.append(request)
 
@@ -226,7 +222,7 @@ class Scheduler(ABC):
             )
         if request.id in self._step.swapped_in:
             self._undo_swap_in(request)
-        elif request.id in self.decoding and self._fits_cpu(request) and self.swaps(request):
+        elif request.id in self.decoding and self.kv.can_swap_out(request) and self.swaps(request):
             self._swap_out(request)
         else:
             self._leave(request)
@@ -245,13 +241,7 @@ class Scheduler(ABC):
             request.outcome = REJECTED
         else:
             self.waiting[request.id] = request
-            if self._cache and request.content:
-                size = self.config.block_size
-                request.block_hashes = request.content.hashes(request.prompt_len, size)
-                # Of outputs hashes are known; of one run all must be hashes then, for a replay to find what it found.
-                request._records_hashes = (
-                    request.content.width != size if self._shares_at_once else request.content.width == 1
-                )
+            self.kv.enter(request)
 
     def cancel(self, request: Request) -> None:
         """The client gave up. Nothing happens if the request has ended."""
@@ -259,7 +249,7 @@ class Scheduler(ABC):
 
     def completed(self, completion: Completion) -> None:
         """A step's tokens are known: some end their requests, some fill blocks that others may share."""
-        for request_id, own in completion.filled if self._shares_at_once else ():
+        for request_id, own in completion.filled if self.kv.shares_at_once else ():
             self._learn(request_id, own)
         for request_id in self._ended(completion) if self.held else [stop.request_id for stop in completion.stops]:
             self.stopped(request_id)
@@ -306,8 +296,7 @@ class Scheduler(ABC):
             tokens = request.to_prefill
         else:
             tokens += len(hits) * self.config.block_size
-        owned = len(hits) - self._cache.idle(hits) if self._cache else 0
-        return self._has_room(request, tokens, owned)
+        return self._has_room(request, tokens, self.kv.owned(hits))
 
     def _has_room(self, request: Request, tokens: int, owned: int = 0) -> bool:
         """Whether a waiting request with `tokens` tokens in the cache may run beside the others, who already own
@@ -322,23 +311,16 @@ class Scheduler(ABC):
 
     def _hits(self, request: Request) -> Sequence[int]:
         """The cached blocks that a waiting request begins with; its last token is always computed, for that samples."""
-        hashes = request.block_hashes
-        if self._cache is None or hashes is None or request.id not in self.waiting:
-            return ()
-        return self._cache.find(hashes.ids[: (request.to_prefill - 1) // self.config.block_size])
+        return self.kv.hits(request) if request.id in self.waiting else ()
 
     def _admit(self, request: Request, hits: Sequence[int], tokens: int) -> bool:
         if not self._can_admit(request, hits, tokens):
             return False
         self._start_running(request)
         self.prefilling[request.id] = request
-        if self._cache and hits:
-            self._cache.share(hits)
-            request.blocks = [*hits]
-            self._step.blocks[request.id] = [*hits]
-            self._found[request.id] = len(hits) * self.config.block_size
-            request.prefilled(self._found[request.id])
-            request._published = len(hits)
+        if hits:
+            self.kv.share(request, hits)
+            self._step.give(request.id, hits)
         self.on_admit(request)
         return True
 
@@ -352,10 +334,7 @@ class Scheduler(ABC):
         if not self._has_room(request, request.computed + 1):  # with its next token's block, lest it be the next victim
             return False
         self._start_running(request)
-        request.blocks = self.pool.allocate(len(request.cpu_blocks))
-        request._published = len(request.blocks)
-        self._step.swapped_in[request.id] = Copies(request.cpu_blocks, list(request.blocks))
-        request.cpu_blocks = []
+        self._step.swapped_in[request.id] = self.kv.swap_in(request)
         self._grow(request, 1)
         self._ready.append(request)
         self.on_admit(request)
@@ -367,21 +346,14 @@ class Scheduler(ABC):
         self._ready.remove(request)
         self._leave(request)
 
-    def _fits_cpu(self, request: Request) -> bool:
-        return self.pool.blocks_for(request.computed) <= self.cpu_pool.free
-
     def _swap_out(self, request: Request) -> None:
-        # Not all its blocks: the last may be for a token that it now will not make in this step.
-        source = request.blocks[: self.pool.blocks_for(request.computed)]
+        blocks = request.blocks
         self._leave(request)
-        request.cpu_blocks = self.cpu_pool.allocate(len(source))
-        self._step.swapped_out[request.id] = Copies(source, request.cpu_blocks)
-        request.preemptions += 1
-        request.swaps += 1
+        self._step.swapped_out[request.id] = self.kv.swap_out(request, blocks)
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for `tokens` more tokens; False if it had to be preempted itself."""
-        missing = self.pool.blocks_for(request.computed + tokens) - len(request.blocks)
+        missing = self.kv.missing(request, tokens)
         return missing <= 0 or self._give(request, missing)
 
     def _give(self, request: Request, missing: int) -> bool:
@@ -397,10 +369,7 @@ class Scheduler(ABC):
                 raise PolicyError(f"keeps request {victim.id} running in its preempt: let that call super().preempt")
             if victim is request:
                 return False
-        blocks = self.pool.allocate(missing)
-        request.blocks += blocks
-        if (given := self._step.blocks.setdefault(request.id, blocks)) is not blocks:
-            given += blocks
+        self._step.give(request.id, self.kv.give(request, missing))
         return True
 
     def _extend(self, due: dict[int, Request]) -> None:
@@ -412,16 +381,14 @@ class Scheduler(ABC):
     def _leave(self, request: Request) -> None:
         """Take a request out of every queue and out of the step under construction, and free its GPU blocks."""
         self.on_leave(request)
-        for place in (self.waiting, self.running, self.prefilling, self._filled, self._out_of_block):
+        for place in (self.waiting, self.running, self.prefilling, self._out_of_block):
             place.pop(request.id, None)
+        self.kv.unwatch(request)
         self._withdraw(request)
-        if request.id in self._step.skipped:
-            self._step.skipped.remove(request.id)
-        for part in (self._step.chunks, self._step.blocks, self._step.joined, self._found):
-            part.pop(request.id, None)
+        self.kv.found.pop(request.id, None)
+        self._step.take_out(request.id)
         request.stop_decoding()
-        self.pool.release(request.blocks)
-        request.blocks = []
+        self.kv.release(request)
 
     def _find(self, request_id: int) -> Request | None:
         places = self.running, self.waiting, self.held
@@ -434,13 +401,12 @@ class Scheduler(ABC):
         self._release(request)
 
     def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        request.blocks = []
+        self.kv.release(request)
         self.held.pop(request.id, None)
 
     def _ended(self, completion: Completion) -> list[int]:
         """Whom a step is known to have ended, in the order of the batch: who stopped, and whose last token is there."""
-        ended = {request.id: request for request in self.held.values() if request._last_step <= completion.step}
+        ended = {request.id: request for request in self.held.values() if request.last_step <= completion.step}
         for request_id, _ in completion.stops:
             if request := self._find(request_id):
                 ended[request_id] = request
@@ -448,15 +414,13 @@ class Scheduler(ABC):
 
     def _drop(self, request: Request, outcome: str) -> None:
         if request.id in self.held:
-            if self._cache:
-                self._publish(self._cache, request, request.computed)
+            self.kv.publish(request, request.computed)
             self._release(request)
             self._step.dropped.append(request.id)
         if request.outcome is None:
             request.outcome = outcome
             self._leave(request)
-            self.cpu_pool.release(request.cpu_blocks)
-            request.cpu_blocks = []
+            self.kv.release_host(request)
             self._step.dropped.append(request.id)
 
     def _start_decoding(self) -> None:
@@ -474,94 +438,72 @@ class Scheduler(ABC):
 
     def _seal(self) -> Step | None:
         """Close the step under construction, unless it runs nothing: then it stays open for the next call."""
-        step, decoding = self._step, self.decoding
-        step.decodes = len(decoding) if self._decode_planned else 0
-        if not (step.decodes or step.chunks or step.swapped_in or step.swapped_out):
+        draft, decoding = self._step, self.decoding
+        decodes = len(decoding) if self._decode_planned else 0
+        if not (decodes or draft.chunks or draft.swapped_in or draft.swapped_out):
             return None
-        for copies in step.swapped_in.values():  # not before: what is swapped out in this step is copied first
+        for copies in draft.swapped_in.values():  # not before: what is swapped out in this step is copied first
             self.cpu_pool.release(copies.source)
-        if step.decodes:
-            self._barren_preemptions = 0
-            step.kv_tokens, step.kv_squares = decoding.kv_tokens, decoding.kv_squares
-        step.kv_blocks_used, step.waiting = self.pool.used, len(self.waiting)
-        step.running = len(self.running) + len(self.held)
-        self._count_progress(step)
-        step.digest = self._digest = chain_digest(self._digest, step)
-        self._step = Step(step.index + 1)
+        tokens, squares = (decoding.kv_tokens, decoding.kv_squares) if decodes else (0, 0)
+        running = len(self.running) + len(self.held)
+        load = StepLoad(tokens, squares, self.pool.used, running, len(self.waiting))
+        self._count_chunks(draft)
+        if decodes:
+            self._count_decodes(draft)
+        step = draft.seal(self._index, decodes, load, self._digest)
+        self._digest = step.digest
+        self._index += 1
+        if not step.is_steady:
+            self._step = StepDraft()
         return step
 
-    def _count_progress(self, step: Step) -> None:
-        if self._cache:
-            self._count_found(self._cache, step)
-        for request_id, chunk in step.chunks.items():
+    def _count_chunks(self, draft: StepDraft) -> None:
+        for request_id, chunk in draft.chunks.items():
+            request = self.running[request_id]
+            if self.config.prefix_caching:  # from now on others find what this step computes of the prompt
+                self.kv.count_found(request)
+                self.kv.publish(request, request.computed)
             if chunk.samples:
-                request = self.running[request_id]
                 request.sampled()
                 self._barren_preemptions = 0
                 self._ready.append(request)
                 if request.generated >= request.max_tokens:
-                    self._finish(request, step)
-        ringing = self.decoding.advance() if step.decodes else {}
-        for request_id, context in ringing.items():
+                    self._finish(request, draft)
+
+    def _count_decodes(self, draft: StepDraft) -> None:
+        self._barren_preemptions = 0
+        for request_id, context in self.decoding.advance().items():
             request = self.running[request_id]
             if context >= request.last_context:
-                self._finish(request, step)
+                self._finish(request, draft)
             elif context == len(request.blocks) * self.config.block_size:
                 self._out_of_block[request_id] = request
-
-    def _count_found(self, cache: PrefixCachingPool, step: Step) -> None:
-        """Count what requests found in the cache; from now on others find what this step computes of their prompts."""
-        for request_id in step.chunks:
-            request = self.running[request_id]
-            request.cached_tokens += self._found.pop(request_id, 0)
-            self._publish(cache, request, request.computed)
-
-    def _publish(self, cache: PrefixCachingPool, request: Request, tokens: int) -> None:
-        """Let others share the blocks that a request's first `tokens` tokens fill, as far as these are known."""
-        if hashes := request.block_hashes:
-            last = min(tokens // hashes.width, len(hashes.ids))
-            for place in range(request._published, last):
-                cache.publish(request.blocks[place], hashes.ids[place])
-            request._published = max(request._published, last)
 
     def _learn(self, request_id: int, own: Sequence[int]) -> None:
         """The tokens of a request's next block are known; they are computed by the next decode at the latest."""
         if request := self._find(request_id):
             request.learn(own)
             if request_id in self.running:
-                self._filled[request_id] = request
-
-    def _publish_filled(self, cache: PrefixCachingPool) -> None:
-        """Let others share the known blocks that this step's decodes fill, or earlier ones did."""
-        for request in [each for each in self._filled.values() if each.id in self.decoding]:
-            self._publish(cache, request, request.computed + 1)
-            if request.block_hashes and request._published == len(request.block_hashes.ids):
-                del self._filled[request.id]
+                self.kv.watch(request)
 
     def _withdraw(self, request: Request) -> None:
         """A request will not compute what it was to compute in this step: who was to share that leaves as well."""
-        if not self._cache or not self._shares_at_once:
-            return
         chunk = self._step.chunks.get(request.id)
-        written = (chunk.start if chunk else request.computed) // self.config.block_size
-        unwritten = set(request.blocks[written : request._published])
-        request._published = min(request._published, written)
-        for block in unwritten:
-            self._cache.withdraw(block)
-        for sharer in [self.running[each] for each in self._found if each != request.id] if unwritten else ():
+        unwritten = self.kv.withdraw(request, chunk.start if chunk else request.computed)
+        for sharer in [self.running[each] for each in self.kv.found if each != request.id] if unwritten else ():
             if sharer.id in self.running and not unwritten.isdisjoint(sharer.blocks):
                 self.preempt(sharer)
 
-    def _finish(self, request: Request, step: Step) -> None:
+    def _finish(self, request: Request, draft: StepDraft) -> None:
         """Its last token, by `max_tokens`, is made in this step."""
         request.outcome = LENGTH
         self.on_leave(request)
-        self._filled.pop(request.id, None)
+        self.kv.unwatch(request)
         request.stop_decoding()
-        step.finishing.append(request.id)
+        draft.finishing.append(request.id)
         del self.running[request.id]
         if self.config.release == COMPLETED:
-            request._last_step = step.index
+            request.last_step = self._index
             self.held[request.id] = request
         else:
             self._release(request)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from engine.config import ServingConfig
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from traces.request import TraceRequest
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -61,20 +61,20 @@ class Pass(NamedTuple):
         Args:
             rests: steps after each that only decode.
         """
-        first, used, count = Step(0), 0, repeats * (1 + rests)
+        blocks, used, count = dict[int, list[int]](), 0, repeats * (1 + rests)
         for each, length in enumerate(self._lengths):
             owned = -(-(length + count - 1) // block_size)
-            first.blocks[each] = list(range(used, used + owned))
+            blocks[each] = list(range(used, used + owned))
             used += owned
-        first.joined = dict(enumerate(self.decodes, len(self.chunks)))
-        steps = [first, *(Step(index) for index in range(1, count))]
+        joined = dict(enumerate(self.decodes, len(self.chunks)))
+        steps = [self._step(index, rests) for index in range(count)]
+        return [steps[0]._replace(blocks=blocks, joined=joined), *steps[1:]]
+
+    def _step(self, index: int, rests: int) -> Step:
         chunks = {each: Chunk(context, tokens, True) for each, (tokens, context) in enumerate(self.chunks)}
-        for index, step in enumerate(steps):
-            step.chunks = {} if index % (1 + rests) else dict(chunks)
-            contexts = [context + index for context in self.decodes]
-            step.decodes, step.kv_tokens = len(contexts), sum(contexts)
-            step.kv_squares, step.running = sum(context**2 for context in contexts), len(contexts) + len(chunks)
-        return steps
+        contexts = [context + index for context in self.decodes]
+        load = StepLoad(sum(contexts), sum(each**2 for each in contexts), running=len(contexts) + len(chunks))
+        return Step(index, len(contexts), chunks={} if index % (1 + rests) else chunks, load=load)
 
 
 def grid(config: ServingConfig) -> list[Pass]:

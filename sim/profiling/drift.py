@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config import ServingConfig
-from engine.step import Chunk, Step
+from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
 from sim.profiling.device_profiler import rig_for
@@ -182,7 +182,7 @@ class DriftCheck:
         drifts = {}
         for kind, count in sorted(points):
             then_us, now_us = (_host_us(each, kind, count) for each in (self._profile, now))
-            step_us = latency.device_ns(Step(0, decodes=count, kv_tokens=8 * count)) / 1000
+            step_us = latency.device_ns(Step(0, decodes=count, load=StepLoad(8 * count))) / 1000
             drifts[kind, count] = (now_us - then_us) / (step_us + then_us)
         yield TableDrift.of("host", ("kind", "sequences"), drifts)
 
@@ -212,7 +212,7 @@ def _step_us(latency: LatencyModel, table: str, key: tuple[Any, ...]) -> float |
     if table == "decode_attention":
         sequences, kv_tokens, unevenness = key
         squares = round(unevenness * kv_tokens**2 / sequences)
-        return latency.device_ns(Step(0, decodes=sequences, kv_tokens=kv_tokens - sequences, kv_squares=squares)) / 1000
+        return latency.device_ns(Step(0, decodes=sequences, load=StepLoad(kv_tokens - sequences, squares))) / 1000
     return None
 
 
