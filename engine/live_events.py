@@ -9,29 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from threading import Condition
-from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from engine.events import Event
 from engine.request import Request
+from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
-
-class Terms(NamedTuple):
-    """What a client says of where its request ends, short of `max_tokens`: for the backend, not for the scheduler.
-
-    Attributes:
-        ignore_eos: whether the model's stop tokens do not end it.
-        min_tokens: output tokens before which they do not.
-        output_len: output tokens at which it ends in any case, or None.
-    """
-
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    output_len: int | None = None
-
-
-Admit = Callable[[TraceRequest, Terms], str | None]
+Admit = Callable[[TraceRequest, StopCondition], str | None]
 
 
 class LiveEvents:
@@ -51,13 +36,13 @@ class LiveEvents:
         self._clock = clock
         self._admit = admit
         self._changed = Condition()
-        self._inbox: deque[tuple[int, tuple[TraceRequest, Terms] | int, str | None]] = deque()
+        self._inbox: deque[tuple[int, tuple[TraceRequest, StopCondition] | int, str | None]] = deque()
         self._closed = False
         self._requests: WeakValueDictionary[int, Request] = WeakValueDictionary()  # who ended is forgotten
 
-    def arrive(self, source: TraceRequest, terms: Terms) -> None:
+    def arrive(self, source: TraceRequest, condition: StopCondition) -> None:
         """A client has sent a request, at `source.arrival_ns`."""
-        self._put(source.arrival_ns, (source, terms), None)
+        self._put(source.arrival_ns, (source, condition), None)
 
     def cancel(self, request_id: int, time_ns: int, reason: str | None = None) -> None:
         """A client has given up, or wants no more; `reason` is for the records."""
@@ -95,15 +80,15 @@ class LiveEvents:
             self._changed.wait_for(lambda: self._inbox or (self._closed and until_ns is None), patience_s)
             return max(self._inbox[0][0], self._clock()) if self._inbox else until_ns
 
-    def _put(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> None:
+    def _put(self, time_ns: int, what: tuple[TraceRequest, StopCondition] | int, reason: str | None) -> None:
         with self._changed:
             self._inbox.append((time_ns, what, reason))
             self._changed.notify()
 
-    def _event(self, time_ns: int, what: tuple[TraceRequest, Terms] | int, reason: str | None) -> Event | None:
+    def _event(self, time_ns: int, what: tuple[TraceRequest, StopCondition] | int, reason: str | None) -> Event | None:
         if isinstance(what, tuple):
-            source, terms = what
-            request = self._requests[source.id] = Request.from_trace(source, self._admit(source, terms))
+            source, condition = what
+            request = self._requests[source.id] = Request.from_trace(source, self._admit(source, condition))
             return Event(time_ns, 2 * source.id, request, is_last=False)
         known = self._requests.pop(what, None)
         if known is None:  # it has ended, or was cancelled before

@@ -10,13 +10,12 @@ from typing import Any
 
 from engine.backend import Backend, Completion, Launch
 from engine.events import Event
-from engine.records.recorder import Observer
-from engine.scheduler.base import Scheduler
-from engine.scheduler.policy_error import PolicyError, blame, idle_plan
+from engine.observer import Observer
+from engine.planner import Planner, PolicyError
 from engine.step import Step
 
 
-def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
+def serving_loop(backend: Backend, scheduler: Planner, observer: Observer) -> Generator[Any, Any, None]:
     """Serve until no request is left and none will come.
 
     An iteration reads the clock once, delivers the events due by then, plans, launches, and then, if as many
@@ -26,25 +25,16 @@ def serving_loop(backend: Backend, scheduler: Scheduler, recorder: Observer) -> 
         What `backend` hands out to wait on.
 
     Raises:
-        PolicyError: the policy fails or breaks a rule, or it plans nothing although requests wait, nothing else can
-            happen and it has asked for no time; the message names it, with file and line.
+        PolicyError: the policy breaks a rule, or it plans nothing although requests wait, nothing else can happen and
+            it has asked for no time.
     """
-    try:
-        yield from _turns(backend, scheduler, recorder)
-    except Exception as error:
-        if fault := blame(type(scheduler), error):
-            raise fault from error
-        raise
-
-
-def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Generator[Any, Any, None]:
     depth, in_flight = scheduler.config.pipeline_depth, 0
     while True:
         now = backend.now()
         events = backend.due(now)
         for event in events:
             _deliver(event, scheduler)
-            recorder.delivered(event, now)
+            observer.delivered(event, now)
         launch: Launch | None = None
         completion: Completion | None = None
         step = scheduler.schedule(now)
@@ -53,13 +43,13 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
                 _check_budget(step, scheduler)
             launch = yield backend.launch(step)
             in_flight += 1
-            recorder.launched(step, now, launch)
+            observer.launched(step, now, launch)
         if in_flight and (step is None or in_flight == depth):
             completion = yield backend.complete()
             in_flight -= 1
-            recorder.completed(completion)
+            observer.completed(completion)
             scheduler.completed(completion)
-        recorder.iteration(now, len(events), step, launch, completion)
+        observer.iteration(now, len(events), step, launch, completion)
         if step is None and completion is None:
             if scheduler.wake_ns is not None and scheduler.wake_ns <= now:
                 raise PolicyError(f"asks to be woken at {scheduler.wake_ns} ns, which is not after now, {now} ns")
@@ -68,11 +58,11 @@ def _turns(backend: Backend, scheduler: Scheduler, recorder: Observer) -> Genera
                 break
             yield event
     if not scheduler.idle:
-        raise PolicyError(idle_plan(scheduler))
+        raise PolicyError(scheduler.idle_fault())
     backend.close()
 
 
-def _deliver(event: Event, scheduler: Scheduler) -> None:
+def _deliver(event: Event, scheduler: Planner) -> None:
     """Hand over an event; a policy that does not pass it on to the base class is found out here."""
     request = event.request
     if event.is_cancel:
@@ -81,11 +71,11 @@ def _deliver(event: Event, scheduler: Scheduler) -> None:
             raise PolicyError(f"goes on with request {request.id}, which is cancelled: let its cancel call super()'s")
     else:
         scheduler.arrive(request)
-        if request.outcome is None and request.id not in scheduler.waiting:
+        if request.outcome is None and not scheduler.queues(request):
             raise PolicyError(f"loses request {request.id} as it arrives: let its arrive call super().arrive(request)")
 
 
-def _check_budget(step: Step, scheduler: Scheduler) -> None:
+def _check_budget(step: Step, scheduler: Planner) -> None:
     """The verbs keep to the budget; a policy that makes a Step by other means is found out here."""
     tokens, most = step.prefill_tokens + step.decodes, scheduler.config.max_batched_tokens
     if tokens > most:

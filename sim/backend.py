@@ -23,7 +23,7 @@ class SimBackend:
     """Implements `engine.backend.Backend` on a SimPy environment.
 
     Attributes:
-        endings: where requests stop. Requests that come while it runs must be shown to it before their first step.
+        outputs: what the tokens of requests show. Requests that come later must be shown to it before their first step.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class SimBackend:
 
         Args:
             events: None: the requests, in order of arrival, arrive and are cancelled as their trace says.
-            block_size: as in `Endings`.
+            block_size: as in `OutputTracker`.
         """
         self._env = env
-        self.endings = Endings(block_size)
+        self.outputs = OutputTracker(block_size)
         if events is None:
-            events = EventQueue.from_trace(map(self.endings.seen, requests))
+            events = EventQueue.from_trace(map(self.outputs.seen, requests))
         else:
             for source in requests:
-                self.endings.seen(source)
+                self.outputs.seen(source)
         self._events = events
         self.due = events.due  # takes the events that are due by a time
         self._timing = timing
@@ -61,7 +61,7 @@ class SimBackend:
         """Takes the host's time; the device works on in the background."""
         now = self._env.now
         launch, resume_ns = self._timing.launch(step, now)
-        self._in_flight.append((step.index, self.endings.shown_by(step)))
+        self._in_flight.append((step.index, self.outputs.shown_by(step)))
         return self._env.timeout(resume_ns - now, launch)
 
     def complete(self) -> simpy.Event:
@@ -83,7 +83,7 @@ class SimBackend:
 _NOTHING = Shown()
 
 
-class Endings:
+class OutputTracker:
     """What a step's tokens show: which requests end before their `max_tokens`, and which blocks outputs have filled.
 
     Only a backend may know this beforehand.

@@ -14,11 +14,12 @@ from typing import Any
 import simpy
 
 from engine.config import ServingConfig
-from engine.live_events import LiveEvents, Terms
-from engine.records.recorder import Observer
+from engine.instance import Instance
+from engine.live_events import LiveEvents
+from engine.observer import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
-from engine.serving_loop import serving_loop
+from engine.stop_condition import StopCondition
 from sim.backend import SimBackend
 from sim.device_timing import DeliveredTiming
 from sim.profile.format import Profile
@@ -106,20 +107,20 @@ class PacedRider:
 
     def forget(self, request_id: int) -> None:
         """As in `Rider`."""
-        self._backend.endings.forget(request_id)
+        self._backend.outputs.forget(request_id)
 
     def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
         """As in `Rider`."""
         begun(self._events, self._env.start_ns)
-        self._env.run(until=self._env.process(serving_loop(self._backend, scheduler, observer)))
+        self._env.run(until=self._env.process(Instance(scheduler, self._backend, observer).serve()))
 
-    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
+    def _admit(self, source: TraceRequest, condition: StopCondition) -> str | None:
         if self._keep_prompts and source.prompt_token_ids is not None:
             self.prompts[source.id] = source.prompt_token_ids
         lengths = [source.max_tokens]
-        if terms.output_len is not None:
-            lengths.append(terms.output_len)
-        elif self._draw is not None and not terms.ignore_eos:
-            lengths.append(max(self._draw(source.id), terms.min_tokens))
-        self._backend.endings.seen(replace(source, output_len=min(lengths)))
+        if condition.output_len is not None:
+            lengths.append(condition.output_len)
+        elif self._draw is not None and not condition.ignore_eos:
+            lengths.append(max(self._draw(source.id), condition.min_tokens))
+        self._backend.outputs.seen(replace(source, output_len=min(lengths)))
         return unknown_token(source, self.facts["vocab_size"])

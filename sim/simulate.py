@@ -11,15 +11,12 @@ from typing import Any, NamedTuple
 
 import simpy
 
-from engine.backend import Backend
-from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import Event, EventQueue
+from engine.instance import Instance
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.request import STOP, Request
-from engine.scheduler import load_scheduler
-from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming, RecordedTiming, ReplayOver, Timing
 from sim.latency_model import LatencyModel
@@ -44,17 +41,15 @@ def simulate(
 
     Raises:
         IntegrityError: `check` is set, and a step breaks an invariant.
-        PolicyError: as `serving_loop`.
+        PolicyError: as `Instance.serve`.
     """
     env = simpy.Environment(initial_time=start_ns)
-    scheduler = load_scheduler(config)
     block_size = config.block_size if config.prefix_caching else 0
-    backend: Backend = SimBackend(env, requests, timing, events, block_size)
-    if check:
-        backend = CheckedBackend(backend, scheduler.config)
+    backend = SimBackend(env, requests, timing, events, block_size)
+    instance = Instance.assemble(config, backend, recorder, check)
     gc.freeze()  # what there is by now stays: to look through it for garbage again and again would take 5 % of the time
     try:
-        env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
+        env.run(until=env.process(instance.serve()))
     finally:
         gc.unfreeze()
 

@@ -6,11 +6,11 @@ import simpy
 
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
+from engine.instance import Instance
 from engine.records.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
-from engine.serving_loop import serving_loop
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming, Timing
 from sim.profile.format import HOST_TERMS, Profile
@@ -30,7 +30,7 @@ def serve(
     simulated = SimBackend(env, requests, timing or ProfiledTiming(small_profile()), block_size=block_size)
     backend = CheckedBackend(simulated, scheduler.config)
     recorder = Recorder()
-    env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
+    env.run(until=env.process(Instance(scheduler, backend, recorder).serve()))
     assert scheduler.pool.used == 0 and scheduler.cpu_pool.used == 0, "blocks were lost"
     return recorder, [life.request for _, life in sorted(recorder._lives.items())]
 

@@ -20,9 +20,9 @@ from engine.executor.cuda.shapes import Shapes
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
 from engine.executor.weights import load_weights
+from engine.instance import Instance
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
-from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming
@@ -188,7 +188,7 @@ def test_a_running_batch_feeds_every_request_its_own_tokens_and_blocks(requests,
     backend.running = RunningBatch(requests, None, 100, config)
     backend.seats, backend.pending, backend.made = {}, [], {each.id: [] for each in requests}
     recorder = Recorder()
-    env.run(until=env.process(serving_loop(backend, scheduler, recorder)))
+    env.run(until=env.process(Instance(scheduler, backend, recorder).serve()))
     for request_id, output in backend.running.outputs.items():
         assert output == backend.made[request_id]
 

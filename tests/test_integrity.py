@@ -18,6 +18,8 @@ from tiny_models import tiny_model
 from engine.checks.step_checker import Books, CheckedBackend, IntegrityError
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
+from engine.instance import Instance
+from engine.planner import PolicyError
 from engine.prefix_hash import Content
 from engine.records.recorder import Recorder
 from engine.request import CANCELLED, LENGTH, STOP, Request
@@ -25,8 +27,6 @@ from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.scheduler.policies.fcfs import Fcfs
-from engine.scheduler.policy_error import PolicyError
-from engine.serving_loop import serving_loop
 from engine.step import Chunk, Copies, Step, StepLoad
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming
@@ -240,7 +240,7 @@ LIMITS = ServingConfig(num_blocks=20, block_size=8, max_seqs=4, max_batched_toke
 def serve(policy: type[Scheduler], check: bool, config: ServingConfig = LIMITS) -> None:
     backend = SimBackend(env := simpy.Environment(), REQUESTS, ProfiledTiming(small_profile()))
     checked = CheckedBackend(backend, config) if check else backend
-    env.run(until=env.process(serving_loop(checked, policy(config), Recorder())))
+    env.run(until=env.process(Instance(policy(config), checked, Recorder()).serve()))
 
 
 class Deaf(ChunkedPrefill):
@@ -411,7 +411,7 @@ def test_a_failing_backend_is_no_policys_fault():
 
     backend = Broken(env := simpy.Environment(), REQUESTS, ProfiledTiming(small_profile()))
     with pytest.raises(OSError, match="no power"):
-        env.run(until=env.process(serving_loop(backend, Fcfs(LIMITS), Recorder())))
+        env.run(until=env.process(Instance(Fcfs(LIMITS), backend, Recorder()).serve()))
 
 
 @pytest.mark.parametrize("command", ["simulate", "run"])

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from shadow import small_profile
 
 from engine.config import ServingConfig
-from engine.live_events import LiveEvents, Terms
+from engine.instance import Instance
+from engine.live_events import LiveEvents
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.request import unknown_token
 from engine.scheduler import load_scheduler
-from engine.serving_loop import serving_loop
+from engine.stop_condition import StopCondition
 from sim.backend import SimBackend
 from sim.device_timing import DeliveredTiming
 from sim.simulate import replay
@@ -34,8 +35,8 @@ def served(events: Sequence[Arrival | Cancellation], config: ServingConfig = CON
     """A simulation of what came in this order; returns its records, and the sequence numbers of what was delivered."""
     env, recorder, order = simpy.Environment(initial_time=0), Recorder(), []
 
-    def admit(source: TraceRequest, terms: Terms) -> str | None:
-        backend.endings.seen(source)
+    def admit(source: TraceRequest, terms: StopCondition) -> str | None:
+        backend.outputs.seen(source)
         return unknown_token(source, VOCABULARY)
 
     class Listening(Recorder):
@@ -47,11 +48,11 @@ def served(events: Sequence[Arrival | Cancellation], config: ServingConfig = CON
     backend = SimBackend(env, (), DeliveredTiming(small_profile()), live)
     for event in events:
         if isinstance(event, TraceRequest):
-            live.arrive(event, Terms())
+            live.arrive(event, StopCondition())
         else:
             live.cancel(*event)
     live.close()
-    env.run(until=env.process(serving_loop(backend, load_scheduler(config), recorder)))
+    env.run(until=env.process(Instance(load_scheduler(config), backend, recorder).serve()))
     return RunRecords({}, recorder.tables()), order
 
 
@@ -79,11 +80,11 @@ def test_what_comes_is_delivered_in_the_order_in_which_it_came_not_in_that_of_it
 
 def test_once_nobody_is_left_to_take_it_all_that_runs_or_is_on_its_way_is_cancelled():
     live = LiveEvents(lambda: 0, lambda source, terms: None)
-    live.arrive(arrival(0, 0), Terms())
-    live.arrive(arrival(1, 0), Terms())
+    live.arrive(arrival(0, 0), StopCondition())
+    live.arrive(arrival(1, 0), StopCondition())
     running, ended = (event.request for event in live.due(0))
     ended.outcome = "length"
-    live.arrive(arrival(2, 0), Terms())
+    live.arrive(arrival(2, 0), StopCondition())
     live.cancel_all("nobody is there")
     assert [(event.request.id, event.is_cancel) for event in live.due(0)] == [(2, False), (2, True), (0, True)]
     assert running.id == 0

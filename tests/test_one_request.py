@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from analysis.bench.server_path import steady_profile
 from analysis.jobs.options import Limits
 from analysis.jobs.serve import SimService
-from engine.live_events import Terms
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
 from engine.server.app import Manners, build_app
 from engine.server.engine_client import EngineLink
 from engine.server.tokenization import Text, Writer
+from engine.stop_condition import StopCondition
 from sim.profile.format import write_profile
 from traces.trace import read_trace
 
@@ -264,7 +264,7 @@ def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
     async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
         sinks = [Sink(False), Sink(True), Sink(False)]
         for sink in sinks:
-            link.submit(sink, [1, 2], 0, 12, Terms())
+            link.submit(sink, [1, 2], 0, 12, StopCondition())
         ends = [await sink.ended for sink in sinks]
         assert [outcome for outcome, _ in ends] == ["length", "broken", "length"]
         assert sinks[0].tokens == sinks[2].tokens == [1, 2, 3] * 4

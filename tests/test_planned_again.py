@@ -21,8 +21,8 @@ from analysis.jobs.determinism import _opening, check_deterministic
 from analysis.jobs.run import simulate_run
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
+from engine.planner import PolicyError
 from engine.records.run_folder import RunRecords, read_run
-from engine.scheduler.policy_error import PolicyError
 from sim.profile.format import find_profile, read_profile
 from sim.simulate import replay
 from traces.request import TraceRequest

@@ -20,8 +20,8 @@ from vllm_logs import Log, TickBackend
 from engine.backend import Launch, drive
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
+from engine.instance import Instance
 from engine.scheduler import load_scheduler
-from engine.serving_loop import serving_loop
 from engine.step import Step
 from traces.request import TraceRequest
 
@@ -47,7 +47,7 @@ def tandem(config: ServingConfig, jobs: list[Job]) -> list[dict[str, Any]]:
         )
         for job in jobs
     ]
-    drive(serving_loop(CheckedBackend(TickBackend(requests, config), scheduler.config), scheduler, log))
+    drive(Instance(scheduler, CheckedBackend(TickBackend(requests, config), scheduler.config), log).serve())
     steps = [{name: step[name] for name in ("tick", *LISTS)} for step in log.steps.values()]
     return [step | {name: sorted(step[name]) for name in ("decodes", "finished")} for step in steps]
 

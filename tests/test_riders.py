@@ -20,12 +20,12 @@ from test_live import assert_replay_is_the_same
 from analysis.bench.server_path import steady_profile
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
-from engine.live_events import Terms
 from engine.records.run_folder import RunRecords
 from engine.server.driver import Rider
 from engine.server.engine_process import _serve
 from engine.server.executor_driver import RealRider
 from engine.server.messages import Arrive, Cancel, Close, Progress, Ready
+from engine.stop_condition import StopCondition
 from sim.realtime import PacedRider
 from traces.request import TraceRequest
 
@@ -59,7 +59,7 @@ class Engine:
         self.ready = self.said.get(timeout=60)
         assert isinstance(self.ready, Ready)
 
-    def ask(self, prompt: list[int], max_tokens: int = 10, terms: Terms = Terms()) -> int:  # noqa: B008 (immutable)
+    def ask(self, prompt: list[int], max_tokens: int = 10, terms: StopCondition = StopCondition()) -> int:  # noqa: B008 (immutable)
         number, now = next(self.numbers), time.perf_counter_ns() - self.ready.start_ns
         self.pipe.send(Arrive(TraceRequest(number, now, len(prompt), max_tokens, max_tokens, prompt), terms))
         return number
@@ -158,7 +158,7 @@ def test_a_client_may_go_away_at_any_moment(start):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_one_that_stops_a_token_before_max_tokens_is_told_and_recorded_as_stopped(start, depth):
     engine = start(pipeline_depth=depth)
-    made, outcome, _ = engine.answer(engine.ask([5, 6, 7], 10, Terms(ignore_eos=True, output_len=9)))
+    made, outcome, _ = engine.answer(engine.ask([5, 6, 7], 10, StopCondition(ignore_eos=True, output_len=9)))
     assert (len(made), outcome) == (9, "stop")
     run = engine.close()
     (row,) = run.tables["requests"].to_pylist()

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,38 +14,82 @@ from shadow import serve
 
 import engine
 from engine.config import ServingConfig
+from engine.planner import PolicyError
 from engine.request import Request
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.policies.fcfs import Fcfs
-from engine.scheduler.policy_error import PolicyError
 from traces.request import TraceRequest
 
 ROOT = Path(engine.__file__).parents[1]
-MAY_IMPORT = {
-    "traces": {"traces"},
-    "engine": {"traces", "engine"},
-    "sim": {"traces", "engine", "sim"},
-    "analysis": {"traces", "engine", "sim", "analysis"},
-}
-SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+LAYERS = (
+    ("traces",),
+    ("engine",),  # its root: the seam and its nouns
+    ("engine.scheduler", "engine.records", "engine.checks", "engine.model"),
+    ("engine.instance",),
+    ("engine.executor", "engine.server"),
+    ("sim", "sim.profile"),  # the simulator
+    ("sim.profiling", "sim.sources"),
+    ("analysis.metrics",),
+    ("analysis.comparison",),
+    ("analysis.report",),
+    ("analysis.client",),
+    ("analysis.jobs",),
+    ("analysis.bench",),
+    ("analysis.cli",),
+)
+"""Who may import whom: those of its own layer, and of the layers before it."""
+
+SOURCES = sorted(path for package in ("engine", "sim", "traces", "analysis") for path in (ROOT / package).rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 
 
-def imports(path: Path) -> list[tuple[ast.AST, str]]:
-    found = []
+def imports(path: Path) -> set[str]:
+    """Tandem's modules that a file imports, at load, in a function, or for type checking alone."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append((node, node.module))
-    return found
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= parts & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    package = path.relative_to(ROOT).parts[0]
-    for _, module in imports(path):
-        top = module.split(".")[0]
-        assert top not in MAY_IMPORT or top in MAY_IMPORT[package], f"{path} imports {module}"
+def layer(module: str) -> int:
+    """The number of a module's layer: the one that says most of it."""
+    prefixes = [(len(each), number) for number, names in enumerate(LAYERS) for each in names if inside(module, each)]
+    return max(prefixes)[1] if prefixes else 0
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    wrong = [each for each in imports(MODULES[module]) if layer(each) > layer(module)]
+    assert not wrong, f"{module} imports {wrong}"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    order = TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def test_comparisons_know_no_words_and_jobs_no_command_line():
+    for module, path in MODULES.items():
+        foreign = {name.split(".")[0] for name, _ in runtime_imports(path)}
+        if inside(module, "analysis.comparison") or inside(module, "analysis.metrics"):
+            assert not foreign & {"rich", "typer", "jinja2", "plotly"}, module
+        if inside(module, "analysis.jobs"):
+            assert "typer" not in foreign, module
+
+
+def test_only_jobs_build_executors():
+    for module, path in MODULES.items():
+        if "engine.executor.executor" in {name for name, _ in runtime_imports(path)}:
+            assert inside(module, "analysis.jobs") or inside(module, "engine"), module
 
 
 class RuntimeImports(ast.NodeVisitor):
@@ -70,14 +115,18 @@ class RuntimeImports(ast.NodeVisitor):
             self.generic_visit(node)
 
 
+def runtime_imports(path: Path) -> list[tuple[str, bool]]:
+    visitor = RuntimeImports()
+    visitor.visit(ast.parse(path.read_text()))
+    return visitor.found
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_torch_stays_in_the_executor(path):
     place = str(path.relative_to(ROOT))
-    if place.startswith(("engine/executor/", "engine/server/")):
+    if place.startswith(("engine/executor/", "engine/server/", "analysis/bench/kernels.py")):
         return
-    visitor = RuntimeImports()
-    visitor.visit(ast.parse(path.read_text()))
-    for module, at_load in visitor.found:
+    for module, at_load in runtime_imports(path):
         heavy = module.split(".")[0] in ("torch", "triton", "transformers") or module.startswith("engine.executor")
         lazy = not at_load and place in ("sim/profiling/profiler.py", "analysis/jobs/run.py")
         assert not heavy or lazy, f"{place} imports {module}"

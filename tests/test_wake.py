@@ -15,9 +15,9 @@ from test_executor import serve as serve_for_real
 
 from engine.config import ServingConfig
 from engine.live_events import LiveEvents
+from engine.planner import PolicyError
 from engine.records.run_folder import RunRecords
 from engine.scheduler.base import Scheduler
-from engine.scheduler.policy_error import PolicyError
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming
 from sim.simulate import replay

@@ -13,12 +13,12 @@ from engine.backend import Completion, Launch, drive
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import Event
+from engine.instance import Instance
 from engine.records.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import load_scheduler
-from engine.serving_loop import serving_loop
 from engine.step import Step
-from sim.backend import Endings
+from sim.backend import OutputTracker
 from traces.request import TraceRequest
 
 FOLDER = Path(__file__).parent / "oracle"
@@ -86,8 +86,8 @@ class TickBackend:
     """A backend whose clock counts the turns of the loop, and whose steps take none of its time."""
 
     def __init__(self, requests: list[TraceRequest], config: ServingConfig) -> None:
-        self._endings = Endings(config.block_size if config.prefix_caching else 0)
-        events = list(_events([self._endings.seen(each) for each in requests]))
+        self._outputs = OutputTracker(config.block_size if config.prefix_caching else 0)
+        events = list(_events([self._outputs.seen(each) for each in requests]))
         self._events = deque(sorted(events, key=lambda event: (event.time_ns, event.is_cancel, event.sequence)))
         self._flight: deque[Completion] = deque()
         self._tick = -1
@@ -103,7 +103,7 @@ class TickBackend:
         return due
 
     def launch(self, step: Step) -> Waited:
-        self._flight.append(Completion(step.index, self._tick, self._tick, 0, *self._endings.shown_by(step)))
+        self._flight.append(Completion(step.index, self._tick, self._tick, 0, *self._outputs.shown_by(step)))
         return Waited(Launch(self._tick, self._tick))
 
     def complete(self) -> Waited:
@@ -173,7 +173,7 @@ def decisions(case: dict[str, Any], config: ServingConfig) -> list[dict[str, Any
     scheduler.schedule = schedule
     log = Log(free)
     backend = CheckedBackend(TickBackend(requests_of(case), config), scheduler.config)
-    drive(serving_loop(backend, scheduler, log))
+    drive(Instance(scheduler, backend, log).serve())
     return list(log.steps.values())
 
 

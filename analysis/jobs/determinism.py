@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.comparison.compare import compare_decisions
+from engine.planner import PolicyError
 from engine.records import manifest
 from engine.records.run_folder import COLUMNS, RunRecords, StoredTables
-from engine.scheduler.policy_error import PolicyError, called
+from engine.scheduler.policy_error import called
 from engine.scheduler.registry import find_policy
 from sim.simulate import replay
 from traces.errors import TandemError

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 from engine.backend import Backend
 from engine.config import COMPLETED, ServingConfig
 from engine.events import Event
+from engine.planner import PolicyError
 from engine.request import CANCELLED, LENGTH, STOP, Request
-from engine.scheduler.policy_error import PolicyError
 from engine.step import Chunk, Copies, Step
 
 

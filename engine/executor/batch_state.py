@@ -17,26 +17,8 @@ from engine.config import ServingConfig
 from engine.executor.batch import Decodes, Ints, Prefill
 from engine.prefix_hash import tells_blocks
 from engine.step import Step
+from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
-
-
-class Ending(NamedTuple):
-    """Where a request ends, short of its `max_tokens`.
-
-    Attributes:
-        stop_tokens: the tokens that end it.
-        min_tokens: output tokens before which they do not.
-        output_len: output tokens at which it ends in any case, or None.
-    """
-
-    stop_tokens: frozenset[int] = frozenset()
-    min_tokens: int = 0
-    output_len: int | None = None
-
-    def ends(self, made: Sequence[int]) -> bool:
-        """Whether these output tokens end the request."""
-        count = len(made)
-        return count == self.output_len or (made[-1] in self.stop_tokens and count >= self.min_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +26,7 @@ class _Sequence:
     """One request: its tokens as far as the host knows them, and the row of the tables that is its own for now."""
 
     source: TraceRequest
-    ending: Ending
+    condition: StopCondition
     prompt: list[int]
     made: list[int]
     seat: int = -1
@@ -81,7 +63,7 @@ class RunningBatch:
     ) -> None:
         """`stop_tokens` None: requests stop at their trace's `output_len`, whatever the model says."""
         self.outputs: dict[int, list[int]] = {}
-        self._sources: dict[int, tuple[TraceRequest, Ending]] = {}
+        self._sources: dict[int, tuple[TraceRequest, StopCondition]] = {}
         self._may_stop = False
         self._vocab_size = vocab_size
         self._block_size = config.block_size if config.prefix_caching else 0
@@ -93,15 +75,15 @@ class RunningBatch:
         self._free_seats = list(range(config.max_seqs - 1, -1, -1))
         self._tables = np.zeros((config.max_seqs, table_width(config)), np.int32)
         self._contexts = np.zeros(config.max_seqs, np.int32)
-        stops = None if stop_tokens is None else frozenset(stop_tokens)
+        self._stop_tokens = frozenset(stop_tokens or ())
         for source in requests:
-            self.add(source, Ending(output_len=source.output_len) if stops is None else Ending(stops))
+            self.add(source, StopCondition(output_len=source.output_len if stop_tokens is None else None))
 
-    def add(self, source: TraceRequest, ending: Ending) -> None:
+    def add(self, source: TraceRequest, condition: StopCondition) -> None:
         """Learn of a request, before its first step."""
-        self._sources[source.id] = source, ending
-        told = ending.output_len is not None and ending.output_len < source.max_tokens
-        self._may_stop = self._may_stop or told or bool(ending.stop_tokens)
+        self._sources[source.id] = source, condition
+        told = condition.output_len is not None and condition.output_len < source.max_tokens
+        self._may_stop = self._may_stop or told or bool(self._stop_tokens and not condition.ignore_eos)
 
     def forget(self, request_id: int) -> None:
         """The request has ended, and all its steps have completed: nobody will ask for its tokens any more."""
@@ -132,7 +114,7 @@ class RunningBatch:
     def _ends(self, sequence: _Sequence) -> bool:
         if sequence.stopped or len(sequence.made) >= sequence.source.max_tokens:
             return False  # the token after a stop may be a stop token as well
-        return sequence.ending.ends(sequence.made)
+        return sequence.condition.ends(sequence.made, self._stop_tokens)
 
     def _fills(self, sequence: _Sequence) -> bool:
         """Whether its newest token, not computed yet, is the last of a block that others may look for."""
@@ -164,9 +146,9 @@ class RunningBatch:
             self._append_blocks(self._sequences[request_id], copies.target)
         for request_id, blocks in step.blocks.items():
             if request_id not in self._sequences:
-                source, ending = self._sources[request_id]
+                source, condition = self._sources[request_id]
                 made = self.outputs[request_id] = []
-                self._sequences[request_id] = _Sequence(source, ending, self._prompt(source), made)
+                self._sequences[request_id] = _Sequence(source, condition, self._prompt(source), made)
             self._append_blocks(self._sequences[request_id], blocks)
         for request_id, context in step.joined.items():
             sequence = self._decoding[request_id] = self._newcomers[request_id] = self._sequences[request_id]

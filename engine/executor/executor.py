@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from engine.backend import drive
-from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.events import EventQueue
 from engine.executor.backend import DataPlane, ExecutorBackend, no_collections
@@ -21,11 +20,10 @@ from engine.executor.cpu.runner import Runner
 from engine.executor.model import Llama
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
+from engine.instance import Instance
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
 from engine.request import unknown_token
-from engine.scheduler import load_scheduler
-from engine.serving_loop import serving_loop
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -202,14 +200,12 @@ class Executor:
 
         Raises:
             IntegrityError: `check` is set, and a step breaks an invariant.
-            PolicyError: as `serving_loop`.
+            PolicyError: as `Instance.serve`.
         """
-        scheduler = load_scheduler(config)
         running, data_plane = self.session(requests, config, stop_rule)
         events = EventQueue.from_trace(requests, lambda source: unknown_token(source, self.model.vocab_size))
         with no_collections(), ExecutorBackend(data_plane, events) as backend:
-            checked = CheckedBackend(backend, scheduler.config) if check else backend
-            drive(serving_loop(checked, scheduler, recorder))
+            drive(Instance.assemble(config, backend, recorder, check).serve())
         return running
 
 

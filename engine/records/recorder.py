@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch, Stop
 from engine.events import Event
@@ -20,24 +20,6 @@ if TYPE_CHECKING:
 FLUSH = 65536  # turns of the loop whose rows are held before they are written
 _NOTHING = NULL, NULL  # launched, or completed
 _pack_step, _pack_iteration = packer("steps"), packer("iterations")
-
-
-class Observer(Protocol):
-    """Whom the serving loop tells what happens. It sees all, and decides nothing."""
-
-    def delivered(self, event: Event, now: int) -> None:
-        """An event was handed to the scheduler."""
-
-    def launched(self, step: Step, now: int, launch: Launch) -> None:
-        """A step that was planned at `now` is on its way."""
-
-    def completed(self, completion: Completion) -> None:
-        """A step's tokens are known."""
-
-    def iteration(
-        self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
-    ) -> None:
-        """One turn of the loop is over."""
 
 
 @dataclass(slots=True)

@@ -27,9 +27,9 @@ from typing import ClassVar
 from engine.backend import Completion
 from engine.config import COMPLETED, WHOLE, ServingConfig
 from engine.decode_set import DecodeSet
+from engine.planner import PolicyError
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.scheduler.kv_manager import KVManager
-from engine.scheduler.policy_error import PolicyError
 from engine.step import GENESIS, Chunk, Step, StepDraft, StepLoad
 
 PATIENCE = 1000
@@ -276,6 +276,23 @@ class Scheduler(ABC):
     def idle(self) -> bool:
         """Whether no request is waiting or running."""
         return not self.waiting and not self.running
+
+    def queues(self, request: Request) -> bool:
+        """Whether a request waits to be scheduled."""
+        return request.id in self.waiting
+
+    def idle_fault(self) -> str:
+        """Say why requests are left although nothing can happen any more. It tries the verbs: nothing may follow."""
+        stuck, running = len(self.waiting) + len(self.running), len(self.running)
+        said = f"plans nothing, but {stuck} requests wait and nothing is in flight"
+        if decodes := len(self.decoding):
+            return f"{said}: decode() was not called, and {decodes} requests could decode"
+        if fit := sum(self.prefill(each) for each in (*self.prefilling.values(), *self.waiting.values())):
+            return f"{said}: prefill(request) was not called for {fit} of them that fit"
+        room = f"{self.pool.free} of {self.config.num_blocks} KV blocks are free"
+        return (
+            f"{said}: after what it has preempted, none fits ({room}, {running} of max_seqs {self.config.max_seqs} run)"
+        )
 
     # -- accounting --------------------------------------------------------------------------------------
 

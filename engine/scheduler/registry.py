@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ServingConfig
+from engine.planner import PolicyError
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
 from engine.scheduler.policies.edf import EarliestDeadlineFirst
@@ -27,7 +28,7 @@ from engine.scheduler.policies.srpt import ShortestRemainingFirst
 from engine.scheduler.policies.swiftllm import SwiftLlm
 from engine.scheduler.policies.vllm import Vllm, VllmPriority
 from engine.scheduler.policies.vtc import VirtualTokenCounter
-from engine.scheduler.policy_error import PolicyError, blame, called
+from engine.scheduler.policy_error import blame, called
 from engine.scheduler.policy_source import source_digests
 from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, uses_unmade
 from traces.errors import TandemError

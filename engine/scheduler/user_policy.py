@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from engine.planner import PolicyError
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policies.fcfs import Fcfs
-from engine.scheduler.policy_error import PolicyError, called
+from engine.scheduler.policy_error import called
 from traces.errors import TandemError
 
 ROOT = Path(__file__).parents[2]

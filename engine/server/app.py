@@ -18,7 +18,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.live_events import Terms
 from engine.server.engine_client import EngineLink
 from engine.server.openai_format import ChatDialect, Dialect
 from engine.server.prometheus import Exposition
@@ -32,6 +31,7 @@ from engine.server.protocol import (
 )
 from engine.server.response import Answer, AnswerResponse, send_json
 from engine.server.tokenization import Text, Writer
+from engine.stop_condition import StopCondition
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
 RETRY_AFTER_S = 1
@@ -205,7 +205,7 @@ class _Api:
                 ids,
                 arrived_ns,
                 max_tokens=limit,
-                terms=Terms(body.ignore_eos, body.min_tokens, body.output_len),
+                condition=StopCondition(body.ignore_eos, body.min_tokens, body.output_len),
                 priority=body.priority,
                 client=body.user,
                 predicted_length=body.predicted_length,

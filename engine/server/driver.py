@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from engine.config import ServingConfig
 from engine.live_events import LiveEvents
-from engine.records.recorder import Observer, Recorder
+from engine.observer import Observer
+from engine.records.recorder import Recorder
 from engine.scheduler import Scheduler
 
 

@@ -14,13 +14,13 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from engine.live_events import Terms
 from engine.request import REJECTED
 from engine.server.driver import Service
 from engine.server.engine_process import run_engine
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
 from engine.server.prometheus import Metrics
+from engine.stop_condition import StopCondition
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -111,7 +111,7 @@ class EngineLink:
         prompt: Sequence[int],
         arrived_ns: int,
         max_tokens: int,
-        terms: Terms,
+        condition: StopCondition,
         priority: int = 0,
         client: str | None = None,
         predicted_length: int | None = None,
@@ -136,7 +136,7 @@ class EngineLink:
         )
         self._open[request_id] = _Open(sink, arrived_ns, len(prompt))
         self.without_token += 1
-        self._outbox.put(Arrive(source, terms))
+        self._outbox.put(Arrive(source, condition))
         return request_id
 
     def cancel(self, request_id: int, reason: str) -> None:

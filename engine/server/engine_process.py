@@ -75,8 +75,8 @@ def _receive_all(pipe: Connection, events: LiveEvents) -> None:
             events.cancel_all("the API process is gone")
             message = Close()
         match message:
-            case Arrive(source, terms):
-                events.arrive(source, terms)
+            case Arrive(source, condition):
+                events.arrive(source, condition)
             case Cancel(request_id, time_ns, reason):
                 events.cancel(request_id, time_ns, reason)
             case Close():

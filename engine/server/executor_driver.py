@@ -9,13 +9,13 @@ from typing import Any
 from engine.backend import drive
 from engine.config import ServingConfig
 from engine.executor.backend import ExecutorBackend
-from engine.executor.batch_state import Ending
 from engine.executor.executor import Executor
-from engine.live_events import LiveEvents, Terms
-from engine.records.recorder import Observer
+from engine.instance import Instance
+from engine.live_events import LiveEvents
+from engine.observer import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
-from engine.serving_loop import serving_loop
+from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
 
@@ -30,10 +30,9 @@ class RealRider:
         executor.prepare(config)
         self.config = config
         self._executor = executor
-        self._stop_tokens = frozenset(executor.model.eos_token_ids)
         self.prompts: dict[int, Sequence[int]] = {}
         self._keep_prompts = keep_prompts
-        self._running, self._data_plane = executor.session((), config)
+        self._running, self._data_plane = executor.session((), config, "model")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -54,11 +53,10 @@ class RealRider:
         events = LiveEvents(lambda: time.perf_counter_ns() - backend.start_ns, self._admit)
         with ExecutorBackend(self._data_plane, events) as backend:
             begun(events, backend.start_ns)
-            drive(serving_loop(backend, scheduler, observer))
+            drive(Instance(scheduler, backend, observer).serve())
 
-    def _admit(self, source: TraceRequest, terms: Terms) -> str | None:
+    def _admit(self, source: TraceRequest, condition: StopCondition) -> str | None:
         if self._keep_prompts and source.prompt_token_ids is not None:
             self.prompts[source.id] = source.prompt_token_ids
-        stop_tokens = frozenset[int]() if terms.ignore_eos else self._stop_tokens
-        self._running.add(source, Ending(stop_tokens, terms.min_tokens, terms.output_len))
+        self._running.add(source, condition)
         return unknown_token(source, self._executor.model.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from engine.config import ServingConfig
-from engine.live_events import Terms
+from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
 
@@ -13,7 +13,7 @@ class Arrive(NamedTuple):
     """To the engine: a request. Its `arrival_ns` counts from the run's start."""
 
     source: TraceRequest
-    terms: Terms
+    condition: StopCondition
 
 
 class Cancel(NamedTuple):

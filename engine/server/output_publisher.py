@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.backend import Completion, Launch
 from engine.events import Event
-from engine.records.recorder import Observer
+from engine.observer import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
 from engine.server.driver import Rider
@@ -28,7 +28,7 @@ class _Launched(NamedTuple):
 
 
 class Publisher:
-    """An `engine.records.recorder.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
+    """An `engine.observer.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
         self, send: Callable[[Progress], None], rider: Rider, scheduler: Scheduler, recorder: Observer | None
