@@ -31,7 +31,8 @@ from analysis.metrics.summary import (
 )
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
-from engine.records.run_folder import COLUMNS, RunRecords, tables_from_rows
+from engine.records.run_folder import RunRecords
+from engine.records.schema import COLUMNS, tables_from_rows
 from engine.step import Step
 from sim.device_timing import ProfiledTiming
 from sim.simulate import simulate

@@ -24,7 +24,8 @@ from analysis.metrics.summary import metrics
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from engine.records.recorder import Recorder
-from engine.records.run_folder import COLUMNS, RunRecords, RunWriter, StoredTables, read_run, table_from_rows
+from engine.records.run_folder import RunRecords, RunWriter, StoredTables, read_run
+from engine.records.schema import COLUMNS, table_from_rows
 from sim.device_timing import ProfiledTiming
 from sim.profile.format import Profile, find_profile, read_profile
 from sim.simulate import predict, simulate

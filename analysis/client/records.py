@@ -21,7 +21,8 @@ from analysis.metrics.summary import LATENCIES, asked_for, completed_requests, l
 from analysis.report.caveats import p99_sentence
 from analysis.report.tables import TextTable
 from engine.records import manifest
-from engine.records.run_folder import RunRecords, tables_from_rows
+from engine.records.run_folder import RunRecords
+from engine.records.schema import tables_from_rows
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.request import TraceRequest
 from traces.trace import Trace

@@ -22,7 +22,8 @@ from typing import Any
 from analysis.comparison.compare import compare_decisions
 from engine.planner import PolicyError
 from engine.records import manifest
-from engine.records.run_folder import COLUMNS, RunRecords, StoredTables
+from engine.records.run_folder import RunRecords, StoredTables
+from engine.records.schema import COLUMNS
 from engine.scheduler.policy_error import called
 from engine.scheduler.registry import find_policy
 from sim.simulate import replay

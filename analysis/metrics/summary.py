@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.records.run_folder import COLUMNS, RunRecords
+from engine.records.run_folder import RunRecords
+from engine.records.schema import COLUMNS
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.errors import TandemError
 

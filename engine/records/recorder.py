@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backend import Completion, Launch, Stop
 from engine.events import Event
-from engine.records.run_folder import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
+from engine.records.schema import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.step import Copies, Step
 

@@ -1,175 +1,23 @@
-"""What a run writes down: a folder of tables and a manifest, the same for both riders.
-
-`requests` has a row per request; `steps` per step; `spans` per prefill chunk and per stretch of decoding (from
-it every token's time follows: a decoding request makes a token in each step of its span whose `decode_tokens`
-is not 0); `iterations` per turn of the serving loop (from it a run can be replayed). Times are integer
-nanoseconds since the run's start.
-"""
+"""A run on disk: a folder of tables and a manifest, the same for both backends. `schema` has the tables' columns."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from engine.config import FIRST_CHUNK, PLANNED, PROMPTS
-from engine.step import DIGEST_BYTES
+from engine.records.schema import ADDED, ADDED_TO_SYSTEM, COLUMNS, SCHEMA_VERSION, Rows, arrow_type, table_from_rows
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 4
 BATCH = 65536  # rows
-
-NULL = -(2**63)  # stands for None in rows of `steps` and `iterations`
-_PACKED = {"int64": ("q", "<i8"), "binary": (f"{DIGEST_BYTES}s", f"V{DIGEST_BYTES}")}  # as struct and as NumPy have it
-
-_INT, _INTS = "int64", "int64[]"
-COLUMNS: dict[str, dict[str, str]] = {
-    "requests": {
-        "request": _INT,
-        "arrival_ns": _INT,
-        "delivered_ns": _INT,  # when the serving loop took it
-        "first_scheduled_ns": _INT,
-        "first_token_ns": _INT,
-        "last_token_ns": _INT,
-        "prompt_len": _INT,
-        "max_tokens": _INT,
-        "predicted_length": _INT,
-        "cancel_ns": _INT,
-        "output_len": _INT,  # tokens that count
-        "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
-        "preemptions": _INT,
-        "swaps": _INT,  # of the preemptions
-        "outcome": "string",  # length, stop, cancelled, rejected, unfinished
-        "reason": "string",
-        "priority": _INT,
-        "client": "string",
-        "ttft_slo_ns": _INT,
-        "e2e_slo_ns": _INT,
-        "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
-        "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
-        "hash_block_size": _INT,
-        "output_ids": _INTS,  # where outputs are cached too: likewise, of the blocks after those of the prompt
-        "refused": "bool",  # rejected because the backend could not take it, whatever the limits
-        "cancel_event": _INT,  # which of the run's events its cancellation was, in order of delivery, from 0
-    },
-    "steps": {
-        "step": _INT,
-        "digest": "binary",
-        "scheduled_ns": _INT,  # the iteration's clock read
-        "planned_ns": _INT,
-        "launched_ns": _INT,
-        "prefill_tokens": _INT,
-        "chunks": _INT,
-        "decode_tokens": _INT,
-        "kv_tokens": _INT,  # context of the decodes
-        "kv_blocks_used": _INT,
-        "running": _INT,
-        "waiting": _INT,
-        "preemptions": _INT,
-        "swapped_out_blocks": _INT,
-        "swapped_in_blocks": _INT,
-        "completed_ns": _INT,
-        "device_start_ns": _INT,
-        "device_ns": _INT,
-    },
-    "spans": {
-        "request": _INT,
-        "first_step": _INT,
-        "last_step": _INT,
-        "kind": "string",  # prefill, decode
-        "start": _INT,  # cached tokens when it began
-        "tokens": _INT,  # run in each step
-        "samples": "bool",  # whether each step makes an output token
-    },
-    "iterations": {
-        "now_ns": _INT,
-        "events": _INT,
-        "step": _INT,
-        "planned_ns": _INT,
-        "launched_ns": _INT,
-        "completed_step": _INT,
-        "completed_ns": _INT,
-    },
-}
-
-
-_SINCE_4: dict[str, int | None] = {"output_ids": None, "refused": False, "cancel_event": None}
-_SINCE_3: dict[str, int | None] = {
-    "ttft_slo_ns": None,
-    "e2e_slo_ns": None,
-    "cached_tokens": 0,
-    "hash_ids": None,
-    "hash_block_size": None,
-}
-_ADDED: dict[int, dict[str, dict[str, int | None]]] = {
-    2: {"requests": _SINCE_3 | _SINCE_4},
-    3: {"requests": _SINCE_4},
-}
-"""Older schema versions that are read -> the columns that they lack, and what stands for them."""
-_RULES_BEFORE_4 = {"admit": FIRST_CHUNK, "release": PLANNED, "prefix_rules": PROMPTS}
-_ADDED_TO_SYSTEM = {2: {"prefix_caching": False} | _RULES_BEFORE_4, 3: _RULES_BEFORE_4}  # likewise, of a manifest
-
-Row = tuple[Any, ...]  # of a table, its fields in the order of `COLUMNS`
-Rows = Sequence[Row] | bytearray  # or, of `steps` and `iterations`, as `packer` packs them
-
-
-def packer(table: str) -> Callable[..., bytes]:
-    """What takes the fields of a row of `steps` or `iterations`, and returns its bytes."""
-    return struct.Struct("<" + "".join(_PACKED[kind][0] for kind in COLUMNS[table].values())).pack
-
-
-def tables_from_rows(rows: Mapping[str, Rows]) -> dict[str, pa.Table]:
-    """Turn rows by table into Arrow tables."""
-    return {name: table_from_rows(name, rows[name]) for name in COLUMNS}
-
-
-def table_from_rows(table: str, rows: Rows) -> pa.Table:
-    """Turn rows into an Arrow table."""
-    import pyarrow as pa
-
-    columns = COLUMNS[table]
-    if {"string", "bool"}.isdisjoint(columns.values()):
-        packed = rows if isinstance(rows, bytearray) else b"".join(starmap(packer(table), rows))
-        arrays = _numeric_arrays(columns, packed)
-    else:
-        values = list(zip(*rows, strict=True)) or [()] * len(columns)
-        arrays = [pa.array(column, _arrow_type(kind)) for column, kind in zip(values, columns.values(), strict=True)]
-    return pa.table(arrays, names=list(columns))
-
-
-def _numeric_arrays(columns: Mapping[str, str], packed: bytes | bytearray) -> list[pa.Array]:
-    """Columns of packed rows, in a third of the time that Arrow takes for Python objects."""
-    import pyarrow as pa
-
-    rows = np.frombuffer(packed, [(name, _PACKED[kind][1]) for name, kind in columns.items()])
-    arrays = []
-    for name, kind in columns.items():
-        values = np.ascontiguousarray(rows[name])
-        if kind == "binary":
-            digests = [None, pa.py_buffer(values)]
-            arrays.append(pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(rows), digests).cast(kind))
-        else:
-            null = values == NULL
-            arrays.append(pa.array(values, mask=null if null.any() else None))
-    return arrays
-
-
-def _arrow_type(kind: str) -> Any:
-    import pyarrow as pa
-
-    return pa.list_(pa.int64()) if kind == _INTS else kind
 
 
 @dataclass(slots=True)
@@ -329,7 +177,7 @@ class RunWriter:
 def _encoding(table: str) -> dict[str, Any]:
     """Numbers as differences, words by dictionary: half the time and size of Parquet's defaults."""
     kinds = COLUMNS[table].items()
-    numbers = {name: "DELTA_BINARY_PACKED" for name, kind in kinds if kind == _INT}
+    numbers = {name: "DELTA_BINARY_PACKED" for name, kind in kinds if kind == "int64"}
     words = [name for name, kind in kinds if kind == "string"]
     return {"compression": "zstd", "column_encoding": numbers, "use_dictionary": words}
 
@@ -361,14 +209,14 @@ def read_run(folder: Path) -> RunRecords:
             tables[name] = stored[name]
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
-        for added, value in _ADDED.get(version, {}).get(name, {}).items():
-            filled = pa.array([value] * len(tables[name]), _arrow_type(columns[added]))
+        for added, value in ADDED.get(version, {}).get(name, {}).items():
+            filled = pa.array([value] * len(tables[name]), arrow_type(columns[added]))
             tables[name] = tables[name].append_column(added, filled)
         if tables[name].column_names != list(columns):
             raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
     partial = manifest.pop("partial", False)
     if "system" in manifest:
-        manifest["system"] = _ADDED_TO_SYSTEM.get(version, {}) | manifest["system"]
+        manifest["system"] = ADDED_TO_SYSTEM.get(version, {}) | manifest["system"]
     return RunRecords(manifest, tables, summary, partial)
 
 
@@ -381,7 +229,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
     except (OSError, ValueError) as error:
         raise TandemError(f"{path}: cannot be read ({_first_line(error)})") from error
     version = content.pop("schema", None) if isinstance(content, dict) else None
-    if version not in (*_ADDED, SCHEMA_VERSION):
+    if version not in (*ADDED, SCHEMA_VERSION):
         raise TandemError(f"{path}: not schema {SCHEMA_VERSION}; it was written by another version of tandem")
     return content, version
 

@@ -20,7 +20,7 @@ from engine.step import GENESIS, Step, StepDraft, StepLoad
 
 
 class Accounting(ABC):
-    """Everything that a scheduler keeps account of, and all that the serving loop asks. Attributes are `Scheduler`'s."""
+    """All that a scheduler keeps account of, and all that the serving loop asks. Attributes are `Scheduler`'s."""
 
     chunked: ClassVar[bool] = False
 
