@@ -398,3 +398,10 @@ def test_steps_of_a_policy_by_key_do_not_slow_down_with_the_queue():
         recorder, _ = serve(requests, config, scheduler=scheduler)
         asked.append(calls[0] / len(recorder.tables()["steps"]))
     assert asked[1] < 2 * asked[0]
+
+
+def test_sarathi_serves_a_request_that_fills_all_blocks_although_it_could_be_swapped_out():
+    config = ServingConfig(3, max_seqs=1, max_batched_tokens=1, max_model_len=35, scheduler="sarathi", num_cpu_blocks=5)
+    recorder, _ = serve([TraceRequest(0, 0, 33, 2, 2)], config)
+    (row,) = recorder.tables()["requests"].to_pylist()
+    assert (row["outcome"], row["output_len"], row["swaps"]) == ("length", 2, 0)

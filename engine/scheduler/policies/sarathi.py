@@ -36,6 +36,10 @@ class Sarathi(ChunkedPrefill):
         if self._preempted_now:
             self.wake_at(now + 1)  # the last one running may have preempted itself, and nobody asks again
 
+    def swaps(self, request: Request) -> bool:
+        """Not the only one that runs: it would come back to as full a pool, while a prefill makes its next token."""
+        return len(self.running) > 1
+
     def decode(self) -> bool:
         """Run one token for every decoding request, in order of arrival, each while there is a free block."""
         if self.pool.free <= len(self._out_of_block):  # somebody will find none
