@@ -149,16 +149,16 @@ class FollowedBackend(CheckedBackend):
     def launch(self, step):
         event = super().launch(step)
         work = self.running.apply(step)
-        mirrors = self.books.mirrors
-        decoding = [mirrors[each.source.id] for each in work.samplers[: step.decodes]]
-        # the books are a step ahead: they have counted this step's tokens, and given back what ended
+        states = self.checker.states
+        decoding = [states[each.source.id] for each in work.samplers[: step.decodes]]
+        # the checks are a step ahead: they have counted this step's tokens, and given back what ended
         for row, mirror in enumerate(decoding):
             assert mirror.cached in (0, work.decodes.contexts[row] + 1)
             assert work.decodes.tables[row, : len(mirror.blocks)].tolist() == mirror.blocks
         for (request_id, chunk), prefill in zip(step.chunks.items(), work.prefills, strict=True):
             known = self._tokens(request_id)
             assert list(prefill.token_ids) == known[chunk.start : chunk.start + chunk.tokens]
-            assert prefill.table[: len(mirrors[request_id].blocks)].tolist() == mirrors[request_id].blocks
+            assert prefill.table[: len(states[request_id].blocks)].tolist() == states[request_id].blocks
         for row, sampler in enumerate(work.samplers[: step.decodes]):
             fed = int(work.decodes.token_ids[row])
             position = int(work.decodes.contexts[row])

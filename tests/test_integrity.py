@@ -15,7 +15,7 @@ from test_executor import executor
 from test_executor import serve as serve_for_real
 from tiny_models import tiny_model
 
-from engine.checks.step_checker import Books, CheckedBackend, IntegrityError
+from engine.checks.step_checker import CheckedBackend, IntegrityError, StepChecker
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.instance import Instance
@@ -41,9 +41,9 @@ __all__ = ["executor"]  # a fixture
 # -- one wrong step after right ones ---------------------------------------------------------------------------
 
 
-def books(config: ServingConfig = CONFIG, prompt_len: int = 6, **fields: object) -> Books:
+def checker(config: ServingConfig = CONFIG, prompt_len: int = 6, **fields: object) -> StepChecker:
     """Three requests have arrived; the first, of `prompt_len` tokens, has been prefilled into blocks 0 and 1."""
-    account = Books(config)
+    account = StepChecker(config)
     account.enter(Request(number, 0, prompt_len, 4, **fields) for number in range(3))
     account.check(step(0, chunks={0: Chunk(0, prompt_len, True)}, blocks={0: [0, 1]}, used=2, running=1))
     return account
@@ -141,12 +141,12 @@ WRONG = {
 def test_a_wrong_step_is_told_from_a_right_one(case):
     wrong, complaint = WRONG[case]
     with pytest.raises(IntegrityError) as caught:
-        books().check(wrong)
+        checker().check(wrong)
     assert str(caught.value).startswith(f"breaks an invariant in step 1: {complaint}")
 
 
 def test_right_steps_pass():
-    account = books()
+    account = checker()
     account.check(decode(1, joined={0: 6}))
     account.check(decode(2, kv_tokens=7, kv_squares=49, swapped_out={}))
     account.check(step(3, swapped_out={0: Copies([0, 1], [2, 3])}))
@@ -155,8 +155,8 @@ def test_right_steps_pass():
 
 
 def test_who_has_stopped_must_leave_and_may_not_come_back():
-    account = books()
-    account.mirrors[0].request.outcome = STOP
+    account = checker()
+    account.states[0].request.outcome = STOP
     with pytest.raises(IntegrityError, match="requests that have stopped or were cancelled, and still hold blocks"):
         account.check(decode(1, joined={0: 6}))
     account.check(step(1, dropped=[0], used=2, running=1, chunks={1: Chunk(0, 6, True)}, blocks={1: [0, 1]}))
@@ -165,18 +165,18 @@ def test_who_has_stopped_must_leave_and_may_not_come_back():
 
 
 def test_who_joins_a_step_too_early_after_a_swap_is_found():
-    account = books()
+    account = checker()
     account.check(step(1, swapped_out={0: Copies([0, 1], [2, 3])}))
     with pytest.raises(IntegrityError, match="step that swapped in a request that joins"):
         account.check(decode(2, swapped_in={0: Copies([2, 3], [6, 7])}, joined={0: 6}))
 
 
 def test_what_was_lost_is_found_when_all_is_over():
-    account = books()
+    account = checker()
     with pytest.raises(IntegrityError, match=r"leaves 3 requests unserved, .*: \[0, 1, 2\]"):
         account.close()
     for number, outcome in enumerate((LENGTH, CANCELLED, CANCELLED)):
-        account.mirrors[number].request.outcome = outcome
+        account.states[number].request.outcome = outcome
     with pytest.raises(IntegrityError, match="said to have finished that no step finished"):
         account.close()
 
@@ -190,9 +190,9 @@ def shared(blocks: list[int], start: int = 4, used: int = 3) -> Step:
 
 
 def test_a_block_may_have_several_owners_if_it_holds_the_same_tokens():
-    account = books(SHARING, content=Content([5], 4))
+    account = checker(SHARING, content=Content([5], 4))
     account.check(shared([0, 2]))
-    account.mirrors[0].request.outcome = CANCELLED
+    account.states[0].request.outcome = CANCELLED
     account.check(step(2, used=2, running=1, dropped=[0], joined={1: 6}, decodes=1, kv_tokens=6, kv_squares=36))
     with pytest.raises(
         IntegrityError, match=r"owners of block 0, which it is given\n  expected  \[\]\n  found     \[1"
@@ -210,23 +210,23 @@ def test_a_block_may_have_several_owners_if_it_holds_the_same_tokens():
 )
 def test_a_block_that_does_not_hold_the_prefix_may_not_be_shared(wrong, complaint):
     with pytest.raises(IntegrityError, match=re.escape(complaint)):
-        books(SHARING, content=Content([5], 4)).check(wrong)
+        checker(SHARING, content=Content([5], 4)).check(wrong)
 
 
 def test_a_block_of_another_text_or_place_may_not_be_shared():
-    account = books(SHARING, content=Content([5], 4))
-    account.mirrors[1].request.content = Content([6], 4)
+    account = checker(SHARING, content=Content([5], 4))
+    account.states[1].request.content = Content([6], 4)
     with pytest.raises(IntegrityError, match="first 4 tokens are request 0's, who wrote block 0"):
         account.check(shared([0, 2]))
-    account = books(SHARING, prompt_len=8, content=Content([5], 8))
+    account = checker(SHARING, prompt_len=8, content=Content([5], 8))
     with pytest.raises(IntegrityError, match="place in the prompt of block 1, which it shares"):
         account.check(step(1, used=3, running=2, chunks={1: Chunk(4, 4, True)}, blocks={1: [1, 2]}))
 
 
 def test_a_shared_block_may_not_be_written():
-    account = books(SHARING, content=Content([5], 4))
+    account = checker(SHARING, content=Content([5], 4))
     account.check(shared([0, 2]))
-    account.mirrors[1].cached = 3  # as if it were to compute the last token of its prefix anew
+    account.states[1].cached = 3  # as if it were to compute the last token of its prefix anew
     with pytest.raises(IntegrityError, match=r"owners of block 0, which it writes\n.*\[1\]\n.*\[0, 1\]"):
         account.check(step(2, used=3, running=2, chunks={1: Chunk(3, 4, True)}))
 

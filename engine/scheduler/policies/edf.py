@@ -9,7 +9,7 @@ NEVER = 2**63
 
 
 class EarliestDeadlineFirst(KeyedScheduler):
-    """Whoever is due next runs; preempts who is due later, if seats or blocks lack.
+    """Whoever is due next runs; preempts who is due later, if rows or blocks lack.
 
     A request is due when its next promise is: its first token, then its last. One without a promise left can wait.
     Where not all deadlines can be met, EDF is known to serve requests whose time is past first, and to miss many; and

@@ -7,7 +7,7 @@ from engine.scheduler.keyed import Key, KeyedScheduler
 
 
 class ShortestRemainingFirst(KeyedScheduler):
-    """Whoever has the fewest expected output tokens left runs; preempts who has more left, if seats or blocks lack."""
+    """Whoever has the fewest expected output tokens left runs; preempts who has more left, if rows or blocks lack."""
 
     preemptive = True
 
