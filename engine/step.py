@@ -146,11 +146,13 @@ class StepDraft:
         if request_id in self.skipped:
             self.skipped.remove(request_id)
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether it changes nothing: who decoded decodes on."""
+        return _is_steady(self)
+
     def seal(self, index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
-        """The step, which goes on from one with the digest `previous`. A draft that is not steady is used up."""
-        if _is_steady(self):  # as most steps are
-            delta = _STEADY.pack(ENCODING_VERSION, index, decodes)
-            return Step(index, decodes, load=load, digest=_chain(previous, delta))
+        """The step, which follows one with the digest `previous`. The draft is used up."""
         return Step(
             index,
             decodes,
@@ -168,17 +170,31 @@ class StepDraft:
         )
 
     def _encode(self, index: int, decodes: int) -> bytes:
-        """Canonical bytes of the decisions. A steady step's are `_STEADY`'s, at a fraction of the cost."""
-        out, back = _encode_copies(self.swapped_out), _encode_copies(self.swapped_in)
-        joined = [n for item in self.joined.items() for n in item]
-        chunks = [n for each, chunk in self.chunks.items() for n in (each, *chunk)]
-        blocks = [n for each, new in self.blocks.items() for n in (each, len(new), *new)]
-        parts = (self.dropped, self.preempted, out, back, joined, chunks, blocks, self.finishing)
-        numbers = [ENCODING_VERSION, index, decodes]
-        for part in parts if not self.skipped else (*parts, self.skipped):  # digests of old know no skipped requests
-            numbers.append(len(part))
-            numbers += part
+        """Canonical bytes of the decisions."""
+        out = _encode_copies(self.swapped_out) if self.swapped_out else ()
+        back = _encode_copies(self.swapped_in) if self.swapped_in else ()
+        joined = [n for item in self.joined.items() for n in item] if self.joined else ()
+        chunks = [n for each, chunk in self.chunks.items() for n in (each, *chunk)] if self.chunks else ()
+        blocks = [n for each, new in self.blocks.items() for n in (each, len(new), *new)] if self.blocks else ()
+        numbers = [
+            ENCODING_VERSION, index, decodes,
+            len(self.dropped), *self.dropped,
+            len(self.preempted), *self.preempted,
+            len(out), *out,
+            len(back), *back,
+            len(joined), *joined,
+            len(chunks), *chunks,
+            len(blocks), *blocks,
+            len(self.finishing), *self.finishing,
+        ]  # fmt: skip
+        if self.skipped:  # at the end, so that the digest of a step without any is what it was before there were any
+            numbers += [len(self.skipped), *self.skipped]
         return _packer(len(numbers))(*numbers)
+
+
+def steady_step(index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
+    """A step that changes nothing, as most do: what an empty draft would be sealed to, at a fraction of the cost."""
+    return Step(index, decodes, load=load, digest=_chain(previous, _STEADY.pack(ENCODING_VERSION, index, decodes)))
 
 
 _STEADY = struct.Struct("<3q64x")  # eight lists without an entry

@@ -16,7 +16,7 @@ from engine.decode_set import DecodeSet
 from engine.planner import PolicyError
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.scheduler.kv_manager import KVManager
-from engine.step import GENESIS, Step, StepDraft, StepLoad
+from engine.step import GENESIS, Step, StepDraft, StepLoad, steady_step
 
 
 class Accounting(ABC):
@@ -308,11 +308,11 @@ class Accounting(ABC):
         self._count_chunks(draft)
         if decodes:
             self._count_decodes(draft)
-        step = draft.seal(self._index, decodes, load, self._digest)
-        self._digest = step.digest
-        self._index += 1
-        if not step.is_steady:
-            self._step = StepDraft()
+        if draft.is_steady:
+            step = steady_step(self._index, decodes, load, self._digest)
+        else:
+            step, self._step = draft.seal(self._index, decodes, load, self._digest), StepDraft()
+        self._digest, self._index = step.digest, self._index + 1
         return step
 
     def _count_chunks(self, draft: StepDraft) -> None:
