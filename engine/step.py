@@ -101,7 +101,7 @@ class Step(NamedTuple):
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
-        return _tokens(self.chunks)
+        return sum([chunk.tokens for chunk in self.chunks.values()]) if self.chunks else 0
 
     @property
     def is_steady(self) -> bool:
@@ -133,11 +133,12 @@ class StepDraft:
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
-        return _tokens(self.chunks)
+        return sum([chunk.tokens for chunk in self.chunks.values()]) if self.chunks else 0
 
-    def give(self, request_id: int, blocks: Sequence[int]) -> None:
-        """Append blocks to a request's block table."""
-        self.blocks.setdefault(request_id, []).extend(blocks)
+    def give(self, request_id: int, blocks: list[int]) -> None:
+        """Append blocks to a request's block table; the list is the draft's from now on."""
+        if (given := self.blocks.setdefault(request_id, blocks)) is not blocks:
+            given += blocks
 
     def take_out(self, request_id: int) -> None:
         """A request runs nothing in this step."""
@@ -198,10 +199,6 @@ def steady_step(index: int, decodes: int, load: StepLoad, previous: bytes) -> St
 
 
 _STEADY = struct.Struct("<3q64x")  # eight lists without an entry
-
-
-def _tokens(chunks: Mapping[int, Chunk]) -> int:
-    return sum([chunk.tokens for chunk in chunks.values()]) if chunks else 0
 
 
 def _is_steady(step: Step | StepDraft) -> bool:

@@ -178,7 +178,7 @@ class Accounting(ABC):
         self.prefilling[request.id] = request
         if hits:
             self.kv.share(request, hits)
-            self._step.give(request.id, hits)
+            self._step.give(request.id, [*hits])
         self.on_admit(request)
         return True
 
@@ -305,7 +305,8 @@ class Accounting(ABC):
         tokens, squares = (decoding.kv_tokens, decoding.kv_squares) if decodes else (0, 0)
         running = len(self.running) + len(self.held)
         load = StepLoad(tokens, squares, self.pool.used, running, len(self.waiting))
-        self._count_chunks(draft)
+        if draft.chunks:
+            self._count_chunks(draft)
         if decodes:
             self._count_decodes(draft)
         if draft.is_steady:
