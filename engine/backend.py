@@ -66,7 +66,7 @@ class Completion(NamedTuple):
 
 
 class Backend(Protocol):
-    """What both riders implement."""
+    """What both backends implement."""
 
     def now(self) -> int:
         """Nanoseconds since the run's start."""

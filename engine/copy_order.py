@@ -1,4 +1,4 @@
-"""Which copies between the tiers a step's compute must wait for: the one answer, for both riders.
+"""Which copies between the tiers a step's compute must wait for: the one answer, for both backends.
 
 Copies run on a stream of their own, in plan order (within a step, what is swapped out before what is swapped in). Those
 of step n begin once the compute of step n - 1 has ended, so they never overtake what wrote, or last read, their blocks.

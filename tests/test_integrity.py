@@ -15,7 +15,7 @@ from test_executor import executor
 from test_executor import serve as serve_for_real
 from tiny_models import tiny_model
 
-from engine.checks.step_checker import Books, CheckedBackend, IntegrityError
+from engine.checks.step_checker import CheckedBackend, IntegrityError, StepChecker
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.prefix_hash import Content
@@ -41,9 +41,9 @@ __all__ = ["executor"]  # a fixture
 # -- one wrong step after right ones ---------------------------------------------------------------------------
 
 
-def books(config: ServingConfig = CONFIG, prompt_len: int = 6, **fields: object) -> Books:
+def books(config: ServingConfig = CONFIG, prompt_len: int = 6, **fields: object) -> StepChecker:
     """Three requests have arrived; the first, of `prompt_len` tokens, has been prefilled into blocks 0 and 1."""
-    account = Books(config)
+    account = StepChecker(config)
     account.enter(Request(number, 0, prompt_len, 4, **fields) for number in range(3))
     account.check(step(0, chunks={0: Chunk(0, prompt_len, True)}, blocks={0: [0, 1]}, used=2, running=1))
     return account

@@ -32,7 +32,7 @@ class CheckedBackend:
 
     def __init__(self, backend: Backend, config: ServingConfig) -> None:
         self._backend = backend
-        self.books = Books(config)
+        self.checker = StepChecker(config)
 
     def now(self) -> int:
         """The backend's clock."""
@@ -41,12 +41,12 @@ class CheckedBackend:
     def due(self, now: int) -> Sequence[Event]:
         """Events due by `now`, noted."""
         events = self._backend.due(now)
-        self.books.enter(event.request for event in events)
+        self.checker.enter(event.request for event in events)
         return events
 
     def launch(self, step: Step) -> Any:
         """Checks the step, then launches it."""
-        self.books.check(step)
+        self.checker.check(step)
         return self._backend.launch(step)
 
     def complete(self) -> Any:
@@ -59,12 +59,12 @@ class CheckedBackend:
 
     def close(self) -> None:
         """Checks that nothing was lost."""
-        self.books.close()
+        self.checker.close()
         self._backend.close()
 
 
 @dataclass(slots=True, eq=False)
-class Mirror:
+class RequestMirror:
     """One request as the data plane knows it. Of the scheduler's own account, only `request.outcome` is looked at."""
 
     request: Request
@@ -89,7 +89,7 @@ class _Written(NamedTuple):
     place: int
 
 
-class Books:
+class StepChecker:
     """Applies deltas and checks each, blocks owned in plan order. All methods but `enter` raise IntegrityError.
 
     Attributes:
@@ -99,10 +99,10 @@ class Books:
     def __init__(self, config: ServingConfig) -> None:
         self._config = config
         self._steps = 0
-        self.mirrors: dict[int, Mirror] = {}
-        self._decoding: dict[int, Mirror] = {}
-        self._resident: dict[int, Mirror] = {}  # who holds GPU blocks
-        self._swapped: dict[int, Mirror] = {}  # who holds CPU blocks
+        self.mirrors: dict[int, RequestMirror] = {}
+        self._decoding: dict[int, RequestMirror] = {}
+        self._resident: dict[int, RequestMirror] = {}  # who holds GPU blocks
+        self._swapped: dict[int, RequestMirror] = {}  # who holds CPU blocks
         self._owners: dict[int, set[int]] = {}  # GPU block -> the requests that hold it
         self._cpu_owner: dict[int, int] = {}
         self._sharers: dict[
@@ -115,7 +115,7 @@ class Books:
     def enter(self, requests: Iterable[Request]) -> None:
         """Requests arrive, or are cancelled."""
         for request in requests:
-            self.mirrors.setdefault(request.id, Mirror(request))
+            self.mirrors.setdefault(request.id, RequestMirror(request))
 
     def check(self, step: Step) -> None:
         """Apply a step."""
@@ -181,7 +181,7 @@ class Books:
         kept = [request_id for request_id, each in holders if each.request.outcome in (STOP, CANCELLED)]
         self._expect(None, "requests that have stopped or were cancelled, and still hold blocks", [], kept)
 
-    def _swap_out(self, mirror: Mirror, copies: Copies) -> None:
+    def _swap_out(self, mirror: RequestMirror, copies: Copies) -> None:
         """Exactly the blocks of its cache leave, and all but its newest token are in it: no half prefill is kept."""
         self._expect(mirror, "tokens in the cache of a request that is swapped out", mirror.known - 1, mirror.cached)
         leaving = mirror.blocks[: self._blocks_for(mirror.cached)]
@@ -197,7 +197,7 @@ class Books:
         mirror.cpu_blocks = [*copies.target]
         self._swapped[mirror.request.id] = mirror
 
-    def _swap_in(self, mirror: Mirror, copies: Copies) -> None:
+    def _swap_in(self, mirror: RequestMirror, copies: Copies) -> None:
         self._expect(mirror, "CPU blocks that are swapped in", mirror.cpu_blocks, copies.source)
         self._expect(mirror, "blocks that they are copied to", len(copies.source), len(copies.target))
         self._free_cpu(mirror)
@@ -210,7 +210,7 @@ class Books:
         back = {block for copies in step.swapped_in.values() for block in copies.source}
         self._expect(None, "CPU blocks that are both read and written", [], sorted(out & back))
 
-    def _append(self, mirror: Mirror, blocks: Sequence[int], chunk: Chunk) -> None:
+    def _append(self, mirror: RequestMirror, blocks: Sequence[int], chunk: Chunk) -> None:
         """Where the first chunk of a request without blocks starts late, the prefix cache has the blocks before it."""
         shared = 0
         if self._config.prefix_caching and not mirror.blocks:
@@ -222,7 +222,7 @@ class Books:
         self._own(mirror, blocks[shared:])
         self._note_contents(mirror, chunk.start, chunk.start + chunk.tokens)
 
-    def _share(self, mirror: Mirror, place: int, block: int) -> None:
+    def _share(self, mirror: RequestMirror, place: int, block: int) -> None:
         written, tokens = self._contents.get(block), (place + 1) * self._config.block_size
         self._expect(mirror, f"whether block {block}, which it shares, is full", True, written is not None)
         assert written is not None
@@ -233,19 +233,19 @@ class Books:
         self._give(mirror, block)
         self._sharers.setdefault(block, set()).add(mirror.request.id)
 
-    def _own(self, mirror: Mirror, blocks: Sequence[int]) -> None:
+    def _own(self, mirror: RequestMirror, blocks: Sequence[int]) -> None:
         for block in blocks:
             self._expect(mirror, f"whether there is a block {block}", True, 0 <= block < self._config.num_blocks)
             self._expect(mirror, f"owners of block {block}, which it is given", [], sorted(self._owners.get(block, ())))
             self._contents.pop(block, None)
             self._give(mirror, block)
 
-    def _give(self, mirror: Mirror, block: int) -> None:
+    def _give(self, mirror: RequestMirror, block: int) -> None:
         self._owners.setdefault(block, set()).add(mirror.request.id)
         mirror.blocks.append(block)
         self._resident[mirror.request.id] = mirror
 
-    def _join(self, mirror: Mirror, context: int) -> None:
+    def _join(self, mirror: RequestMirror, context: int) -> None:
         self._expect(mirror, "context of a request that joins", mirror.cached, context)
         self._expect(mirror, "tokens in the cache of a request that joins", mirror.known - 1, mirror.cached)
         self._expect(mirror, "whether a request that joins decodes already", False, mirror.request.id in self._decoding)
@@ -261,7 +261,7 @@ class Books:
         self._at_most(None, "requests that hold blocks", config.max_seqs, len(self._resident))
         self._expect(None, "blocks in use", len(self._owners), step.kv_blocks_used)
 
-    def _prefill(self, mirror: Mirror, chunk: Chunk) -> None:
+    def _prefill(self, mirror: RequestMirror, chunk: Chunk) -> None:
         self._expect(mirror, "whether a request with a chunk decodes", False, mirror.request.id in self._decoding)
         self._expect(mirror, "start of its chunk, which is where its cache ends", mirror.cached, chunk.start)
         end = chunk.start + chunk.tokens
@@ -270,7 +270,7 @@ class Books:
         self._expect(mirror, "whether its chunk samples", end == mirror.known, chunk.samples)
         self._cache(mirror, chunk.tokens, makes=chunk.samples)
 
-    def _note_contents(self, mirror: Mirror, start: int, end: int) -> None:
+    def _note_contents(self, mirror: RequestMirror, start: int, end: int) -> None:
         """What the blocks hold that a request's tokens from `start` to `end` fill."""
         size = self._config.block_size
         for place in range(start // size, min(end // size, len(mirror.blocks))):
@@ -286,7 +286,7 @@ class Books:
         for mirror in self._decoding.values():
             self._cache(mirror, 1, makes=True)
 
-    def _cache(self, mirror: Mirror, tokens: int, makes: bool) -> None:
+    def _cache(self, mirror: RequestMirror, tokens: int, makes: bool) -> None:
         first, last = mirror.cached // self._config.block_size, self._blocks_for(mirror.cached + tokens)
         self._at_most(mirror, "blocks that its tokens take up", len(mirror.blocks), last)
         for block in mirror.blocks[first:last]:
@@ -298,7 +298,7 @@ class Books:
 
     # -- accounts -----------------------------------------------------------------------------------------
 
-    def _live(self, request_id: int) -> Mirror:
+    def _live(self, request_id: int) -> RequestMirror:
         mirror = self.mirrors.get(request_id)
         if mirror is None:
             self._fail(f"the step names request {request_id}", "a request that has arrived", "none of that number")
@@ -306,18 +306,18 @@ class Books:
             self._fail(f"the step names request {request_id}", "a request that has not ended", mirror.end)
         return mirror
 
-    def _finish(self, mirror: Mirror, step: Step) -> None:
+    def _finish(self, mirror: RequestMirror, step: Step) -> None:
         if self._config.release == COMPLETED:
             mirror.finished = True
             self._decoding.pop(mirror.request.id, None)
         else:
             self._end(mirror, f"it finished in step {step.index}")
 
-    def _end(self, mirror: Mirror, how: str) -> None:
+    def _end(self, mirror: RequestMirror, how: str) -> None:
         self._free(mirror)
         mirror.end = how
 
-    def _free(self, mirror: Mirror) -> None:
+    def _free(self, mirror: RequestMirror) -> None:
         for block in mirror.blocks:
             owners = self._owners[block]
             owners.discard(mirror.request.id)
@@ -328,7 +328,7 @@ class Books:
         self._free_cpu(mirror)
         self._decoding.pop(mirror.request.id, None)
 
-    def _free_cpu(self, mirror: Mirror) -> None:
+    def _free_cpu(self, mirror: RequestMirror) -> None:
         for block in mirror.cpu_blocks:
             del self._cpu_owner[block]
         mirror.cpu_blocks = []
@@ -339,11 +339,11 @@ class Books:
 
     # -- complaints ---------------------------------------------------------------------------------------
 
-    def _expect(self, mirror: Mirror | None, what: str, expected: object, found: object) -> None:
+    def _expect(self, mirror: RequestMirror | None, what: str, expected: object, found: object) -> None:
         if expected != found:
             self._fail(what if mirror is None else f"request {mirror.request.id}: {what}", expected, found)
 
-    def _at_most(self, mirror: Mirror | None, what: str, limit: int, found: int) -> None:
+    def _at_most(self, mirror: RequestMirror | None, what: str, limit: int, found: int) -> None:
         if found > limit:
             self._fail(what if mirror is None else f"request {mirror.request.id}: {what}", f"at most {limit}", found)
 

@@ -19,7 +19,7 @@ from engine.events import Event, EventSource
 from engine.step import Step
 
 
-class Work(NamedTuple):
+class CompletedStep(NamedTuple):
     """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it showed."""
 
     step: int
@@ -40,7 +40,7 @@ class DataPlane(Protocol):
     def launch(self, step: Step) -> None:
         """Put a step behind those launched before; returns before it is done."""
 
-    def complete(self) -> Work:
+    def complete(self) -> CompletedStep:
         """Wait for the oldest step in flight; raises what went wrong."""
 
 
@@ -140,7 +140,7 @@ class ThreadedDataPlane:
     def __init__(self, runner: Runs) -> None:
         self._runner = runner
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
-        self._results: SimpleQueue[Work | BaseException | None] = SimpleQueue()
+        self._results: SimpleQueue[CompletedStep | BaseException | None] = SimpleQueue()
         self._worker = Thread(target=self._work, name="data-plane", daemon=True)
 
     def __enter__(self) -> ThreadedDataPlane:
@@ -156,13 +156,13 @@ class ThreadedDataPlane:
         """Hands the step to the thread."""
         self._steps.put(step)
 
-    def complete(self) -> Work:
+    def complete(self) -> CompletedStep:
         """Waits for the thread; raises what it raised."""
         work = self._next_result()
         assert work is not None
         return work
 
-    def _next_result(self) -> Work | None:
+    def _next_result(self) -> CompletedStep | None:
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
@@ -175,6 +175,6 @@ class ThreadedDataPlane:
             while (step := self._steps.get()) is not None:
                 start_ns = time.perf_counter_ns()
                 shown = self._runner.run(step)
-                self._results.put(Work(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
+                self._results.put(CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
         except BaseException as error:
             self._results.put(error)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +17,7 @@ from engine.executor.batch import KVCache
 from engine.executor.batch_state import RunningBatch
 from engine.executor.cpu.machine import Cpu
 from engine.executor.cpu.runner import Runner
+from engine.executor.machine import Machine, SwapTimes
 from engine.executor.model import Llama
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
@@ -33,50 +33,6 @@ if TYPE_CHECKING:
     from engine.executor.cuda.meter import CudaMeter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Machine(Protocol):
-    """What computes: where tensors live, what fits there, and how steps are run."""
-
-    @property
-    def name(self) -> str:
-        """As manifests and profiles call it."""
-
-    @property
-    def kernels(self) -> str:
-        """What computes."""
-
-    @property
-    def ops(self) -> ModuleType:
-        """The data plane's operations."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors live."""
-
-    @property
-    def default_dtype(self) -> str:
-        """Of weights and cache."""
-
-    @property
-    def default_block_size(self) -> int:
-        """Tokens of a KV block."""
-
-    def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
-        """KV blocks that fit beside the model within `config`, or as many as its limits can use if that is fewer.
-
-        Raises:
-            TandemError: not even one request of the longest length fits.
-        """
-
-    def prepare(self, model: Llama, config: ServingConfig) -> Any:
-        """Do ahead of a run what takes seconds. Raises TandemError if memory does not hold the caches."""
-
-    def data_plane(self, model: Llama, config: ServingConfig, running: RunningBatch) -> DataPlane:
-        """A data plane for one run."""
-
-    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
-        """Times (µs) of copies between the tiers: direction (`out`, `in`), blocks, repeats."""
 
 
 class Executor:
@@ -141,7 +97,7 @@ class Executor:
         """Get ready for runs within `config`, if that takes seconds; raises TandemError if memory does not suffice."""
         self.machine.prepare(self.llama, config)
 
-    def measure_swap(self, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+    def measure_swap(self, config: ServingConfig) -> list[SwapTimes]:
         """Times of copies between the tiers, as `Machine` says."""
         return self.machine.measure_swap(self.llama, config)
 

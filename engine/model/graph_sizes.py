@@ -1,6 +1,6 @@
 """For which numbers of rows an executor captures its steps as graphs, and so what a step is padded to.
 
-Both riders ask: the executor to choose a graph, the simulator to know what a step costs. Knows no tensors.
+Both backends ask: the executor to choose a graph, the simulator to know what a step costs. Knows no tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run writes down: a folder of tables and a manifest, the same for both riders.
+"""What a run writes down: a folder of tables and a manifest, the same for both backends.
 
 `requests` has a row per request; `steps` per step; `spans` per prefill chunk and per stretch of decoding (from
 it every token's time follows: a decoding request makes a token in each step of its span whose `decode_tokens`

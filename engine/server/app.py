@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, and one error format. It may not know which rider serves."""
+"""The HTTP side: routes, limits, and one error format. It may not know which driver serves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.live_events import Terms
-from engine.server.engine_client import EngineLink
-from engine.server.openai_format import ChatDialect, Dialect
+from engine.server.engine_client import EngineClient
+from engine.server.openai_format import ChatFormat, CompletionFormat
 from engine.server.prometheus import Exposition
 from engine.server.protocol import (
     MOST_PROMPTS,
@@ -39,7 +39,7 @@ STATUS_PAGE = Path(__file__).with_name("status.html")
 
 
 @dataclass(frozen=True, slots=True)
-class Manners:
+class ServerLimits:
     """How the server treats its clients.
 
     Attributes:
@@ -57,10 +57,10 @@ class Manners:
     ignore_sampling: bool = False
 
 
-def build_app(link: EngineLink, text: Text, manners: Manners) -> ASGIApp:
+def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp:
     """The application, behind its guards."""
     app = FastAPI(title="Tandem", version=version("tandem-llm"), docs_url=None, redoc_url=None)
-    api = _Api(link, text, manners)
+    api = _Api(engine, text, limits)
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)
     }
@@ -77,19 +77,19 @@ def build_app(link: EngineLink, text: Text, manners: Manners) -> ASGIApp:
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RecursionError)(_too_deep)
     app.exception_handler(Exception)(_fault)
-    return Guard(app, manners)
+    return Guard(app, limits)
 
 
 class _Api:
     """The handlers."""
 
-    def __init__(self, link: EngineLink, text: Text, manners: Manners) -> None:
-        self._link = link
+    def __init__(self, engine: EngineClient, text: Text, limits: ServerLimits) -> None:
+        self._engine = engine
         self._text = text
-        self._manners = manners
+        self._limits = limits
         self._page = STATUS_PAGE.read_text()
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Exposition(link))
+        self._registry.register(Exposition(engine))
         self._answers = 0
 
     async def completions(self, body: CompletionRequest) -> AnswerResponse:
@@ -97,7 +97,7 @@ class _Api:
         arrived_ns = time.perf_counter_ns()
         self._check(body, len(body.prompts))
         prompts = [await self._ids(prompt) for prompt in body.prompts]
-        return self._answer(body, prompts, arrived_ns, Dialect)
+        return self._answer(body, prompts, arrived_ns, CompletionFormat)
 
     async def chat(self, body: ChatRequest) -> AnswerResponse:
         """Continue a conversation, written by the model's chat template."""
@@ -107,12 +107,12 @@ class _Api:
             written = self._text.chat([message.plain() for message in body.messages])
         except ValueError as error:
             raise Refused(400, str(error), "messages") from None
-        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatDialect)
+        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatFormat)
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
-        ready = self._link.ready
-        card = {"id": self._manners.model, "object": "model", "created": 0, "owned_by": "tandem"}
+        ready = self._engine.ready
+        card = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
         return {
             "object": "list",
             "data": [card | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
@@ -120,8 +120,8 @@ class _Api:
 
     async def health(self) -> JSONResponse:
         """200 while requests can be served; 503 once the engine is dead or the server is shutting down."""
-        if self._link.error is not None or self._link.draining:
-            raise Refused(503, self._link.error or "the server is shutting down")
+        if self._engine.error is not None or self._engine.draining:
+            raise Refused(503, self._engine.error or "the server is shutting down")
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:
@@ -134,17 +134,17 @@ class _Api:
 
     async def status(self) -> dict[str, Any]:
         """What the status page draws."""
-        link, metrics = self._link, self._link.metrics
+        engine, metrics = self._engine, self._engine.metrics
         return {
             "time_s": time.perf_counter(),
-            "alive": link.error is None,
-            "model": self._manners.model,
-            "facts": link.ready.facts,
-            "scheduler": link.ready.config.scheduler,
-            "kv_blocks": link.ready.config.num_blocks,
-            "max_seqs": link.ready.config.max_seqs,
-            "open": link.open_requests,
-            "load": link.load._asdict(),
+            "alive": engine.error is None,
+            "model": self._limits.model,
+            "facts": engine.ready.facts,
+            "scheduler": engine.ready.config.scheduler,
+            "kv_blocks": engine.ready.config.num_blocks,
+            "max_seqs": engine.ready.config.max_seqs,
+            "open": engine.open_requests,
+            "load": engine.load._asdict(),
             "generated": metrics.generated,
             "outcomes": dict(metrics.outcomes),
             "ttft": {
@@ -159,27 +159,27 @@ class _Api:
         return HTMLResponse(self._page)
 
     def _check(self, body: Generate, prompts: int) -> None:
-        if self._link.error is not None or self._link.draining:
-            raise Refused(503, self._link.error or "the server is shutting down")
-        if body.model is not None and body.model != self._manners.model:
-            raise Refused(404, f"no model {body.model!r} here: this is {self._manners.model!r}", "model")
-        if refusal := body.refusal(self._manners.ignore_sampling):
+        if self._engine.error is not None or self._engine.draining:
+            raise Refused(503, self._engine.error or "the server is shutting down")
+        if body.model is not None and body.model != self._limits.model:
+            raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
+        if refusal := body.refusal(self._limits.ignore_sampling):
             raise Refused(400, refusal[1], refusal[0])
         if prompts > MOST_PROMPTS:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
-        if self._link.without_token + prompts > self._manners.max_waiting:
-            message = f"{self._link.without_token} requests wait for their first token: try again later"
+        if self._engine.without_token + prompts > self._limits.max_waiting:
+            message = f"{self._engine.without_token} requests wait for their first token: try again later"
             raise Refused(429, message, retry_after_s=RETRY_AFTER_S)
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return await self._read(prompt, self._text.encode)
-        if max(prompt) >= (vocab_size := self._link.ready.facts["vocab_size"]):
+        if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
             raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
     async def _read(self, text: str, encode: Any) -> list[int]:
-        longest = self._link.ready.config.max_model_len * self._text.longest
+        longest = self._engine.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
         try:
@@ -191,16 +191,16 @@ class _Api:
         return ids
 
     def _answer(
-        self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, dialect: type[Dialect]
+        self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, format: type[CompletionFormat]
     ) -> AnswerResponse:
         limits = [self._limit(body, len(ids)) for ids in prompts]
         self._answers += 1
-        written = dialect(self._answers, int(time.time()), self._manners.model, body.wants_usage)
+        written = format(self._answers, int(time.time()), self._limits.model, body.wants_usage)
         writers = [Writer(self._text.tokens, body.stops, body.min_tokens) for _ in prompts]
-        answer = Answer(self._link, written, bool(body.stream), writers)
+        answer = Answer(self._engine, written, bool(body.stream), writers)
         for output, ids, limit in zip(answer.outputs, prompts, limits, strict=True):
             answer.prompt_tokens += len(ids)
-            output.request_id = self._link.submit(
+            output.request_id = self._engine.submit(
                 output,
                 ids,
                 arrived_ns,
@@ -213,11 +213,11 @@ class _Api:
         return AnswerResponse(answer)
 
     def _limit(self, body: Generate, prompt_len: int) -> int:
-        room = self._link.ready.config.max_model_len - prompt_len
+        room = self._engine.ready.config.max_model_len - prompt_len
         limit = room if body.limit is None else body.limit
         if limit < 1 or limit > room:
             asked = "" if body.limit is None else f" and {body.limit} new ones"
-            longest = self._link.ready.config.max_model_len
+            longest = self._engine.ready.config.max_model_len
             raise Refused(
                 400, f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here", "prompt"
             )
@@ -229,10 +229,10 @@ class _Api:
 class Guard:
     """What is checked before a request is read: its size, and the API key. Plain ASGI: streams pass through it."""
 
-    def __init__(self, app: ASGIApp, manners: Manners) -> None:
+    def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
         self._app = app
-        self._limit = manners.max_body_bytes
-        self._key = None if manners.api_key is None else f"Bearer {manners.api_key}".encode()
+        self._limit = limits.max_body_bytes
+        self._key = None if limits.api_key is None else f"Bearer {limits.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""

@@ -11,7 +11,7 @@ from engine.records.recorder import Observer, Recorder
 from engine.scheduler import Scheduler
 
 
-class Rider(Protocol):
+class Driver(Protocol):
     """Serves on live time, in the engine's process."""
 
     @property
@@ -37,14 +37,14 @@ class Rider(Protocol):
 
 
 class Service(Protocol):
-    """What the command line hands over: how to build a rider, and what becomes of the records. Can be pickled."""
+    """What the command line hands over: how to build a driver, and what becomes of the records. Can be pickled."""
 
     @property
     def records(self) -> bool:
         """Whether to record."""
 
-    def open(self) -> Rider:
-        """Build the rider: in the engine's process, since it may take seconds and own a GPU."""
+    def open(self) -> Driver:
+        """Build the driver: in the engine's process, since it may take seconds and own a GPU."""
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """The run is over, or was broken off."""

@@ -20,14 +20,14 @@ from engine.server.driver import Service
 from engine.server.engine_process import run_engine
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
-from engine.server.prometheus import Metrics
+from engine.server.prometheus import ServerMetrics
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
 BROKEN = "broken"
 
 
-class Sink(Protocol):
+class TokenSink(Protocol):
     """Who waits for a request's tokens."""
 
     def take(self, token: int, last: bool) -> None:
@@ -42,7 +42,7 @@ class _Open:
 
     __slots__ = ("arrival_ns", "last_ns", "prompt_len", "sink", "tokens")
 
-    def __init__(self, sink: Sink, arrival_ns: int, prompt_len: int) -> None:
+    def __init__(self, sink: TokenSink, arrival_ns: int, prompt_len: int) -> None:
         self.sink = sink
         self.arrival_ns = arrival_ns
         self.last_ns = 0
@@ -50,7 +50,7 @@ class _Open:
         self.tokens = 0
 
 
-class EngineLink:
+class EngineClient:
     """A running engine. Lives on the API's event loop and never blocks it.
 
     Attributes:
@@ -63,7 +63,7 @@ class EngineLink:
     """
 
     ready: Ready
-    metrics: Metrics
+    metrics: ServerMetrics
 
     def __init__(self, service: Service) -> None:
         """Start the engine's process, which then loads its model."""
@@ -107,7 +107,7 @@ class EngineLink:
 
     def submit(
         self,
-        sink: Sink,
+        sink: TokenSink,
         prompt: Sequence[int],
         arrived_ns: int,
         max_tokens: int,
@@ -177,7 +177,7 @@ class EngineLink:
                     self._progress(message)
                 case Ready():
                     self.ready = message
-                    self.metrics = Metrics(message.facts["model"], message.config.num_blocks)
+                    self.metrics = ServerMetrics(message.facts["model"], message.config.num_blocks)
                     self._begun.set_result(None)
                 case Over(error):
                     self._ended(error)
@@ -207,7 +207,7 @@ class EngineLink:
                 except Exception as error:
                     self._broken(request_id, ended.sink, error)
 
-    def _broken(self, request_id: int, sink: Sink, error: Exception) -> None:
+    def _broken(self, request_id: int, sink: TokenSink, error: Exception) -> None:
         """What goes wrong as one request's answer is written ends that request alone."""
         traceback.print_exception(error)
         why = f"its answer cannot be written: {type(error).__name__}: {error}"

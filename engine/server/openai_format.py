@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     finish_reason: str
 
 
-class Dialect:
+class CompletionFormat:
     """`/v1/completions`, for one answer."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
@@ -59,7 +59,7 @@ class Dialect:
         return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
 
 
-class ChatDialect(Dialect):
+class ChatFormat(CompletionFormat):
     """`/v1/chat/completions`, for one answer."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"

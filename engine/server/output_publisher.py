@@ -11,7 +11,7 @@ from engine.events import Event
 from engine.records.recorder import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
-from engine.server.driver import Rider
+from engine.server.driver import Driver
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import End, Load, Progress
 from engine.step import Step
@@ -31,10 +31,10 @@ class Publisher:
     """An `engine.records.recorder.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
-        self, send: Callable[[Progress], None], rider: Rider, scheduler: Scheduler, recorder: Observer | None
+        self, send: Callable[[Progress], None], driver: Driver, scheduler: Scheduler, recorder: Observer | None
     ) -> None:
         self._send = send
-        self._rider = rider
+        self._rider = driver
         self._scheduler = scheduler
         self._recorder = recorder
         self._made: dict[int, int] = {}  # of requests that have not ended, tokens sent

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from engine.server.messages import Load
 
 if TYPE_CHECKING:
-    from engine.server.engine_client import EngineLink
+    from engine.server.engine_client import EngineClient
 
 GAP_BUCKETS_S = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.025),
@@ -57,7 +57,7 @@ class Histogram:
         return list(zip(names, map(float, sums), strict=True))
 
 
-class Metrics:
+class ServerMetrics:
     """What a server counts.
 
     Attributes:
@@ -93,22 +93,22 @@ class Metrics:
 
 
 class Exposition:
-    """A Prometheus collector over a link."""
+    """A Prometheus collector over a engine."""
 
-    def __init__(self, link: EngineLink) -> None:
-        self._link = link
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as they are now."""
-        metrics = self._link.metrics
+        metrics = self._engine.metrics
         for name, text, gauge in _GAUGES:
             yield self._with(
-                GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"]), gauge(self._link.load, metrics)
+                GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"]), gauge(self._engine.load, metrics)
             )
         for name, text, total in (
             ("prompt_tokens", "Prompt tokens of requests that have ended.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens handed to clients.", metrics.generated),
-            ("num_preemptions", "Times a request lost its KV blocks.", self._link.load.preemptions),
+            ("num_preemptions", "Times a request lost its KV blocks.", self._engine.load.preemptions),
         ):
             yield self._with(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"]), total)
         done = CounterMetricFamily(
@@ -129,11 +129,11 @@ class Exposition:
             yield family
 
     def _with(self, family: Metric, value: float) -> Metric:
-        family.add_metric([self._link.metrics.model], value)  # type: ignore[attr-defined]
+        family.add_metric([self._engine.metrics.model], value)  # type: ignore[attr-defined]
         return family
 
 
-_GAUGES: tuple[tuple[str, str, Callable[[Load, Metrics], float]], ...] = (
+_GAUGES: tuple[tuple[str, str, Callable[[Load, ServerMetrics], float]], ...] = (
     ("num_requests_running", "Requests that hold KV blocks.", lambda load, _: load.running),
     ("num_requests_waiting", "Requests that wait for them.", lambda load, _: load.waiting),
     ("kv_cache_usage_perc", "KV blocks in use; 1 is all.", lambda load, of: load.kv_blocks_used / of.kv_blocks),

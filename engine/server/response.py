@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
-from engine.server.engine_client import BROKEN, EngineLink
-from engine.server.openai_format import DONE, Choice, Dialect
+from engine.server.engine_client import BROKEN, EngineClient
+from engine.server.openai_format import DONE, Choice, CompletionFormat
 from engine.server.protocol import Refused
 from engine.server.tokenization import Writer
 
@@ -36,7 +36,7 @@ class Wire(Protocol):
 
 
 class Output:
-    """One choice of an answer. Implements `engine.server.engine_client.Sink`."""
+    """One choice of an answer. Implements `engine.server.engine_client.TokenSink`."""
 
     __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
 
@@ -55,7 +55,7 @@ class Output:
         self.tokens += 1
         self._text.append(self._writer.take(token))
         if self._writer.stopped:
-            self._answer.link.cancel(self.request_id, STOP_STRING)
+            self._answer.engine.cancel(self.request_id, STOP_STRING)
             self._finish("stop")
         elif not last:
             self._answer.wrote(self)
@@ -80,16 +80,16 @@ class Output:
         text, self._text = "".join(self._text), []
         return text
 
-    def chunk(self, dialect: Dialect) -> bytes:
+    def chunk(self, format: CompletionFormat) -> bytes:
         """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
-        written = dialect.text(self.index, self._text.pop(), self.finish_reason)
+        written = format.text(self.index, self._text.pop(), self.finish_reason)
         if self._text:
-            written = b"".join([dialect.text(self.index, text) for text in self._text]) + written
+            written = b"".join([format.text(self.index, text) for text in self._text]) + written
             self._text.clear()
         if self._opened:
             return written
         self._opened = True
-        return dialect.open(self.index) + written
+        return format.open(self.index) + written
 
 
 class Answer:
@@ -100,9 +100,11 @@ class Answer:
         refused: why there is no answer, or no more of it.
     """
 
-    def __init__(self, link: EngineLink, dialect: Dialect, streamed: bool, writers: Sequence[Writer]) -> None:
-        self.link = link
-        self.dialect = dialect
+    def __init__(
+        self, engine: EngineClient, format: CompletionFormat, streamed: bool, writers: Sequence[Writer]
+    ) -> None:
+        self.engine = engine
+        self.format = format
         self.streamed = streamed
         self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
         self.unfinished = len(self.outputs)
@@ -115,7 +117,7 @@ class Answer:
     def wrote(self, output: Output) -> None:
         """An output has more text, or has ended."""
         if self._wire and self.unfinished and self._wakened and not self._wire.blocked:
-            self._wire.write(output.chunk(self.dialect))
+            self._wire.write(output.chunk(self.format))
             return
         self._fresh[output] = None
         if self.streamed or not self.unfinished:
@@ -131,7 +133,7 @@ class Answer:
         self.unfinished = 0
         for output in self.outputs:
             if output.finish_reason is None:
-                self.link.cancel(output.request_id, reason)
+                self.engine.cancel(output.request_id, reason)
         self._wake()
 
     async def more(self) -> bytes:
@@ -140,7 +142,7 @@ class Answer:
             self._wakened = asyncio.get_running_loop().create_future()
             await self._wakened
         fresh, self._fresh = self._fresh, {}
-        return b"".join([each.chunk(self.dialect) for each in fresh]) if self.streamed else b""
+        return b"".join([each.chunk(self.format) for each in fresh]) if self.streamed else b""
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """The answer, not streamed."""
         choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
-        return self.dialect.answer(choices, self.counts)
+        return self.format.answer(choices, self.counts)
 
     def begun(self, wire: Wire | None) -> None:
         """The stream has begun; whoever waits for `more` need not be bothered with what can be written to the wire."""
@@ -204,7 +206,7 @@ class AnswerResponse(Response):
         if answer.refused:
             end = f"data: {json.dumps(answer.refused.body)}\n\n".encode()
         else:
-            end = answer.dialect.usage(answer.counts) + DONE
+            end = answer.format.usage(answer.counts) + DONE
         await send({"type": "http.response.body", "body": end})
 
 

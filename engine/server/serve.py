@@ -12,9 +12,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from engine.server.app import Manners, build_app
+from engine.server.app import ServerLimits, build_app
 from engine.server.driver import Service
-from engine.server.engine_client import EngineLink
+from engine.server.engine_client import EngineClient
 from engine.server.gc_tuning import hold_back
 from engine.server.response import WIRE
 from engine.server.tokenization import Text
@@ -88,7 +88,7 @@ class _Server(uvicorn.Server):
 def serve(
     service: Service,
     load_text: Callable[[], Text],
-    manners: Callable[[str], Manners],
+    limits: Callable[[str], ServerLimits],
     host: str,
     port: int,
     drain_s: float,
@@ -97,9 +97,9 @@ def serve(
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        service: builds the rider, in a process of its own.
-        load_text: builds what reads prompts, while the rider is being built.
-        manners: given the name of the model that was loaded.
+        service: builds the driver, in a process of its own.
+        load_text: builds what reads prompts, while the driver is being built.
+        limits: given the name of the model that was loaded.
         host, port: where to listen; port 0 takes a free one.
         drain_s: how long requests may go on once the server was told to stop; then they fail.
         say: is told the address.
@@ -110,7 +110,7 @@ def serve(
     listener = _listen(host, port)
     import uvloop
 
-    uvloop.run(_serve(service, load_text, manners, listener, drain_s, say))
+    uvloop.run(_serve(service, load_text, limits, listener, drain_s, say))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -128,31 +128,31 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve(
     service: Service,
     load_text: Callable[[], Text],
-    manners: Callable[[str], Manners],
+    limits: Callable[[str], ServerLimits],
     listener: socket.socket,
     drain_s: float,
     say: Callable[[str], None],
 ) -> None:
-    link = EngineLink(service)
+    engine = EngineClient(service)
     try:
-        text, _ = await asyncio.gather(asyncio.to_thread(load_text), link.start())
+        text, _ = await asyncio.gather(asyncio.to_thread(load_text), engine.start())
     except BaseException:
-        link.kill()  # it takes no signals, nor notice of us before it has loaded, and we would wait for it
+        engine.kill()  # it takes no signals, nor notice of us before it has loaded, and we would wait for it
         raise
-    app = build_app(link, text, manners(link.ready.facts["model"]))
+    app = build_app(engine, text, limits(engine.ready.facts["model"]))
     hold_back()
     host, port = listener.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    await _run(app, link, listener, drain_s)
-    await link.close()
-    if link.error:
-        raise TandemError(f"the engine ended early: {link.error}")
+    await _run(app, engine, listener, drain_s)
+    await engine.close()
+    if engine.error:
+        raise TandemError(f"the engine ended early: {engine.error}")
 
 
-async def _run(app: ASGIApp, link: EngineLink, listener: socket.socket, drain_s: float) -> None:
+async def _run(app: ASGIApp, engine: EngineClient, listener: socket.socket, drain_s: float) -> None:
     def drain() -> None:
-        link.draining = True
-        asyncio.get_running_loop().call_later(drain_s, link.fail_all, "the server is shutting down")
+        engine.draining = True
+        asyncio.get_running_loop().call_later(drain_s, engine.fail_all, "the server is shutting down")
 
     config = uvicorn.Config(
         app,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _PART = 4096  # tokens of a program
 
@@ -58,7 +58,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     tokens = torch.empty(samples, parts, dtype=torch.int32, device=logits.device)
     best = torch.empty(samples, parts, dtype=torch.float32, device=logits.device)
     out = torch.empty(samples, dtype=torch.int64, device=logits.device)
-    pdl = dependent(logits.device)
+    pdl = pdl_options(logits.device)
     _argmax_of_parts[(samples, parts)](tokens, best, logits, logits.stride(0), vocab, PART=_PART, **pdl)
     _argmax[(samples,)](out, tokens, best, parts, PADDED=triton.next_power_of_2(parts), num_warps=1, **pdl)
     return out

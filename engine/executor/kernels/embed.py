@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _COLUMNS = 2048  # of a program
 
@@ -40,7 +40,7 @@ def embed(token_ids: torch.Tensor, last_tokens: torch.Tensor | None, weight: tor
 
     Args:
         token_ids: (tokens,) int32; an id below 0 stands for `last_tokens[-1 - id]`.
-        last_tokens: (seats,) int64; None if no id is below 0.
+        last_tokens: (table_rows,) int64; None if no id is below 0.
         weight: contiguous.
     """
     tokens, hidden = len(token_ids), weight.shape[1]
@@ -48,6 +48,6 @@ def embed(token_ids: torch.Tensor, last_tokens: torch.Tensor | None, weight: tor
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))
     known = token_ids if last_tokens is None else last_tokens
     _embed[(tokens, triton.cdiv(hidden, columns))](
-        out, token_ids, known, weight, HIDDEN=hidden, COLUMNS=columns, **dependent(out.device)
+        out, token_ids, known, weight, HIDDEN=hidden, COLUMNS=columns, **pdl_options(out.device)
     )
     return out

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_tokens, token_offsets
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Tiles
 
 _ROWS = tl.constexpr(16)  # the fewest that tensor cores multiply
@@ -242,7 +242,7 @@ def cut(context_lens: torch.Tensor, kv_heads: int, programs: int, chunk: int) ->
     _schedule[(requests,)](
         pieces, arrived, context_lens, requests, shares, capacity,
         CHUNK=chunk, KV_HEADS=kv_heads, PADDED_HEADS=triton.next_power_of_2(kv_heads), num_warps=1,
-        **dependent(device),
+        **pdl_options(device),
     )  # fmt: skip
     return Pieces(pieces, arrived)
 
@@ -271,5 +271,5 @@ def paged_decode(
         tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4], softmax_scale(head_dim),
         KV_HEADS=kv_heads, GROUP=group, PADDED_GROUP=padded_group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         N=shape.tokens, STEP=max(2, 8192 // (padded_group * dim)), num_warps=shape.warps, num_stages=shape.stages,
-        **dependent(q.device),
+        **pdl_options(q.device),
     )  # fmt: skip

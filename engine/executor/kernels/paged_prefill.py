@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_block, load_tokens, token_offsets
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Tiles
 
 
@@ -162,5 +162,5 @@ def paged_prefill(
         out, q, kv, blocks, tiles, tables, tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4],
         softmax_scale(head_dim), GROUP=group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         M=shape.rows, N=shape.tokens, BULK=bulk, num_warps=shape.warps, num_stages=shape.stages,
-        **dependent(q.device),
+        **pdl_options(q.device),
     )  # fmt: skip

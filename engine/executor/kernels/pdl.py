@@ -27,7 +27,7 @@ def await_inputs(PDL: tl.constexpr) -> None:
 
 
 @cache
-def dependent(device: torch.device) -> dict[str, bool]:
+def pdl_options(device: torch.device) -> dict[str, bool]:
     """Return the launch options of a kernel that begins with `await_inputs(PDL)`."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": able, "launch_pdl": able}

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 
 @triton.jit
@@ -46,6 +46,6 @@ def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tenso
     padded = triton.next_power_of_2(hidden.shape[1])
     _add_rms_norm[(len(hidden),)](
         out, hidden, update, weight, eps,
-        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)), **dependent(hidden.device),
+        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)), **pdl_options(hidden.device),
     )  # fmt: skip
     return out

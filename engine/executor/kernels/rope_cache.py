@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 
@@ -94,7 +94,7 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     turns = torch.empty(tokens, 2, half, dtype=torch.float32, device=positions.device)
     grid = (triton.cdiv(tokens, _TOKENS.value),)
     padded = triton.next_power_of_2(half)
-    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=padded, **dependent(turns.device))
+    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=padded, **pdl_options(turns.device))
     return turns
 
 
@@ -118,6 +118,6 @@ def rope_and_cache(
         qkv, turns, slots, kv, qkv.stride(0), *kv.stride()[:4],
         Q_HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads, num_warps=1,
-        **dependent(qkv.device),
+        **pdl_options(qkv.device),
     )  # fmt: skip
     return qkv[:, : all_heads - 2 * kv_heads]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _BLOCK = 1024
 
@@ -34,5 +34,5 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, inner, dtype=gate_up.dtype, device=gate_up.device)
     grid = (tokens, triton.cdiv(inner, _BLOCK))
-    _silu_and_mul[grid](out, gate_up, INNER=inner, BLOCK=_BLOCK, **dependent(out.device))
+    _silu_and_mul[grid](out, gate_up, INNER=inner, BLOCK=_BLOCK, **pdl_options(out.device))
     return out

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Skinny
 
 
@@ -56,6 +56,6 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, shape: Skinny) -> torch
     _skinny_linear[(triton.cdiv(columns, shape.columns),)](
         out, x, weight, tokens, columns, depth,
         ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
-        num_warps=shape.warps, num_stages=shape.stages, **dependent(x.device),
+        num_warps=shape.warps, num_stages=shape.stages, **pdl_options(x.device),
     )  # fmt: skip
     return out
