@@ -9,3 +9,8 @@ class TandemError(Exception):
 
 class UnmetError(TandemError):
     """Nothing was wrong with the input, but what was asked for was not met: exit status 1."""
+
+
+def reason(error: Exception) -> str:
+    """The message of an error, on one line: those of libraries may have several."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
