@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, and one error format. It may not know which driver serves."""
+"""The HTTP side: routes, limits, and one error format. It may not know which engine driver serves."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from engine.server.protocol import (
     Generate,
     Refused,
 )
-from engine.server.response import Answer, AnswerResponse, send_json
+from engine.server.response import Answer, AnswerResponse
 from engine.server.tokenization import Text, Writer
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = "1"
+_CLOSE = {"Connection": "close"}
 STATUS_PAGE = Path(__file__).with_name("status.html")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """How the server treats its clients.
+    """The server's limits for its clients.
 
     Attributes:
         model: the name it answers to.
         max_waiting: requests without a token at which further ones are turned away.
         max_body_bytes: longest request body.
-        api_key: what `/v1` asks for, or None.
+        api_key: the key that `/v1` asks for, or None.
         ignore_sampling: take no notice of sampling parameters, where they would get a 400.
     """
 
@@ -72,11 +73,8 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics)
     app.get("/status")(api.status)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(api.page)
-    app.exception_handler(Refused)(_refuse)
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(RecursionError)(_too_deep)
-    app.exception_handler(Exception)(_fault)
+    for kind in (Refused, RequestValidationError, HTTPException, RecursionError, Exception):
+        app.exception_handler(kind)(_answer_error)
     return Guard(app, limits)
 
 
@@ -112,17 +110,16 @@ class _Api:
     async def models(self) -> dict[str, Any]:
         """The one model."""
         ready = self._engine.ready
-        card = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
+        model = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
         return {
             "object": "list",
-            "data": [card | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
+            "data": [model | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
         }
 
-    async def health(self) -> JSONResponse:
+    async def health(self) -> dict[str, str]:
         """200 while requests can be served; 503 once the engine is dead or the server is shutting down."""
-        if self._engine.error is not None or self._engine.draining:
-            raise Refused(503, self._engine.error or "the server is shutting down")
-        return JSONResponse({"status": "ok"})
+        self._check_alive()
+        return {"status": "ok"}
 
     async def version(self) -> dict[str, str]:
         """Tandem's."""
@@ -133,7 +130,7 @@ class _Api:
         return PlainTextResponse(generate_latest(self._registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> dict[str, Any]:
-        """What the status page draws."""
+        """The numbers that the status page draws."""
         engine, metrics = self._engine, self._engine.metrics
         return {
             "time_s": time.perf_counter(),
@@ -147,20 +144,20 @@ class _Api:
             "load": engine.load._asdict(),
             "generated": metrics.generated,
             "outcomes": dict(metrics.outcomes),
-            "ttft": {
-                "bounds_ms": [1e-6 * b for b in metrics.first_tokens.bounds],
-                "counts": metrics.first_tokens.counts,
-            },
-            "itl": {"bounds_ms": [1e-6 * b for b in metrics.gaps.bounds], "counts": metrics.gaps.counts},
+            "ttft": metrics.first_tokens.in_ms(),
+            "itl": metrics.gaps.in_ms(),
         }
 
     async def page(self) -> HTMLResponse:
         """The status page."""
         return HTMLResponse(self._page)
 
-    def _check(self, body: Generate, prompts: int) -> None:
+    def _check_alive(self) -> None:
         if self._engine.error is not None or self._engine.draining:
             raise Refused(503, self._engine.error or "the server is shutting down")
+
+    def _check(self, body: Generate, prompts: int) -> None:
+        self._check_alive()
         if body.model is not None and body.model != self._limits.model:
             raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
         if refusal := body.refusal(self._limits.ignore_sampling):
@@ -169,7 +166,7 @@ class _Api:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
         if self._engine.without_token + prompts > self._limits.max_waiting:
             message = f"{self._engine.without_token} requests wait for their first token: try again later"
-            raise Refused(429, message, retry_after_s=RETRY_AFTER_S)
+            raise Refused(429, message, headers={"Retry-After": RETRY_AFTER_S})
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -227,7 +224,7 @@ class _Api:
 
 
 class Guard:
-    """What is checked before a request is read: its size, and the API key. Plain ASGI: streams pass through it."""
+    """Checks a request's size and API key before it is read. Plain ASGI: streams pass through it."""
 
     def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
         self._app = app
@@ -242,11 +239,11 @@ class Guard:
         if self._key is not None and scope["path"].startswith("/v1"):
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._key):
-                return await _send_refusal(
-                    send, Refused(401, "this server wants an API key: Authorization: Bearer KEY")
-                )
+                refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
+                return await refused.response()(scope, receive, send)
+        too_large = Refused(413, f"the body is longer than {self._limit} bytes", headers=_CLOSE)
         if int(headers.get(b"content-length") or 0) > self._limit:
-            return await _send_refusal(send, self._too_large())
+            return await too_large.response()(scope, receive, send)
         read = 0
 
         async def receive_within_limit() -> Message:
@@ -254,43 +251,30 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:  # raised in the middle of FastAPI's reading, which passes on nothing else
-                raise HTTPException(413, self._too_large().message)
+                raise HTTPException(413, too_large.message)
             return message
 
         await self._app(scope, receive_within_limit, send)
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is longer than {self._limit} bytes")
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    """The traceback of a fault is logged by our caller."""
+    match error:
+        case Refused():
+            refused = error
+        case RequestValidationError():
+            refused = _invalid(error.errors()[0])
+        case HTTPException():
+            refused = Refused(error.status_code, str(error.detail))
+        case RecursionError():
+            refused = Refused(400, "the body is nested too deeply")
+        case _:
+            refused = Refused(500, f"the server is at fault: {type(error).__name__}: {error}")
+    return refused.response()
 
 
-async def _send_refusal(send: Send, refused: Refused) -> None:
-    await send_json(send, refused.status, refused.body, [(b"connection", b"close")])
-
-
-async def _refuse(_: Request, refused: Exception) -> JSONResponse:
-    assert isinstance(refused, Refused)
-    wait = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
-    return JSONResponse(refused.body, refused.status, wait)
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+def _invalid(first: dict[str, Any]) -> Refused:
     if first["type"] == "json_invalid":
-        return await _refuse(request, Refused(400, f"the body is not JSON: {first['ctx']['error']}"))
+        return Refused(400, f"the body is not JSON: {first['ctx']['error']}")
     where = ".".join(str(part) for part in first["loc"][1:])
-    return await _refuse(request, Refused(400, f"{where or 'body'}: {first['msg']}", where or None))
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return await _refuse(request, Refused(error.status_code, str(error.detail)))
-
-
-async def _fault(request: Request, error: Exception) -> JSONResponse:
-    """The traceback is logged by whoever called us."""
-    return await _refuse(request, Refused(500, f"the server is at fault: {type(error).__name__}: {error}"))
-
-
-async def _too_deep(request: Request, _: Exception) -> JSONResponse:
-    return await _refuse(request, Refused(400, "the body is nested too deeply"))
+    return Refused(400, f"{where or 'body'}: {first['msg']}", where or None)

@@ -9,6 +9,7 @@ import traceback
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context
 from queue import SimpleQueue
 from threading import Thread
@@ -37,17 +38,15 @@ class TokenSink(Protocol):
         """The last was taken, or none will come: `length`, `stop`, `rejected`, `failed`, or `broken` by the sink."""
 
 
+@dataclass(slots=True)
 class _Open:
     """A request that has not ended."""
 
-    __slots__ = ("arrival_ns", "last_ns", "prompt_len", "sink", "tokens")
-
-    def __init__(self, sink: TokenSink, arrival_ns: int, prompt_len: int) -> None:
-        self.sink = sink
-        self.arrival_ns = arrival_ns
-        self.last_ns = 0
-        self.prompt_len = prompt_len
-        self.tokens = 0
+    sink: TokenSink
+    arrival_ns: int
+    prompt_len: int
+    tokens: int = 0
+    last_ns: int = 0  # when the last token came
 
 
 class EngineClient:
@@ -72,7 +71,7 @@ class EngineClient:
         self._process = context.Process(target=run_engine, args=(service, theirs), name="tandem-engine", daemon=True)
         self._process.start()
         theirs.close()
-        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._outbox: SimpleQueue[Any] = SimpleQueue()  # None ends the sending thread
         self._sender = Thread(target=self._send_all, name="to-engine", daemon=True)
         self._open: dict[int, _Open] = {}
         self._submitted = 0
@@ -159,7 +158,7 @@ class EngineClient:
         await asyncio.to_thread(self._process.join)
 
     def _send_all(self) -> None:
-        while not isinstance(message := self._outbox.get(), _Stop):
+        while (message := self._outbox.get()) is not None:
             try:
                 self._pipe.send(message)
             except OSError:
@@ -187,7 +186,7 @@ class EngineClient:
             return
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._over.set_result(None)
-        self._outbox.put(_Stop())
+        self._outbox.put(None)
         self.error = error
         if not self._begun.done():
             self._begun.set_exception(TandemError(error or "the engine ended before it began"))
@@ -242,7 +241,3 @@ class EngineClient:
                 self._broken(request_id, request.sink, error)
         for gap, times in Counter(gaps).items():  # when all have their token, and mostly the same
             self.metrics.gaps.add(gap, times)
-
-
-class _Stop:
-    """Ends the sending thread."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
@@ -147,12 +147,8 @@ class Answer:
     @property
     def counts(self) -> dict[str, Any]:
         """Tokens, as OpenAI counts them."""
-        made = sum(each.tokens for each in self.outputs)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.prompt_tokens + made,
-        }
+        asked, made = self.prompt_tokens, sum(each.tokens for each in self.outputs)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
     def whole(self) -> dict[str, Any]:
         """The answer, not streamed."""
@@ -173,9 +169,8 @@ class AnswerResponse(Response):
     """Sends an answer as it comes, and gives it up when the client is gone."""
 
     def __init__(self, answer: Answer) -> None:
+        super().__init__()
         self._answer = answer
-        self.background = None
-        self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -185,11 +180,11 @@ class AnswerResponse(Response):
         try:
             first = await answer.more()
             if answer.refused:  # nothing is sent yet, though some may have been made
-                await send_json(send, answer.refused.status, answer.refused.body)
+                await answer.refused.response()(scope, receive, send)
             elif answer.streamed:
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))
             elif all(each.finish_reason for each in answer.outputs):  # else the client is gone
-                await send_json(send, 200, answer.whole())
+                await JSONResponse(answer.whole())(scope, receive, send)
         finally:
             watcher.cancel()
             answer.abandon()
@@ -208,14 +203,6 @@ class AnswerResponse(Response):
         else:
             end = answer.format.usage(answer.counts) + DONE
         await send({"type": "http.response.body", "body": end})
-
-
-async def send_json(send: Send, status: int, body: Any, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """A whole response."""
-    content = json.dumps(body).encode()
-    fields = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": content})
 
 
 async def _until_gone(receive: Receive) -> None:
