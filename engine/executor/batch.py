@@ -188,7 +188,11 @@ def query_tiles(spans: Sequence[Span], first: int, rows: int) -> Ints:
     return flat[np.argsort(-flat[:, 3], kind="stable")]
 
 
-def _write(section: Ints, values: np.ndarray[Any, Any], padding: int) -> None:
+def _write(
+    section: Ints,  # (room,)
+    values: np.ndarray[Any, Any],  # (values,), at most as many
+    padding: int,
+) -> None:
     section[: len(values)] = values
     section[len(values) :] = padding
 

@@ -20,12 +20,12 @@ Probe = Callable[[str], None]
 """Called after each group of operations with its name; a profiler reads a clock there."""
 
 
-class _Pass(NamedTuple):
-    """What every layer of one forward pass shares."""
+class _ForwardPass(NamedTuple):
+    """The data that every layer of one forward pass shares."""
 
     attention: dict[str, Any]  # plans, which are the data plane's own, by the name of their group
     rotation: Any
-    slots: torch.Tensor
+    slots: torch.Tensor  # (tokens,) int32
     probe: Probe
 
 
@@ -96,14 +96,14 @@ class Llama:
         logits: torch.Tensor = ops.linear(x, weights.head, None)
         return logits
 
-    def _plan(self, batch: ForwardBatch, cache: KVCache, probe: Probe) -> _Pass:
+    def _plan(self, batch: ForwardBatch, cache: KVCache, probe: Probe) -> _ForwardPass:
         """Decodes and prefills apart, since they cost differently; padding of the first may lie on the second's rows,
         so the first goes first."""
         plans = {
             "attention_decode": self.ops.plan_decodes(batch, cache.data) if batch.num_decodes else None,
             "attention_prefill": self.ops.plan_prefills(batch, cache.data) if len(batch.prefills) else None,
         }
-        step = _Pass(
+        step = _ForwardPass(
             attention={name: plan for name, plan in plans.items() if plan is not None},
             rotation=self.ops.rotation(batch.positions, self.inv_freq),
             slots=batch.slots,
@@ -112,7 +112,13 @@ class Llama:
         probe("plan")
         return step
 
-    def _attention(self, x: torch.Tensor, layer: LayerWeights, kv: torch.Tensor, step: _Pass) -> torch.Tensor:
+    def _attention(
+        self,
+        x: torch.Tensor,  # (tokens, hidden)
+        layer: LayerWeights,
+        kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+        step: _ForwardPass,
+    ) -> torch.Tensor:
         ops, tokens = self.ops, len(x)
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
         step.probe("qkv")
@@ -126,7 +132,12 @@ class Llama:
         step.probe("o")
         return update
 
-    def _mlp(self, x: torch.Tensor, layer: LayerWeights, probe: Probe) -> torch.Tensor:
+    def _mlp(
+        self,
+        x: torch.Tensor,  # (tokens, hidden)
+        layer: LayerWeights,
+        probe: Probe,
+    ) -> torch.Tensor:
         ops = self.ops
         gate_up = ops.linear(x, layer.gate_up, layer.gate_up_bias)
         probe("gate_up")

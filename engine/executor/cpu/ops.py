@@ -13,35 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.executor.reference.ops import (
-    add_rms_norm,
-    attention,
-    copy_blocks,
-    embed,
-    greedy,
-    plan_decodes,
-    plan_prefills,
-    rope_and_cache,
-    rotation,
-    silu_and_mul,
-    tile_rows,
-)
+from engine.executor.reference import ops as reference
 
-__all__ = [
-    "add_rms_norm",
-    "attention",
-    "copy_blocks",
-    "embed",
-    "greedy",
-    "linear",
-    "pack",
-    "plan_decodes",
-    "plan_prefills",
-    "rope_and_cache",
-    "rotation",
-    "silu_and_mul",
-    "tile_rows",
-]
+
+def __getattr__(name: str) -> Any:
+    """All other operations are the reference's."""
+    return getattr(reference, name)
 
 
 def _one_dnn() -> tuple[Callable[..., Any], Callable[..., Any]] | None:

@@ -105,7 +105,12 @@ class CudaMeter:
             time_us -= self._attention_us(shape, empty, [])
         return max(0.0, time_us)
 
-    def _attention_us(self, shape: Shape, words: torch.Tensor, spans: Sequence[Span]) -> float:
+    def _attention_us(
+        self,
+        shape: Shape,
+        words: torch.Tensor,  # (shape.words,) int32, pinned
+        spans: Sequence[Span],
+    ) -> float:
         config, cache, ops = self._model.config, self._graphs.cache, self._model.ops
         batch = shape.split(words.to(cache.data.device), spans)
         size = (shape.tokens, config.num_heads, config.head_dim)

@@ -19,9 +19,9 @@ _PART = 4096  # tokens of a program
 def _argmax_of_parts(
     tokens: tl.tensor,  # (samples, parts) int32
     best: tl.tensor,  # (samples, parts) float32
-    logits: tl.tensor,
-    row_stride: tl.tensor,
-    vocab: tl.tensor,
+    logits: tl.tensor,  # (samples, vocab)
+    row_stride: tl.tensor,  # (), elements from a row to the next
+    vocab: tl.tensor,  # ()
     PART: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -37,10 +37,10 @@ def _argmax_of_parts(
 
 @triton.jit
 def _argmax(
-    out: tl.tensor,
-    tokens: tl.tensor,
-    best: tl.tensor,
-    parts: tl.tensor,
+    out: tl.tensor,  # (samples,) int64
+    tokens: tl.tensor,  # (samples, parts) int32
+    best: tl.tensor,  # (samples, parts) float32
+    parts: tl.tensor,  # ()
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -51,8 +51,10 @@ def _argmax(
     tl.store(out + sample, tl.load(tokens + sample * parts + part).to(tl.int64))
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the likeliest token of each row of (samples, vocab): (samples,) int64, of equals the first."""
+def greedy(
+    logits: torch.Tensor,  # (samples, vocab)
+) -> torch.Tensor:
+    """Return the likeliest token of each row: (samples,) int64, of equals the first."""
     samples, vocab = logits.shape
     parts = triton.cdiv(vocab, _PART)
     tokens = torch.empty(samples, parts, dtype=torch.int32, device=logits.device)

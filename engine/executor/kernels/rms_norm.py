@@ -15,11 +15,11 @@ from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 @triton.jit
 def _add_rms_norm(
-    out: tl.tensor,
-    hidden: tl.tensor,
-    update: tl.tensor,
-    weight: tl.tensor,
-    eps: tl.tensor,
+    out: tl.tensor,  # (tokens, WIDTH)
+    hidden: tl.tensor,  # (tokens, WIDTH)
+    update: tl.tensor,  # (tokens, WIDTH)
+    weight: tl.tensor,  # (WIDTH,)
+    eps: tl.tensor,  # ()
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
@@ -37,8 +37,13 @@ def _add_rms_norm(
     tl.store(out + row + i, normed.to(out.dtype.element_ty), mask=exists)
 
 
-def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add `update` to `hidden` in place, both contiguous (tokens, hidden), and return the RMS norm of the sum.
+def add_rms_norm(
+    hidden: torch.Tensor,  # (tokens, hidden), contiguous
+    update: torch.Tensor,  # (tokens, hidden), contiguous
+    weight: torch.Tensor,  # (hidden,)
+    eps: float,
+) -> torch.Tensor:
+    """Add `update` to `hidden` in place, and return the RMS norm of the sum: (tokens, hidden).
 
     Root Mean Square Layer Normalization (Zhang and Sennrich 2019).
     """

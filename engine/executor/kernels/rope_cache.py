@@ -21,9 +21,9 @@ _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 @triton.jit(do_not_specialize=["positions", "tokens"])
 def _angles(
     turns: tl.tensor,  # (tokens, 2, HALF) float32
-    positions: tl.tensor,
-    inv_freq: tl.tensor,
-    tokens: tl.tensor,
+    positions: tl.tensor,  # (tokens,) int32
+    inv_freq: tl.tensor,  # (HALF,) float32
+    tokens: tl.tensor,  # ()
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PDL: tl.constexpr,
@@ -41,15 +41,15 @@ def _angles(
 
 @triton.jit(do_not_specialize=["slots"])
 def _rope_and_cache(
-    qkv: tl.tensor,
-    turns: tl.tensor,
-    slots: tl.tensor,
-    kv: tl.tensor,
-    qkv_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    head_stride: tl.tensor,
+    qkv: tl.tensor,  # (tokens, Q_HEADS + 2 * KV_HEADS, 2 * HALF)
+    turns: tl.tensor,  # (tokens, 2, HALF) float32
+    slots: tl.tensor,  # (tokens,) int32
+    kv: tl.tensor,  # (2, num_blocks, BLOCK_SIZE, KV_HEADS, 2 * HALF)
+    qkv_stride: tl.tensor,  # (), elements from a token to the next
+    plane_stride: tl.tensor,  # (), elements from K to V
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    head_stride: tl.tensor,  # (), elements from a KV head to the next
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -85,11 +85,11 @@ def _rope_and_cache(
     tl.store(cached + HALF, new_right, mask=written)
 
 
-def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Prepare the rotary embedding of a step: cosines and sines, float32 (tokens, 2, head_dim / 2).
-
-    `positions` is (tokens,), `inv_freq` (head_dim / 2,) in radians per token.
-    """
+def rotation(
+    positions: torch.Tensor,  # (tokens,) int32
+    inv_freq: torch.Tensor,  # (head_dim / 2,) radians per token
+) -> torch.Tensor:
+    """Prepare the rotary embedding of a step: cosines and sines, float32 (tokens, 2, head_dim / 2)."""
     tokens, half = len(positions), len(inv_freq)
     turns = torch.empty(tokens, 2, half, dtype=torch.float32, device=positions.device)
     grid = (triton.cdiv(tokens, _TOKENS.value),)
@@ -99,17 +99,21 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
 
 
 def rope_and_cache(
-    qkv: torch.Tensor, turns: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor, heads: int = 8
+    qkv: torch.Tensor,  # (tokens, heads + 2 * kv_heads, head_dim)
+    turns: torch.Tensor,  # (tokens, 2, head_dim / 2) float32
+    slots: torch.Tensor,  # (tokens,) int32
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    heads: int = 8,
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values to the cache; the queries (tokens, heads, head_dim) are a view.
 
     RoFormer (Su et al. 2021), in the layout where element i turns with element i + head_dim / 2.
 
     Args:
-        qkv: (tokens, heads + 2 * kv_heads, head_dim); its queries are overwritten.
+        qkv: the projections; queries are overwritten.
         turns: from `rotation`.
-        slots: (tokens,) where each token goes; negative: nowhere.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), written in place.
+        slots: where each token goes; negative: nowhere.
+        kv: a layer's cache, written in place.
         heads: of a program, a power of 2.
     """
     tokens, all_heads, head_dim = qkv.shape

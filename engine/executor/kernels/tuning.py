@@ -92,8 +92,11 @@ _SKINNY = {  # for elements of 2 bytes; fewest rows first, widest first
 _BUSY = 0.7  # of the processors: with fewer programs, a product of few rows is cuBLAS's
 
 
-def skinny(x: torch.Tensor, weight: torch.Tensor) -> Skinny | None:
-    """Look up how to multiply `x` (tokens, in) by `weight` (out, in), both contiguous; None: with cuBLAS."""
+def skinny(
+    x: torch.Tensor,  # (tokens, in), contiguous
+    weight: torch.Tensor,  # (out, in), contiguous
+) -> Skinny | None:
+    """Look up how to multiply x by the transposed weight; None: with cuBLAS."""
     if x.device.type != "cuda" or x.itemsize != 2:
         return None
     gpu = torch.cuda.get_device_properties(x.device)
