@@ -34,7 +34,7 @@ class Trace:
     Attributes:
         requests: at least one.
         meta: where the trace comes from, as JSON values; travels with the file, and is not part of the digest.
-        notes: what reading it had to mend or leave out, one sentence each, for the user; not written to files.
+        notes: the repairs and omissions of reading it, one sentence each, for the user; not written to files.
 
     Raises:
         TandemError: there are no requests.
@@ -165,7 +165,7 @@ def _by_suffix(path: Path, formats: dict[str, ModuleType]) -> ModuleType:
 
 
 def _count_late(arrivals_ns: Sequence[int]) -> int:
-    """How many arrivals are earlier than one listed before them."""
+    """The number of arrivals that are earlier than one listed before them."""
     return sum(arrival < latest for arrival, latest in zip(arrivals_ns, accumulate(arrivals_ns, max), strict=True))
 
 

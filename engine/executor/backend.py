@@ -1,6 +1,6 @@
 """The real backend: the machine's clock, and a data plane that works through steps in the order of launching.
 
-It imports no torch: what a step computes, and on what, is the business of the `DataPlane`.
+It imports no torch: the `DataPlane` alone knows the work of a step and the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from engine.step import Step
 
 
 class CompletedStep(NamedTuple):
-    """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it showed."""
+    """A completed step, and the results it showed.
+
+    Attributes:
+        start_ns: when the data plane began to work on it, by `perf_counter_ns`.
+        device_ns: how long it worked.
+    """
 
     step: int
     start_ns: int
@@ -35,13 +40,13 @@ class DataPlane(Protocol):
         """Get ready to run."""
 
     def __exit__(self, *exception: object) -> None:
-        """Let what was launched finish."""
+        """Let launched steps finish."""
 
     def launch(self, step: Step) -> None:
         """Put a step behind those launched before; returns before it is done."""
 
     def complete(self) -> CompletedStep:
-        """Wait for the oldest step in flight; raises what went wrong."""
+        """Wait for the oldest step in flight; raises its error."""
 
 
 class _Done(NamedTuple):
@@ -108,7 +113,7 @@ class ExecutorBackend:
         return _Done(Launch(planned_ns, self.now()))
 
     def complete(self) -> _Later:
-        """Waits for the oldest step in flight; raises what the data plane raised."""
+        """Waits for the oldest step in flight; raises the data plane's error."""
         return _Later(self._complete)
 
     def wait(self, until_ns: int | None) -> _Later | None:
@@ -131,7 +136,7 @@ class Runs(Protocol):
         """Called once on the thread that will run the steps."""
 
     def run(self, step: Step) -> Shown:
-        """Apply the step's delta, compute its tokens, and say what they show."""
+        """Apply the step's delta, compute its tokens, and return the results they show."""
 
 
 class ThreadedDataPlane:
@@ -157,7 +162,7 @@ class ThreadedDataPlane:
         self._steps.put(step)
 
     def complete(self) -> CompletedStep:
-        """Waits for the thread; raises what it raised."""
+        """Waits for the thread; raises its error."""
         work = self._next_result()
         assert work is not None
         return work

@@ -1,4 +1,4 @@
-"""What one forward pass works on: a flat batch of tokens, and the paged KV cache they read and write.
+"""The data of one forward pass: a flat batch of tokens, and the paged KV cache that they read and write.
 
 Knows tensors and block ids; does not know requests, schedulers or steps. All integers of a batch lie in one buffer, so
 that one copy brings them to a device, and so that a CUDA graph finds those of every batch in the same place.

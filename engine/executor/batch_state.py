@@ -1,7 +1,7 @@
 """The running batch that Steps describe, on the data plane's side of the seam: who runs, with which tokens and blocks.
 
-It alone holds token values; the scheduler never sees one. Knows no model and no device: what a step computes is packed
-into a buffer for whoever computes it, and the tokens that come back are noted, possibly a step later.
+It alone holds token values; the scheduler never sees one. It knows no model and no device. It tells the data plane the
+work of each step, and notes the tokens that come back, possibly a step later.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Sequence:
 
 
 class StepWork(NamedTuple):
-    """What a step computes. It samples every decode, then the prefills that are complete with it."""
+    """The work of a step. It samples every decode, then the prefills that are complete with it."""
 
     decodes: Decodes
     prefills: list[Prefill]
@@ -108,7 +108,7 @@ class RunningBatch:
         self.outputs.pop(request_id, None)
 
     def apply(self, step: Step) -> StepWork:
-        """Apply a step's delta; returns what it computes."""
+        """Apply a step's delta; returns its work."""
         self._enter(step)
         prefills = [self._prefill(self._sequences[each], *chunk) for each, chunk in step.chunks.items()]
         samplers = [self._sequences[each] for each, chunk in step.chunks.items() if chunk.samples]

@@ -1,4 +1,4 @@
-"""A loaded model on this machine: what `tandem run` serves with and `tandem profile` measures."""
+"""A loaded model on this machine, with which `tandem run` serves and which `tandem profile` measures."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Executor:
         return not isinstance(self.machine, Cpu)
 
     def meter(self, config: ServingConfig) -> CudaMeter:
-        """What times whole steps on a GPU. Raises TandemError if memory does not suffice."""
+        """A meter of whole steps on a GPU. Raises TandemError if memory does not suffice."""
         from engine.executor.cuda.machine import Cuda
         from engine.executor.cuda.meter import CudaMeter  # imports Triton, which a machine without a GPU may lack
 
@@ -121,7 +121,7 @@ class Executor:
     def runner(
         self, requests: Sequence[TraceRequest], caches: tuple[KVCache, KVCache], config: ServingConfig
     ) -> Runner:
-        """What runs steps on a CPU, one at a time, on the calling thread."""
+        """Runs steps on a CPU, one at a time, on the calling thread."""
         return Runner(self.llama, caches, self._running(requests, config, "trace"), self._cpu.threads)
 
     @property
@@ -136,7 +136,7 @@ class Executor:
     def session(
         self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str = "trace"
     ) -> tuple[RunningBatch, DataPlane]:
-        """What one run needs; requests may be added to the running batch while it runs."""
+        """The running batch and the data plane of one run; requests may be added to the batch while it runs."""
         running = self._running(requests, config, stop_rule)
         return running, self.machine.data_plane(self.llama, config, running)
 

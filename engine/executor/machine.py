@@ -1,4 +1,4 @@
-"""What an executor asks of the machine that computes."""
+"""The machine that computes for an executor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SwapTimes(NamedTuple):
 
 
 class Machine(ABC):
-    """Where tensors live, what fits there, and how steps are run.
+    """Holds tensors, measures its memory and its copies, and runs steps.
 
     Attributes:
         name: as manifests and profiles call it.
@@ -55,7 +55,7 @@ class Machine(ABC):
 
     @abstractmethod
     def prepare(self, model: Llama, config: ServingConfig) -> Any:
-        """Do ahead of a run what takes seconds. Raises TandemError if memory does not hold the caches."""
+        """Do the slow work ahead of a run. Raises TandemError if memory does not hold the caches."""
 
     @abstractmethod
     def data_plane(self, model: Llama, config: ServingConfig, running: RunningBatch) -> DataPlane:

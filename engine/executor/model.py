@@ -1,6 +1,6 @@
 """The LLaMA forward pass over a flat batch and a paged KV cache (Touvron et al. 2023), written once over `ops`.
 
-Knows layers and their order; does not know how an operation is computed, nor what a request or a step is.
+Knows layers and their order; does not know how an operation is computed, and knows no request and no step.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Llama:
         """Run one step like `forward`, but return the logits (samples, vocab)."""
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
         step = self._plan(batch, cache, probe or _no_probe)
-        update = ops.embed(batch.token_ids, batch.last_tokens, weights.embedding)  # what the last block adds
+        update = ops.embed(batch.token_ids, batch.last_tokens, weights.embedding)  # of the block before, not yet added
         hidden = torch.zeros_like(update)  # (tokens, hidden), the residual stream
         step.probe("embed")
         for layer, kv in zip(weights.layers, cache.layers, strict=True):

@@ -1,4 +1,4 @@
-"""What the server asks of whatever serves: the executor, or the simulator paced by the wall clock."""
+"""The engine driver behind a server: the executor, or the simulator paced by the wall clock."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Driver(Protocol):
 
 
 class Service(Protocol):
-    """What the command line hands over: how to build a driver, and what becomes of the records. Can be pickled."""
+    """Builds an engine driver, and takes its records. Can be pickled."""
 
     @property
     def records(self) -> bool:
-        """Whether to record."""
+        """Whether the run is recorded."""
 
     def open(self) -> Driver:
         """Build the driver: in the engine's process, since it may take seconds and own a GPU."""

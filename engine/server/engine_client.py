@@ -1,4 +1,4 @@
-"""The API's end of the pipe: hands requests to the engine's process, and what comes back to whom it belongs."""
+"""The API's end of the pipe: hands requests to the engine's process, and tokens to the sinks of their requests."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class EngineClient:
     """A running engine. Lives on the API's event loop and never blocks it.
 
     Attributes:
-        ready: what the engine said of itself.
-        metrics: what was counted since.
-        load: what it was busy with when it last spoke.
+        ready: the engine's first message.
+        metrics: counts since then.
+        load: the engine's load in its last message.
         error: why it is dead, or None.
         draining: whether no request is taken any more.
         without_token: requests that wait for their first token.
@@ -151,7 +151,7 @@ class EngineClient:
             each.sink.end("failed", why)
 
     async def close(self) -> None:
-        """Have the engine serve what it has, write its records, and end; waits for that."""
+        """Have the engine serve its requests, write its records, and end; waits for that."""
         self.draining = True
         self._outbox.put(Close())
         await self._over
@@ -207,7 +207,7 @@ class EngineClient:
                     self._broken(request_id, ended.sink, error)
 
     def _broken(self, request_id: int, sink: TokenSink, error: Exception) -> None:
-        """What goes wrong as one request's answer is written ends that request alone."""
+        """An error while one request's answer is written ends that request alone."""
         traceback.print_exception(error)
         why = f"its answer cannot be written: {type(error).__name__}: {error}"
         self.cancel(request_id, why)

@@ -26,7 +26,7 @@ SWITCH_S = 0.0005  # a thread that wants to run gets to within this, where Pytho
 
 def run_engine(service: Service, pipe: Connection) -> None:
     """Serve until the API says close, or is gone. The process's main function."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the API decides what follows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the API decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
     outbox: SimpleQueue[Any] = SimpleQueue()

@@ -1,4 +1,4 @@
-"""Tells clients what a serving loop does: from its steps alone, so that it is the same for every backend."""
+"""Publishes the tokens of a serving loop to clients, from its steps alone: every backend is published alike."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Publisher:
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
-        """Sends what the turn brought, if anything. While nothing is to be done, garbage is collected."""
+        """Sends the turn's tokens and ends, if there are any. While there is no work, garbage is collected."""
         if self._recorder:
             self._recorder.iteration(now, events, step, launch, completion)
         ids, tokens = self._take_tokens(completion) if completion else ([], [])

@@ -32,12 +32,12 @@ LENGTH_BUCKETS = tuple(float(2**power) for power in range(18))
 
 
 class Histogram:
-    """Counts by bucket. It does what Prometheus' own does, at what a server can afford for every token."""
+    """Counts by bucket. Prometheus' own histogram is too slow for every token."""
 
     __slots__ = ("bounds", "counts", "per_unit", "total")
 
     def __init__(self, bounds: Sequence[float], per_unit: float = 1e9) -> None:
-        """`per_unit`: of what is added to one unit of the bounds; nanoseconds to a second, unless it is said."""
+        """`per_unit`: units of the added values in a unit of the bounds; nanoseconds in a second, unless given."""
         self.bounds = [bound * per_unit for bound in bounds]
         self.counts = [0] * (len(bounds) + 1)
         self.per_unit = per_unit

@@ -52,13 +52,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """How a stream is written."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class Generate(BaseModel):
-    """What both kinds of request have in common."""
+    """The fields that both kinds of request have."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -127,7 +127,7 @@ class CompletionRequest(Generate):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each is answered by a choice of its own."""
+        """The prompts. Each is answered by a choice of its own."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)

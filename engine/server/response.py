@@ -29,7 +29,7 @@ class Wire(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether what is written now would be kept, since the client does not read, or is gone."""
+        """Whether a write would be kept, since the client does not read, or is gone."""
 
     def write(self, body: bytes) -> None:
         """Send a chunk."""
@@ -129,7 +129,7 @@ class Answer:
         self.abandon(refused.message)
 
     def abandon(self, reason: str = GONE) -> None:
-        """Nobody wants it any more: what still runs is cancelled."""
+        """Nobody wants it any more: outputs that still run are cancelled."""
         self.unfinished = 0
         for output in self.outputs:
             if output.finish_reason is None:
@@ -156,7 +156,7 @@ class Answer:
         return self.format.answer(choices, self.counts)
 
     def begun(self, wire: Wire | None) -> None:
-        """The stream has begun; whoever waits for `more` need not be bothered with what can be written to the wire."""
+        """The stream has begun; from now on, text goes to the wire while `more` is waited for."""
         self._wire = wire
 
     def _wake(self) -> None:

@@ -19,7 +19,7 @@ from engine.executor.machine import Machine
 from engine.executor.model import Llama
 from traces.errors import TandemError
 
-MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop
+MEMORY_FRACTION = 0.5  # of the memory that is free once the model is loaded: the machine is somebody's laptop
 
 
 class Cpu(Machine):

@@ -29,7 +29,7 @@ class Runner:
         torch.set_num_threads(self._threads)
 
     def run(self, step: Step, probe: Probe | None = None) -> Shown:
-        """Apply the delta, copy what is swapped, and run one forward pass."""
+        """Apply the delta, copy swapped blocks, and run one forward pass."""
         work = self._running.apply(step)
         self._swap(step)
         if step.kind == "swap":

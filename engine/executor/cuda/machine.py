@@ -45,7 +45,7 @@ class Cuda(Machine):
         self._prepared: _Prepared | None = None
 
     def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
-        """As in `Machine`: what the largest step and the captured graphs leave of the GPU's memory."""
+        """As in `Machine`: the GPU's memory less the largest step and the captured graphs."""
         self._prepared = None
         return GpuMemory.measure(model, config, self.device).blocks(config, self.name)
 

@@ -1,4 +1,4 @@
-"""Times a GPU's steps as they run when serving, and its operations alone: what a profiler asks."""
+"""Times a GPU's steps as they run when serving, and its operations alone, for a profiler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POWER_LIMITED = 0x04
 
 
 class BatchShape(Protocol):
-    """What a step runs: prefill chunks as (tokens, context), and decodes as contexts. Hashable."""
+    """The requests of a step: prefill chunks as (tokens, context), and decodes as contexts. Hashable."""
 
     @property
     def chunks(self) -> tuple[tuple[int, int], ...]:
@@ -184,7 +184,7 @@ class CudaMeter:
         }
 
     def state(self, refuse_busy: bool = False) -> dict[str, Any]:
-        """What the GPU says of itself: driver, clocks, power, temperature, and why it may be slow.
+        """The GPU's driver, clocks, power and temperature, and the reasons why it may be slow.
 
         Raises:
             TandemError: another process computes on the GPU, if that is to be refused.

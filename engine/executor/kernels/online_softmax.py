@@ -27,5 +27,5 @@ def weigh(
 
 
 def softmax_scale(head_dim: int) -> float:
-    """What `weigh` multiplies scores by."""
+    """The factor of scores in `weigh`."""
     return math.log2(math.e) / math.sqrt(head_dim)

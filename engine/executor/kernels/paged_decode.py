@@ -5,8 +5,8 @@ Two kernels. Once a step, `_schedule` cuts the requests into pieces of about equ
 
 `_schedule`, grid (requests,): a request is split when it is longer than a fair share of all KV tokens; the shares are
 so few that the pieces fill the memory's bandwidth and no more. Long pieces come first, so that none is left to begin
-when the others have ended. Pieces never outnumber requests + shares, the capacity; what is left of it is marked as
-having no work.
+when the others have ended. Pieces never outnumber requests + shares, the capacity. Those that are left over have no
+work.
 
 `_decode`, grid (kv_heads, capacity), one program for a KV head of a piece; KV heads come first in launch order, so
 that programs which run side by side read side by side. The query heads of the KV head fill the rows of one tile that

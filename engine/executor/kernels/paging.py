@@ -1,4 +1,4 @@
-"""How kernels reach the tokens of a paged cache: shared by the attention kernels.
+"""Loads of tokens from a paged cache, shared by the attention kernels.
 
 A layer's cache is (2, num_blocks, block_size, kv_heads, head_dim) with any strides but the last, which is 1.
 """

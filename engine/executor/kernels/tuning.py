@@ -13,7 +13,7 @@ import triton
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How an attention kernel cuts its work."""
+    """The tiles of an attention kernel."""
 
     rows: int  # query rows of a program
     tokens: int  # KV tokens of an iteration
@@ -24,7 +24,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Skinny:
-    """How a matrix product of few rows cuts its work."""
+    """The tiles of a matrix product of few rows."""
 
     rows: int  # of x, at most: a power of 2 from 16
     columns: int  # of the output, of a program
@@ -35,7 +35,7 @@ class Skinny:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What attention needs to know of a GPU, for one element size and head_dim."""
+    """The tiles of attention on a GPU, for one element size and head_dim."""
 
     prefill: Tiles
     decode: Tiles
