@@ -1,6 +1,6 @@
 """How many KV blocks a card holds, term by term. Nothing is measured here.
 
-Memory is taken as by `engine.executor.cuda.machine`.
+Memory is taken as by `engine.executor.cuda.memory`.
 
 The terms follow from what the executor allocates (`cuda.py`, `model.py`, `shapes.py`), except for three that belong to
 the driver and to libraries: the context, the workspace and what a node of a graph takes. Those are what others saw.

@@ -55,8 +55,8 @@ class PacedEnvironment(simpy.Environment):  # type: ignore[misc]
         super().step()
 
 
-class PacedRider:
-    """Implements `engine.server.driver.Rider`: the times of a profile, and text that says nothing, of the right length.
+class RealtimeDriver:
+    """Implements `engine.server.driver.Driver`: the times of a profile, and filler text of the right length.
 
     A request makes `max_tokens` tokens, or as many as its client tells or `draw` says, whatever is the least.
 
@@ -73,7 +73,7 @@ class PacedRider:
         draw: Callable[[int], int] | None = None,
         keep_prompts: bool = False,
     ) -> None:
-        """Build the rider.
+        """Build the driver.
 
         Args:
             filler: the token ids that every output repeats.
@@ -102,15 +102,15 @@ class PacedRider:
         return self._env.lag_ns
 
     def token(self, request_id: int, position: int) -> int:
-        """As in `Rider`."""
+        """As in `Driver`."""
         return self._filler[position % len(self._filler)]
 
     def forget(self, request_id: int) -> None:
-        """As in `Rider`."""
+        """As in `Driver`."""
         self._backend.outputs.forget(request_id)
 
     def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
-        """As in `Rider`."""
+        """As in `Driver`."""
         begun(self._events, self._env.start_ns)
         self._env.run(until=self._env.process(Instance(scheduler, self._backend, observer).serve()))
 

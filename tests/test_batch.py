@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import simpy
@@ -15,7 +17,7 @@ from tiny_models import tiny_model
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.executor.batch import Decodes, KVCache, Packing, Prefill, Shape, build_batch
-from engine.executor.batch_state import RunningBatch, Work
+from engine.executor.batch_state import RunningBatch, StepWork
 from engine.executor.cuda.shapes import Shapes
 from engine.executor.kernels import ops
 from engine.executor.model import Llama
@@ -30,7 +32,7 @@ from traces.request import TraceRequest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16
-PACKING = Packing(BLOCK, tile_rows=64, no_seat=9)
+PACKING = Packing(BLOCK, tile_rows=64, no_table_row=9)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def llama(tmp_path_factory) -> Llama:
 
 
 def mixed_batch() -> tuple[Decodes, list[Prefill]]:
-    """Two decodes, the first fed from seat 3, and two chunks, of which the second is not a prompt's last."""
+    """Two decodes, the first fed from table row 3, and two chunks, of which the second is not a prompt's last."""
     tables = np.array([[4, 0], [1, 7]], np.int32)
     decodes = Decodes(np.array([-4, 55], np.int32), np.array([20, 5], np.int32), tables, np.array([3, 0], np.int32))
     first = Prefill([7, 8, 9], 0, np.array([2], np.int32), True, 1)
@@ -57,14 +59,13 @@ def run(llama: Llama, shape: Shape) -> tuple[list[int], torch.Tensor, torch.Tens
     cache = KVCache.allocate(llama.config, 8, BLOCK, torch.float32, DEVICE)
     cache.data.copy_(torch.randn(cache.data.shape, generator=torch.Generator().manual_seed(0)))
     last_tokens = torch.tensor([0, 0, 0, 77, 0, 0, 0, 0, 0, 0], device=DEVICE)
-    batch = shape.split(torch.from_numpy(words).to(DEVICE)).batch(spans, last_tokens, all_rows=False)
+    batch = shape.split(torch.from_numpy(words).to(DEVICE), spans, last_tokens)
     tokens = llama.forward(batch, cache).tolist()
     return tokens, cache.data, last_tokens
 
 
 def test_padding_changes_neither_tokens_nor_cache(llama):
-    _, prefills = mixed_batch()
-    exact = PACKING.shape_of(2, prefills, 3)
+    exact = PACKING.shape_of(*mixed_batch())
     assert exact == Shape(tokens=35, decodes=2, prefills=2, samples=3, tiles=2, blocks=3)
     tokens, cache, last_tokens = run(llama, exact)
     padded = run(llama, Shape(tokens=48, decodes=20, prefills=5, samples=20, tiles=7, blocks=9))
@@ -73,9 +74,9 @@ def test_padding_changes_neither_tokens_nor_cache(llama):
     assert torch.equal(padded[2][:9], last_tokens[:9])
 
 
-def test_tokens_are_noted_at_their_requests_seats(llama):
-    tokens, _, last_tokens = run(llama, PACKING.shape_of(2, mixed_batch()[1], 3))
-    assert [last_tokens[seat].item() for seat in (3, 0, 1)] == tokens
+def test_tokens_are_noted_in_their_requests_table_rows(llama):
+    tokens, _, last_tokens = run(llama, PACKING.shape_of(*mixed_batch()))
+    assert [last_tokens[table_row].item() for table_row in (3, 0, 1)] == tokens
     assert last_tokens[2] == 0  # its chunk was not the last
 
 
@@ -83,13 +84,14 @@ def test_a_token_that_only_the_device_knows_is_fed_like_any_other(llama):
     cache = KVCache.allocate(llama.config, 8, BLOCK, torch.float32, DEVICE)
     cache.data.copy_(torch.randn(cache.data.shape, generator=torch.Generator().manual_seed(0)))
     told = llama.forward(llama.batch([([77], 20, [4, 0])], 1, cache), cache).tolist()
-    assert run(llama, PACKING.shape_of(2, mixed_batch()[1], 3))[0][:1] == told
+    assert run(llama, PACKING.shape_of(*mixed_batch()))[0][:1] == told
 
 
 def test_sections_begin_at_aligned_addresses():
     shape = Shape(tokens=35, decodes=2, prefills=2, samples=3, tiles=2, blocks=3)
     words = torch.zeros(shape.words, dtype=torch.int32)
-    sections = shape.split(words)
+    batch = shape.split(words)
+    sections = [section for field in fields(batch) if isinstance(section := getattr(batch, field.name), torch.Tensor)]
     starts = [(section.data_ptr() - words.data_ptr()) for section in sections]
     assert all(start % 128 == 0 for start in starts) and len(set(starts)) == len(starts)
     for number, section in enumerate(sections):
@@ -109,7 +111,7 @@ def running_batch(*prompts: list[int]) -> RunningBatch:
     return RunningBatch(requests, None, 100, ServingConfig(num_blocks=8, max_model_len=32, num_cpu_blocks=8))
 
 
-def follow(running: RunningBatch, step: Step, *tokens: int) -> Work:
+def follow(running: RunningBatch, step: Step, *tokens: int) -> StepWork:
     work = running.apply(step)
     running.note(work, [*tokens])
     return work
@@ -151,10 +153,10 @@ class FollowedBackend(CheckedBackend):
         work = self.running.apply(step)
         states = self.checker.states
         decoding = [states[each.source.id] for each in work.samplers[: step.decodes]]
-        # the checks are a step ahead: they have counted this step's tokens, and given back what ended
-        for row, mirror in enumerate(decoding):
-            assert mirror.cached in (0, work.decodes.contexts[row] + 1)
-            assert work.decodes.tables[row, : len(mirror.blocks)].tolist() == mirror.blocks
+        # the step checker is a step ahead: it has counted this step's tokens, and given back what ended
+        for row, state in enumerate(decoding):
+            assert state.cached in (0, work.decodes.contexts[row] + 1)
+            assert work.decodes.tables[row, : len(state.blocks)].tolist() == state.blocks
         for (request_id, chunk), prefill in zip(step.chunks.items(), work.prefills, strict=True):
             known = self._tokens(request_id)
             assert list(prefill.token_ids) == known[chunk.start : chunk.start + chunk.tokens]
@@ -163,12 +165,12 @@ class FollowedBackend(CheckedBackend):
             fed = int(work.decodes.token_ids[row])
             position = int(work.decodes.contexts[row])
             truth = self._tokens(sampler.source.id)[position]
-            assert (self.seats[-1 - fed] if fed < 0 else fed) == truth
-        samples = list(work.decodes.seats) + [each.seat for each in work.prefills if each.samples]
-        for sampler, seat in zip(work.samplers, samples, strict=True):
+            assert (self.table_rows[-1 - fed] if fed < 0 else fed) == truth
+        samples = list(work.decodes.table_rows) + [each.table_row for each in work.prefills if each.samples]
+        for sampler, table_row in zip(work.samplers, samples, strict=True):
             made = self.made[sampler.source.id]
             made.append((31 * sampler.source.id + 7 * len(made)) % 100)
-            self.seats[int(seat)] = made[-1]
+            self.table_rows[int(table_row)] = made[-1]
         self.pending.append((work, [self.made[each.source.id][-1] for each in work.samplers]))
         return event
 
@@ -186,7 +188,7 @@ def test_a_running_batch_feeds_every_request_its_own_tokens_and_blocks(requests,
     env, scheduler = simpy.Environment(), data.draw(schedulers(config))
     backend = FollowedBackend(SimBackend(env, requests, ProfiledTiming(small_profile())), scheduler.config)
     backend.running = RunningBatch(requests, None, 100, config)
-    backend.seats, backend.pending, backend.made = {}, [], {each.id: [] for each in requests}
+    backend.table_rows, backend.pending, backend.made = {}, [], {each.id: [] for each in requests}
     recorder = Recorder()
     env.run(until=env.process(Instance(scheduler, backend, recorder).serve()))
     for request_id, output in backend.running.outputs.items():
@@ -209,7 +211,9 @@ def test_the_captured_shape_of_a_step_has_room_for_all_of_it(limits, chunks, dec
         chunks.pop()
     assume(chunks or decodes)
     prefills = [Prefill([0] * tokens, 0, np.zeros(3, np.int32), True) for tokens in chunks]
-    exact = Packing(16, tile_rows, max_seqs).shape_of(decodes, prefills, 3)
+    integers = np.zeros(decodes, np.int32)
+    decoding = Decodes(integers, integers, np.zeros((decodes, 3), np.int32), integers)
+    exact = Packing(16, tile_rows, max_seqs).shape_of(decoding, prefills)
     shapes = Shapes.within(config, tile_rows)
     held = shapes.holding(exact)
     assert all(room >= need for room, need in zip(held, exact, strict=True))

@@ -205,7 +205,7 @@ def test_steps_beyond_the_captured_sizes_give_the_same_tokens(executor, monkeypa
 
 
 def test_launching_never_waits_for_the_gpu(executor, monkeypatch):
-    from engine.executor.cuda.machine import CudaDataPlane
+    from engine.executor.cuda.data_plane import CudaDataPlane
 
     config = dataclasses.replace(SCARCE, pipeline_depth=2, num_cpu_blocks=40)
     executor.prepare(config)

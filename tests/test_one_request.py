@@ -20,8 +20,8 @@ from analysis.jobs.options import Limits
 from analysis.jobs.serve import SimService
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
-from engine.server.app import Manners, build_app
-from engine.server.engine_client import EngineLink
+from engine.server.app import ServerLimits, build_app
+from engine.server.engine_client import EngineClient
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
 from sim.profile.format import write_profile
@@ -149,7 +149,7 @@ def text_of(template: str | None = None) -> Text:
     return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template))
 
 
-Ask = Callable[[httpx.AsyncClient, EngineLink], Awaitable[None]]
+Ask = Callable[[httpx.AsyncClient, EngineClient], Awaitable[None]]
 
 
 def ask_in_process(folder: Path, text: Text, ask: Ask) -> None:
@@ -157,22 +157,22 @@ def ask_in_process(folder: Path, text: Text, ask: Ask) -> None:
 
     async def main() -> None:
         limits = Limits(num_blocks=100, block_size=8, max_seqs=8, max_batched_tokens=256, max_model_len=200)
-        link = EngineLink(SimService(folder / "profile", limits, [1, 2, 3], 5))
+        engine = EngineClient(SimService(folder / "profile", limits, [1, 2, 3], 5))
         try:
-            await link.start()
-            transport = httpx.ASGITransport(build_app(link, text, Manners("m")), raise_app_exceptions=False)
+            await engine.start()
+            transport = httpx.ASGITransport(build_app(engine, text, ServerLimits("m")), raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-                await ask(client, link)
-            await link.close()
+                await ask(client, engine)
+            await engine.close()
         finally:
-            link.kill()
+            engine.kill()
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
 @pytest.mark.parametrize("words", ["2 two", "2 two " * 1000], ids=["short", "long enough for a thread"])
 def test_text_that_the_tokenizer_cannot_read_gets_a_400(folder, words):
-    async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         answer = await client.post("/v1/completions", json={"prompt": words})
         cannot_fit = len(words) > 200
         assert answer.status_code == 400
@@ -183,7 +183,7 @@ def test_text_that_the_tokenizer_cannot_read_gets_a_400(folder, words):
 
 
 def test_a_conversation_on_which_the_chat_template_fails_as_programs_do_gets_a_400(folder):
-    async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         body = {"messages": [{"role": "user", "content": "1"}]}
         answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400
@@ -216,7 +216,7 @@ class Clumsy(Writer):
 def test_an_answer_that_cannot_be_written_is_a_500_and_the_others_get_theirs(folder, monkeypatch, capfd, moment):
     monkeypatch.setattr("engine.server.app.Writer", Clumsy)
 
-    async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         body = {"prompt": "2", "max_tokens": 20}
         bodies = [body, body | {"stop": moment}, body | {"stop": moment, "stream": True}, body]
         answers = await asyncio.gather(*(client.post("/v1/completions", json=each) for each in bodies))
@@ -224,7 +224,7 @@ def test_an_answer_that_cannot_be_written_is_a_500_and_the_others_get_theirs(fol
         assert answers[1].status_code == 500
         assert "cannot be written: KeyError" in answers[1].json()["error"]["message"]
         assert "cannot be written: KeyError" in answers[2].text and "[DONE]" not in answers[2].text
-        assert link.open_requests == link.without_token == 0
+        assert engine.open_requests == engine.without_token == 0
 
     ask_in_process(folder, text_of(), ask)
     assert "KeyError" in capfd.readouterr().err, "it is not hidden from who runs the server"
@@ -234,7 +234,7 @@ def test_a_fault_of_the_server_is_a_500_in_openais_format(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         with monkeypatch.context() as broken:
             broken.setattr("engine.server.app._Api._limit", fail)
             answer = await client.post("/v1/completions", json={"prompt": "2"})
@@ -247,7 +247,7 @@ def test_a_fault_of_the_server_is_a_500_in_openais_format(folder, monkeypatch):
 
 
 def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
-    class Sink:
+    class TokenSink:
         def __init__(self, fails: bool) -> None:
             self.fails = fails
             self.tokens: list[int] = []
@@ -261,10 +261,10 @@ def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
         def end(self, outcome: str, reason: str | None) -> None:
             self.ended.set_result((outcome, reason))
 
-    async def ask(client: httpx.AsyncClient, link: EngineLink) -> None:
-        sinks = [Sink(False), Sink(True), Sink(False)]
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
+        sinks = [TokenSink(False), TokenSink(True), TokenSink(False)]
         for sink in sinks:
-            link.submit(sink, [1, 2], 0, 12, StopCondition())
+            engine.submit(sink, [1, 2], 0, 12, StopCondition())
         ends = [await sink.ended for sink in sinks]
         assert [outcome for outcome, _ in ends] == ["length", "broken", "length"]
         assert sinks[0].tokens == sinks[2].tokens == [1, 2, 3] * 4

@@ -158,5 +158,5 @@ class PagedPool:
             sequence.cached += count
             table[-(-sequence.cached // self.block_size) :] = NO_BLOCK
         if all_rows:
-            batch.sample_rows = None
+            batch.all_rows = True
         return batch

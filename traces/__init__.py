@@ -1,4 +1,4 @@
-"""Workloads: what requests there are and when they arrive. Imports nothing from the other packages."""
+"""Workloads: requests and their arrivals. Imports nothing from the other packages."""
 
 from traces.errors import TandemError
 from traces.request import TraceRequest

@@ -1,4 +1,4 @@
-"""The request as a workload knows it: when it arrives, how long it is, where it will stop.
+"""The request as a workload knows it: its arrival, its length, and its end.
 
 A trace knows the future (`output_len`); a scheduler does not. Only a backend may read `output_len`.
 """
@@ -23,20 +23,20 @@ class TraceRequest:
         arrival_ns: arrival, in integer nanoseconds since the start of the trace.
         prompt_len: prompt tokens, at least 1.
         output_len: output tokens at which the request really stops, 1 to `max_tokens`.
-        max_tokens: the limit the client asked for: what a scheduler is allowed to know.
+        max_tokens: the limit the client asked for, which a scheduler may know.
         prompt_token_ids: the prompt, `prompt_len` ids, or None when the trace carries none.
-        hash_ids: what the prompt's first tokens are, where the trace has no token ids: requests whose first n ids are
+        hash_ids: stand for the prompt's first tokens, where the trace has no token ids. Requests whose first n ids are
             equal have their first n * `hash_block_size` tokens in common (as far as either prompt goes). Tokens beyond
             the last id are the request's own. As in Mooncake's traces.
         hash_block_size: tokens that one of `hash_ids` stands for.
-        output_ids: what the output is, as far as it is known, in the terms of the prompt: token ids; or after hash ids,
+        output_ids: the output as far as it is known, in the terms of the prompt: token ids; or after hash ids,
             ids of the blocks that follow the last that the prompt fills.
         predicted_length: somebody's estimate of `output_len`, shown to schedulers.
         priority: smaller is more urgent.
         client: who sent it, for fair sharing.
         cancel_ns: when the client gives up (same clock as `arrival_ns`), or None.
-        ttft_slo_ns: within what time of its arrival its first token is due, or None.
-        e2e_slo_ns: within what time of its arrival its last token is due, or None.
+        ttft_slo_ns: time from its arrival to when its first token is due, or None.
+        e2e_slo_ns: time from its arrival to when its last token is due, or None.
 
     Raises:
         TandemError: a value is of the wrong type, out of its range, or contradicts another.

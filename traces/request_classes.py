@@ -1,4 +1,4 @@
-"""What a workload says of its requests beside their lengths: whose they are, how urgent, and how long they will be.
+"""Classes of requests: their clients, priorities and deadlines; and predictions of their lengths.
 
 Seeded, and made when the trace is made: no scheduler draws a random number.
 """
@@ -24,8 +24,8 @@ class RequestClass:
         client: who sends them.
         share: of all requests, relative to the other classes' shares.
         priority: smaller is more urgent.
-        ttft_slo_ms, e2e_slo_ms: within what time of its arrival a request's first and last token are due.
-        patience_ms: after what time of its arrival a request is cancelled, unless it has ended.
+        ttft_slo_ms, e2e_slo_ms: time from a request's arrival to when its first and last token are due.
+        patience_ms: time from its arrival after which a request is cancelled, unless it has ended.
 
     Raises:
         TandemError: a value is out of range.

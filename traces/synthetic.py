@@ -23,7 +23,7 @@ def synthetic(n: int, seed: int, prompt: str, output: str, shared_prefixes: int 
     Args:
         n: how many requests.
         seed: of all that is drawn.
-        prompt: the distribution of prompt lengths; of what follows the shared prefix, where there are prefixes.
+        prompt: the distribution of prompt lengths; with prefixes, of the lengths beyond the shared prefix.
         output: the distribution of output lengths.
         shared_prefixes: if not 0, every prompt begins with one of so many prefixes, drawn uniformly, as prompts of that
             many applications would with their system prompts.

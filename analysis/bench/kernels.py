@@ -41,7 +41,7 @@ COLD_BYTES = 1 << 29  # several times any L2 cache
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class KernelTiming:
     """One measurement. `rate` is in TFLOP/s for products and attention over prompts, in GB/s for the rest."""
 
     kernel: str
@@ -140,21 +140,21 @@ PREFILLS = (  # requests, rows of each, context
 )
 
 
-def bench_attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[Timing]:
+def bench_attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """Decode against the read ceiling, prefill against the product's."""
     tuned = tuning(torch.device("cuda"), dtype.itemsize, HEAD_DIM, block_size)
     for requests, context in DECODES:
         paged = Paged(requests, context, dtype, block_size)
         rate = paged.bytes / (us := paged.decode(tuned)) / 1e3
-        yield Timing("paged_decode", f"{requests} x {context}", us, rate, "GB/s", rate / ceilings.read)
+        yield KernelTiming("paged_decode", f"{requests} x {context}", us, rate, "GB/s", rate / ceilings.read)
     for requests, rows, context in PREFILLS:
         us = Paged(requests, context, dtype, block_size).prefill(tuned.prefill, rows)
         rate = prefill_flops(requests, rows, context) / us / 1e6
         shape = f"{requests} x {rows} of {context}"
-        yield Timing("paged_prefill", shape, us, rate, "TFLOP/s", rate / ceilings.product)
+        yield KernelTiming("paged_prefill", shape, us, rate, "TFLOP/s", rate / ceilings.product)
 
 
-def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[Timing]:
+def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """The kernels of a step of so many tokens that only move bytes, against the copy ceiling."""
 
     def randn(*shape: int) -> torch.Tensor:
@@ -176,10 +176,10 @@ def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceil
     for name, (moved, calls) in works.items():
         rate = moved / (us := time_us(calls)) / 1e3
         rows = samples if name == "greedy" else tokens
-        yield Timing(name, f"{rows} rows", us, rate, "GB/s", rate / ceilings.copy)
+        yield KernelTiming(name, f"{rows} rows", us, rate, "GB/s", rate / ceilings.copy)
 
 
-def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[Timing]:
+def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """The products of a step of so few rows, by `ops.linear` and by cuBLAS, against the read ceiling."""
     for name, (columns, depth) in PRODUCTS.items():
         x = torch.randn(rows, depth, dtype=dtype, device="cuda")
@@ -188,20 +188,20 @@ def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterato
         for kernel, linear in (("linear", ops.linear), ("linear (cuBLAS)", F.linear)):
             calls: list[Callable[[], object]] = [partial(linear, x, weight, None) for weight in weights]
             rate = weights[0].nbytes / (us := time_us(calls)) / 1e3
-            yield Timing(kernel, f"{name}, {rows} rows", us, rate, "GB/s", rate / ceilings.read)
+            yield KernelTiming(kernel, f"{name}, {rows} rows", us, rate, "GB/s", rate / ceilings.read)
 
 
-def bench_swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[Timing]:
+def bench_swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """Blocks of 32 layers to pinned memory and back, against the bus."""
     gpu = torch.randn(32, 2, 128, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
     host = torch.zeros(32, 2, 64, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, pin_memory=True)
     pairs = torch.stack((torch.randperm(64), torch.randperm(64)), dim=1).cuda()
     for shape, source, target in (("out", gpu, host), ("in", host, gpu)):
         rate = host.nbytes / (us := time_us([partial(copy_blocks, source, target, pairs)])) / 1e3
-        yield Timing("copy_blocks", shape, us, rate, "GB/s", rate / ceilings.bus)
+        yield KernelTiming("copy_blocks", shape, us, rate, "GB/s", rate / ceilings.bus)
 
 
-def tune(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[Timing]:
+def tune(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[KernelTiming]:
     """Time tile shapes, best first; what the GPU has no room for is left out."""
     many, long = Paged(64, 1024, dtype, block_size, head_dim), Paged(1, 8192, dtype, block_size, head_dim)
     tuned = tuning(torch.device("cuda"), dtype.itemsize, head_dim, block_size)
@@ -210,21 +210,21 @@ def tune(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[Timing]
         tiles = Tiles(16, tokens, warps, stages)
         with suppress(OutOfResources):
             us = many.decode(replace(tuned, decode=tiles, chunk=max(tuned.chunk, tokens)))
-            timings.append(Timing("paged_decode", str(tiles), us, many.bytes / us / 1e3, "GB/s", 0.0))
+            timings.append(KernelTiming("paged_decode", str(tiles), us, many.bytes / us / 1e3, "GB/s", 0.0))
     for rows, tokens, warps, stages, bulk in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (False, True)):
         tiles = Tiles(rows, tokens, warps, stages, bulk)
         with suppress(OutOfResources):
             rate = prefill_flops(1, 8192, 8192, head_dim) / (us := long.prefill(tiles, 8192)) / 1e6
-            timings.append(Timing("paged_prefill", str(tiles), us, rate, "TFLOP/s", 0.0))
+            timings.append(KernelTiming("paged_prefill", str(tiles), us, rate, "TFLOP/s", 0.0))
     yield from sorted(timings, key=lambda timing: (timing.kernel, timing.time_us))
 
 
-def bench(dtype: torch.dtype, block_size: int) -> Iterator[Timing]:
+def bench(dtype: torch.dtype, block_size: int) -> Iterator[KernelTiming]:
     """Time every kernel on the shapes of Llama-3-8B; the ceilings come first."""
     ceilings = measure_ceilings(dtype)
-    yield Timing("matrix product", "8192 x 8192 x 8192", 0.0, ceilings.product, "TFLOP/s", 1.0)
+    yield KernelTiming("matrix product", "8192 x 8192 x 8192", 0.0, ceilings.product, "TFLOP/s", 1.0)
     for name in ("read", "copy", "bus"):
-        yield Timing(name, "", 0.0, getattr(ceilings, name), "GB/s", 1.0)
+        yield KernelTiming(name, "", 0.0, getattr(ceilings, name), "GB/s", 1.0)
     yield from bench_attention(dtype, block_size, ceilings)
     for tokens in (1, 64, 256, 16384):
         yield from bench_bytes(tokens, dtype, block_size, ceilings)

@@ -32,7 +32,7 @@ from analysis.metrics.summary import Ints, token_times
 from analysis.report.tables import TextTable
 from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run
-from engine.server.app import Manners
+from engine.server.app import ServerLimits
 from engine.server.serve import serve
 from engine.server.tokenization import Text, load_text
 from sim.profile.format import HOST_TERMS, Profile, write_profile
@@ -132,12 +132,12 @@ def _client_apart(start_server: Callable[[], None]) -> Iterator[None]:
 
 
 def _serve(service: SimService, model: str, pipe: Connection) -> None:
-    manners = partial(_manners, service.limits.max_seqs or 1)
-    serve(service, partial(load_text, model), manners, "127.0.0.1", 0, 10, pipe.send)
+    limits = partial(_limits, service.limits.max_seqs or 1)
+    serve(service, partial(load_text, model), limits, "127.0.0.1", 0, 10, pipe.send)
 
 
-def _manners(streams: int, model: str) -> Manners:
-    return Manners(model, max_waiting=2 * streams)
+def _limits(streams: int, model: str) -> ServerLimits:
+    return ServerLimits(model, max_waiting=2 * streams)
 
 
 def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[list[Reply], dict[str, float]]:

@@ -20,7 +20,7 @@ from traces.trace import read_trace
 
 if TYPE_CHECKING:
     from analysis.jobs.serve import SimService
-    from engine.server.app import Manners
+    from engine.server.app import ServerLimits
     from engine.server.tokenization import Text
 
 app = typer.Typer()
@@ -65,7 +65,7 @@ def serve(
     --model gives the tokenizer in either case. Ctrl-C or SIGTERM: no more requests, those that run are finished.
     """
     from analysis.jobs.serve import RealService
-    from engine.server.app import Manners
+    from engine.server.app import ServerLimits
     from engine.server.serve import serve as run_server
     from engine.server.tokenization import load_text
 
@@ -77,8 +77,8 @@ def serve(
     else:
         service, text = _simulated(profile, limits, loading.model, output_len, seed, out, overwrite)
     service.check()
-    manners = Manners("", max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
-    run_server(service, text, partial(_named, manners, name), host, port, drain, _say)
+    server_limits = ServerLimits("", max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
+    run_server(service, text, partial(_named, server_limits, name), host, port, drain, _say)
 
 
 def _check_backend(backend: str, profile: Path | None, output_len: str | None) -> None:
@@ -101,8 +101,8 @@ def _simulated(
     return SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, out, overwrite), lambda: text
 
 
-def _named(manners: Manners, name: str | None, model: str) -> Manners:
-    return replace(manners, model=name or model)
+def _named(limits: ServerLimits, name: str | None, model: str) -> ServerLimits:
+    return replace(limits, model=name or model)
 
 
 def _say(address: str) -> None:

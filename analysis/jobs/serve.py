@@ -1,4 +1,4 @@
-"""`tandem serve`: builds the rider, the tokenizer and the records' folder that the server is handed."""
+"""`tandem serve`: builds the engine driver, the tokenizer and the records' folder that the server is handed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.records import manifest
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from sim.profile.format import find_profile, read_profile
-from sim.realtime import PacedRider
+from sim.realtime import RealtimeDriver
 from sim.simulate import recorded_requests
 from traces.synthetic import draw_length
 from traces.trace import Trace, write_trace
@@ -29,7 +29,7 @@ from traces.trace import Trace, write_trace
 if TYPE_CHECKING:
     from analysis.client.load_client import Target
     from engine.executor.executor import Executor
-    from engine.server.driver import Rider
+    from engine.server.driver import Driver
 
 TRACE = "trace.parquet"
 
@@ -71,11 +71,11 @@ class SimService:
             draw_length(self.output, self.seed, 0)
         settled.say(ConsoleProgress(Console(stderr=True)))
 
-    def open(self) -> Rider:
+    def open(self) -> Driver:
         """As in `Service`."""
         self._profile = read_profile(find_profile(self.profile))
         self._settled = simulated_limits(self._profile, self.limits)
-        self._rider = PacedRider(
+        self._driver = RealtimeDriver(
             self._profile,
             self._settled.config,
             self.filler,
@@ -83,13 +83,13 @@ class SimService:
             None if self.output is None else self._draw,
             self.records,
         )
-        return self._rider
+        return self._driver
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """As in `Service`."""
-        profile, lag_ms = self._profile, self._rider.lag_ns / 1e6
+        profile, lag_ms = self._profile, self._driver.lag_ns / 1e6
         parts = {
-            "system": manifest.system(profile.meta["device"], self._rider.config),
+            "system": manifest.system(profile.meta["device"], self._driver.config),
             "provenance": manifest.provenance(
                 backend="simulator",
                 profile=profile.name,
@@ -103,7 +103,7 @@ class SimService:
             return manifest.workload(trace, profile.model, profile.meta["dtype"], "trace")
 
         assert self.out
-        summary, prompts = {"pacing_lag_ms": lag_ms}, self._rider.prompts
+        summary, prompts = {"pacing_lag_ms": lag_ms}, self._driver.prompts
         _write(recorder, workload, parts, self.out, self.overwrite, partial, prompts, summary)
 
     def _draw(self, request_id: int) -> int:
@@ -129,23 +129,23 @@ class RealService:
         """As in `SimService`."""
         _check(config_to_check(self.limits), self.out, self.overwrite)
 
-    def open(self) -> Rider:
+    def open(self) -> Driver:
         """As in `Service`."""
-        from engine.server.executor_driver import RealRider
+        from engine.server.executor_driver import ExecutorDriver
 
         progress = ConsoleProgress(Console(stderr=True))
         executor = self._executor = load_executor(self.loading, progress)
         self._settled = real_limits(executor, self.limits)
         self._settled.say(progress)
-        self._rider = RealRider(executor, self._settled.config, self.records)
+        self._driver = ExecutorDriver(executor, self._settled.config, self.records)
         self._machine = MachineWatch()
-        return self._rider
+        return self._driver
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """As in `Service`."""
         executor: Executor = self._executor
         parts = {
-            "system": manifest.system(executor.device, self._rider.config),
+            "system": manifest.system(executor.device, self._driver.config),
             "provenance": manifest.provenance(
                 backend="executor",
                 kernels=executor.kernels,
@@ -159,7 +159,7 @@ class RealService:
             return manifest.workload(trace, executor.model, executor.dtype, "model")
 
         assert self.out
-        _write(recorder, workload, parts, self.out, self.overwrite, partial, self._rider.prompts)
+        _write(recorder, workload, parts, self.out, self.overwrite, partial, self._driver.prompts)
 
 
 def _check(config: ServingConfig, out: Path | None, overwrite: bool) -> None:

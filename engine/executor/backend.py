@@ -1,6 +1,6 @@
 """The real backend: the machine's clock, and a data plane that works through steps in the order of launching.
 
-It imports no torch: what a step computes, and on what, is the business of the `DataPlane`.
+It imports no torch: the `DataPlane` alone knows the work of a step and the device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from engine.events import Event, EventSource
 from engine.step import Step
 
 
-class Work(NamedTuple):
-    """A completed step: when the data plane began to work on it (`perf_counter_ns`), for how long, what it showed."""
+class CompletedStep(NamedTuple):
+    """A completed step, and the results it showed.
+
+    Attributes:
+        start_ns: when the data plane began to work on it, by `perf_counter_ns`.
+        device_ns: how long it worked.
+    """
 
     step: int
     start_ns: int
@@ -35,13 +40,13 @@ class DataPlane(Protocol):
         """Get ready to run."""
 
     def __exit__(self, *exception: object) -> None:
-        """Let what was launched finish."""
+        """Let launched steps finish."""
 
     def launch(self, step: Step) -> None:
         """Put a step behind those launched before; returns before it is done."""
 
-    def complete(self) -> Work:
-        """Wait for the oldest step in flight; raises what went wrong."""
+    def complete(self) -> CompletedStep:
+        """Wait for the oldest step in flight; raises its error."""
 
 
 class _Done(NamedTuple):
@@ -108,7 +113,7 @@ class ExecutorBackend:
         return _Done(Launch(planned_ns, self.now()))
 
     def complete(self) -> _Later:
-        """Waits for the oldest step in flight; raises what the data plane raised."""
+        """Waits for the oldest step in flight; raises the data plane's error."""
         return _Later(self._complete)
 
     def wait(self, until_ns: int | None) -> _Later | None:
@@ -131,7 +136,7 @@ class Runs(Protocol):
         """Called once on the thread that will run the steps."""
 
     def run(self, step: Step) -> Shown:
-        """Apply the step's delta, compute its tokens, and say what they show."""
+        """Apply the step's delta, compute its tokens, and return the results they show."""
 
 
 class ThreadedDataPlane:
@@ -140,7 +145,7 @@ class ThreadedDataPlane:
     def __init__(self, runner: Runs) -> None:
         self._runner = runner
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
-        self._results: SimpleQueue[Work | BaseException | None] = SimpleQueue()
+        self._results: SimpleQueue[CompletedStep | BaseException | None] = SimpleQueue()
         self._worker = Thread(target=self._work, name="data-plane", daemon=True)
 
     def __enter__(self) -> ThreadedDataPlane:
@@ -156,13 +161,13 @@ class ThreadedDataPlane:
         """Hands the step to the thread."""
         self._steps.put(step)
 
-    def complete(self) -> Work:
-        """Waits for the thread; raises what it raised."""
+    def complete(self) -> CompletedStep:
+        """Waits for the thread; raises its error."""
         work = self._next_result()
         assert work is not None
         return work
 
-    def _next_result(self) -> Work | None:
+    def _next_result(self) -> CompletedStep | None:
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
@@ -175,6 +180,6 @@ class ThreadedDataPlane:
             while (step := self._steps.get()) is not None:
                 start_ns = time.perf_counter_ns()
                 shown = self._runner.run(step)
-                self._results.put(Work(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
+                self._results.put(CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
         except BaseException as error:
             self._results.put(error)

@@ -1,4 +1,4 @@
-"""What one forward pass works on: a flat batch of tokens, and the paged KV cache they read and write.
+"""The data of one forward pass: a flat batch of tokens, and the paged KV cache that they read and write.
 
 Knows tensors and block ids; does not know requests, schedulers or steps. All integers of a batch lie in one buffer, so
 that one copy brings them to a device, and so that a CUDA graph finds those of every batch in the same place.
@@ -7,7 +7,8 @@ that one copy brings them to a device, and so that a CUDA graph finds those of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -21,31 +22,35 @@ _ALIGNMENT = 32  # words between the starts of sections: kernels are compiled fo
 
 
 class Span(NamedTuple):
-    """One request's rows in a batch."""
+    """One request's token rows in a batch."""
 
-    row: int
+    row: int  # the first
     tokens: int
     context: int  # KV tokens after this pass, its own rows included
 
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """The tokens of one pass, request after request: decodes first, one row each, then prefills and prefill chunks.
+    """The tokens of one forward pass, request after request: decodes first, one token row each, then prefill chunks.
 
-    A request's rows are consecutive and in order of position. Rows, requests, samples and tiles may be padded, which
-    costs time and changes no result: a padding row has slot -1, a padding decode has no context.
+    A request's token rows are consecutive and in order of position. Token rows, requests, samples and tiles may be
+    padded. Padding costs time and changes no result: a padding row has slot -1, a padding decode has no context.
+
+    The integers are NumPy arrays where a batch is packed, and tensors where it is computed.
     """
 
-    token_ids: torch.Tensor  # (tokens,) int32; below 0: the newest token of seat -1 - id, which is on the device alone
-    positions: torch.Tensor  # (tokens,) int32, from 0 in each request
-    slots: torch.Tensor  # (tokens,) int32, block * block_size + offset: where the token's K and V go; -1: nowhere
-    context_lens: torch.Tensor  # (decodes,) int32, KV tokens of each decode after this pass
-    block_tables: torch.Tensor  # (decodes + prefills, blocks) int32; what pads a row is never read
-    prefills: Sequence[Span]  # for a data plane that works through them one by one
-    tiles: torch.Tensor  # (tiles, 4) int32, for one that works through tiles of rows: request, row, end, position
-    sample_rows: torch.Tensor | None = None  # (samples,) int32, rows whose next token is wanted; None: all
-    last_tokens: torch.Tensor | None = None  # (seats,) int64, the newest token of each seat
-    sample_seats: torch.Tensor | None = None  # (samples,) int32, where to note the new tokens in `last_tokens`
+    token_ids: Any  # (tokens,) int32; below 0: `last_tokens[-1 - id]`, which is on the device alone
+    positions: Any  # (tokens,) int32, from 0 in each request
+    slots: Any  # (tokens,) int32, block * block_size + offset: where the token's K and V go; -1: nowhere
+    context_lens: Any  # (decodes,) int32, KV tokens of each decode after this pass
+    sample_rows: Any  # (samples,) int32, token rows whose next token is wanted
+    sample_table_rows: Any  # (samples,) int32, rows of `last_tokens` that take the new tokens
+    tiles: Any  # (tiles, 4) int32, for a data plane that works through tiles: request, row, end, position
+    block_tables: Any  # (decodes + prefills, blocks) int32; the padding of a table is never read
+    _: KW_ONLY
+    prefills: Sequence[Span] = ()  # for a data plane that works through them one by one
+    last_tokens: torch.Tensor | None = None  # (table rows + 1,) int64, the newest token of each table row
+    all_rows: bool = False  # the next token of every token row is wanted, and `sample_rows` is not read
 
     @property
     def num_decodes(self) -> int:
@@ -54,7 +59,7 @@ class ForwardBatch:
 
 
 class Shape(NamedTuple):
-    """How much a batch has room for."""
+    """The room of a batch."""
 
     tokens: int
     decodes: int
@@ -72,41 +77,19 @@ class Shape(NamedTuple):
         tables = (self.decodes + self.prefills) * self.blocks
         return (*(self.tokens,) * 3, self.decodes, self.samples, self.samples, 4 * self.tiles, tables)
 
-    def split(self, words: Any) -> Sections:
-        """The sections of a buffer, as views; a NumPy array and a tensor are split alike."""
+    def split(
+        self,
+        words: Any,  # (words,) int32, an array or a tensor
+        prefills: Sequence[Span] = (),
+        last_tokens: torch.Tensor | None = None,  # (table rows + 1,) int64
+        all_rows: bool = False,
+    ) -> ForwardBatch:
+        """The batch whose integers are views of a buffer; further arguments as in `ForwardBatch`."""
         sizes = self._sizes()
         starts = accumulate(map(_aligned, sizes[:-1]), initial=0)
         parts = [words[start : start + size] for start, size in zip(starts, sizes, strict=True)]
         parts[-2:] = parts[-2].reshape(-1, 4), parts[-1].reshape(-1, self.blocks)
-        return Sections(*parts)
-
-
-class Sections(NamedTuple):
-    """A batch's integers, by name as in `ForwardBatch`."""
-
-    token_ids: Any
-    positions: Any
-    slots: Any
-    context_lens: Any
-    sample_rows: Any
-    sample_seats: Any
-    tiles: Any
-    block_tables: Any
-
-    def batch(self, prefills: Sequence[Span], last_tokens: torch.Tensor | None, all_rows: bool) -> ForwardBatch:
-        """The batch over these sections, which are tensors."""
-        return ForwardBatch(
-            token_ids=self.token_ids,
-            positions=self.positions,
-            slots=self.slots,
-            context_lens=self.context_lens,
-            block_tables=self.block_tables,
-            prefills=prefills,
-            tiles=self.tiles,
-            sample_rows=None if all_rows else self.sample_rows,
-            last_tokens=last_tokens,
-            sample_seats=None if last_tokens is None else self.sample_seats,
-        )
+        return ForwardBatch(*parts, prefills=prefills, last_tokens=last_tokens, all_rows=all_rows)
 
 
 def _aligned(words: int) -> int:
@@ -119,7 +102,7 @@ class Decodes(NamedTuple):
     token_ids: Ints  # (decodes,), as in `ForwardBatch`
     contexts: Ints  # (decodes,) KV tokens before this pass
     tables: Ints  # (decodes, blocks)
-    seats: Ints  # (decodes,)
+    table_rows: Ints  # (decodes,) the rows of the block tables, and of `last_tokens`
 
     @classmethod
     def none(cls) -> Decodes:
@@ -135,32 +118,34 @@ class Prefill(NamedTuple):
     start: int
     table: Ints  # (blocks,)
     samples: bool
-    seat: int = 0
+    table_row: int = 0
 
 
 class Packing(NamedTuple):
-    """What decides how a batch is packed."""
+    """The rules by which a batch is packed."""
 
     block_size: int
     tile_rows: int  # query rows of a tile; 0: no tiles
-    no_seat: int  # where the tokens of padding samples are noted
+    no_table_row: int  # where the tokens of padding samples are noted
 
-    def shape_of(self, decodes: int, prefills: Sequence[Prefill], blocks: int) -> Shape:
-        """Room for exactly this."""
+    def shape_of(self, decodes: Decodes, prefills: Sequence[Prefill]) -> Shape:
+        """Room for exactly these requests."""
+        rows, widest = decodes.tables.shape
         lengths = [len(each.token_ids) for each in prefills]
         tiles = sum(-(-length // self.tile_rows) for length in lengths) if self.tile_rows else 0
-        samples = decodes + sum(each.samples for each in prefills)
-        return Shape(decodes + sum(lengths), decodes, len(prefills), samples, tiles, blocks)
+        samples = rows + sum(each.samples for each in prefills)
+        blocks = max([widest, *(len(each.table) for each in prefills)])
+        return Shape(rows + sum(lengths), rows, len(prefills), samples, tiles, blocks)
 
-    def pack(self, out: Sections, decodes: Decodes, prefills: Sequence[Prefill]) -> list[Span]:
-        """Write a batch into sections with room for it, padding the rest; returns where the prefills are."""
+    def pack(self, out: ForwardBatch, decodes: Decodes, prefills: Sequence[Prefill]) -> list[Span]:
+        """Write requests into a batch of arrays with room for them and pad the rest; returns where the prefills are."""
         rows, spans = len(decodes.contexts), []
         _write(out.token_ids, decodes.token_ids, 0)
         _write(out.positions, decodes.contexts, 0)
         _write(out.slots, self._slots(decodes.tables, decodes.contexts, np.arange(rows)), -1)
         _write(out.context_lens, decodes.contexts + 1, 0)
         _write(out.sample_rows, np.arange(rows), 0)
-        _write(out.sample_seats, decodes.seats, self.no_seat)
+        _write(out.sample_table_rows, decodes.table_rows, self.no_table_row)
         out.block_tables[:rows, : decodes.tables.shape[1]] = decodes.tables
         first, sample = len(out.context_lens), rows
         for number, each in enumerate(prefills):
@@ -171,7 +156,7 @@ class Packing(NamedTuple):
             out.slots[rows:end] = self._slots(each.table, positions)
             out.block_tables[first + number, : len(each.table)] = each.table
             if each.samples:
-                out.sample_rows[sample], out.sample_seats[sample] = end - 1, each.seat
+                out.sample_rows[sample], out.sample_table_rows[sample] = end - 1, each.table_row
                 sample += 1
             spans.append(Span(rows, end - rows, each.start + end - rows))
             rows = end
@@ -203,12 +188,16 @@ def query_tiles(spans: Sequence[Span], first: int, rows: int) -> Ints:
     return flat[np.argsort(-flat[:, 3], kind="stable")]
 
 
-def _write(section: Ints, values: np.ndarray[Any, Any], padding: int) -> None:
+def _write(
+    section: Ints,  # (room,)
+    values: np.ndarray[Any, Any],  # (values,), at most as many
+    padding: int,
+) -> None:
     section[: len(values)] = values
     section[len(values) :] = padding
 
 
-@dataclass(slots=True)
+@dataclass
 class KVCache:
     """The paged KV cache of all layers, in one allocation so that swapping a block moves one strided slice.
 
@@ -218,10 +207,11 @@ class KVCache:
     """
 
     data: torch.Tensor  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-    layers: tuple[torch.Tensor, ...] = field(init=False)  # a view for each layer, made once
 
-    def __post_init__(self) -> None:
-        self.layers = self.data.unbind(0)
+    @cached_property
+    def layers(self) -> tuple[torch.Tensor, ...]:
+        """Of each layer, a view (2, num_blocks, block_size, kv_heads, head_dim)."""
+        return self.data.unbind(0)
 
     @classmethod
     def allocate(
@@ -269,15 +259,19 @@ def build_batch(
         if start + len(ids) > len(blocks) * block_size:
             raise ValueError(f"request {row}: {start + len(ids)} tokens do not fit into {len(blocks)} blocks")
         tables[row, : len(blocks)] = blocks
-    first_ids = np.array([ids[0] for ids, _, _ in requests[:num_decodes]], np.int32)
-    contexts = np.array([start for _, start, _ in requests[:num_decodes]], np.int32)
-    decodes = Decodes(first_ids, contexts, tables[:num_decodes], np.zeros(num_decodes, np.int32))
+    decoding = requests[:num_decodes]
+    decodes = Decodes(
+        token_ids=np.array([ids[0] for ids, _, _ in decoding], np.int32),
+        contexts=np.array([start for _, start, _ in decoding], np.int32),
+        tables=tables[:num_decodes],
+        table_rows=np.zeros(num_decodes, np.int32),
+    )
     prefills = [
-        Prefill(ids, start, table, True)
+        Prefill(ids, start, table, samples=True)
         for (ids, start, _), table in zip(requests[num_decodes:], tables[num_decodes:], strict=True)
     ]
-    packing = Packing(block_size, tile_rows, no_seat=0)
-    shape = packing.shape_of(num_decodes, prefills, tables.shape[1])
+    packing = Packing(block_size, tile_rows, no_table_row=0)
+    shape = packing.shape_of(decodes, prefills)
     words = np.zeros(shape.words, np.int32)
     spans = packing.pack(shape.split(words), decodes, prefills)
-    return shape.split(torch.from_numpy(words).to(device)).batch(spans, None, all_rows=not prefills)
+    return shape.split(torch.from_numpy(words).to(device), spans, all_rows=not prefills)

@@ -1,7 +1,7 @@
 """The running batch that Steps describe, on the data plane's side of the seam: who runs, with which tokens and blocks.
 
-It alone holds token values; the scheduler never sees one. Knows no model and no device: what a step computes is packed
-into a buffer for whoever computes it, and the tokens that come back are noted, possibly a step later.
+It alone holds token values; the scheduler never sees one. It knows no model and no device. It tells the data plane the
+work of each step, and notes the tokens that come back, possibly a step later.
 """
 
 from __future__ import annotations
@@ -29,29 +29,28 @@ class _Sequence:
     condition: StopCondition
     prompt: list[int]
     made: list[int]
-    seat: int = -1
+    table_row: int = -1
     blocks: int = 0  # in its row
     stopped: bool = False
 
 
-class Work(NamedTuple):
-    """What a step computes. It samples every decode, then the prefills that are complete with it."""
+class StepWork(NamedTuple):
+    """The work of a step. It samples every decode, then the prefills that are complete with it."""
 
     decodes: Decodes
     prefills: list[Prefill]
     samplers: list[_Sequence]  # whom the tokens belong to, in order
-    blocks: int  # of the longest request
 
 
 class RunningBatch:
     """Follows the deltas of a run.
 
-    A running request has a seat: a row of the block tables, and a place on the device where its newest token stays, so
-    that the next step can be fed before the host has seen that token.
+    A running request has a table row. In that row are its blocks, and on the device its newest token, so that the next
+    step can be fed before the host has seen that token.
 
     Attributes:
         outputs: the tokens that each request made, in order; those past a stop token included.
-        seats: how many there are.
+        table_rows: the number of rows.
     """
 
     def __init__(
@@ -70,9 +69,9 @@ class RunningBatch:
         self._sequences: dict[int, _Sequence] = {}
         self._decoding: dict[int, _Sequence] = {}
         self._newcomers: dict[int, _Sequence] = {}  # joined, and have not decoded since
-        self._order: Ints | None = None  # seats of the decoding requests
-        self.seats = config.max_seqs
-        self._free_seats = list(range(config.max_seqs - 1, -1, -1))
+        self._order: Ints | None = None  # (decodes,) table rows of the decoding requests
+        self.table_rows = config.max_seqs
+        self._free_rows = list(range(config.max_seqs - 1, -1, -1))
         self._tables = np.zeros((config.max_seqs, table_width(config)), np.int32)
         self._contexts = np.zeros(config.max_seqs, np.int32)
         self._stop_tokens = frozenset(stop_tokens or ())
@@ -90,8 +89,8 @@ class RunningBatch:
         self._sources.pop(request_id, None)
         self.outputs.pop(request_id, None)
 
-    def apply(self, step: Step) -> Work:
-        """Apply a step's delta; returns what it computes."""
+    def apply(self, step: Step) -> StepWork:
+        """Apply a step's delta; returns its work."""
         self._enter(step)
         prefills = [self._prefill(self._sequences[each], *chunk) for each, chunk in step.chunks.items()]
         samplers = [self._sequences[each] for each, chunk in step.chunks.items() if chunk.samples]
@@ -100,10 +99,9 @@ class RunningBatch:
             samplers = [*self._decoding.values(), *samplers]
         for request_id in step.finishing:
             self._leave(request_id)
-        widths = [decodes.tables.shape[1], *(len(each.table) for each in prefills)]
-        return Work(decodes, prefills, samplers, max(widths))
+        return StepWork(decodes, prefills, samplers)
 
-    def note(self, work: Work, tokens: list[int]) -> Shown:
+    def note(self, work: StepWork, tokens: list[int]) -> Shown:
         """Note the tokens of a step, the oldest not yet noted; returns whom they end, and the blocks they fill."""
         for sequence, token in zip(work.samplers, tokens, strict=True):
             sequence.made.append(token)
@@ -137,7 +135,7 @@ class RunningBatch:
             self._leave(request_id)
         for request_id in (*step.preempted, *step.swapped_out):
             if sequence := self._sequences.get(request_id):  # None: admitted and preempted by one plan, it never ran
-                self._stand_up(sequence)
+                self._release_row(sequence)
         for request_id in step.skipped:
             self._decoding.pop(request_id, None)
             self._newcomers.pop(request_id, None)
@@ -152,27 +150,27 @@ class RunningBatch:
             self._append_blocks(self._sequences[request_id], blocks)
         for request_id, context in step.joined.items():
             sequence = self._decoding[request_id] = self._newcomers[request_id] = self._sequences[request_id]
-            self._contexts[sequence.seat] = context
+            self._contexts[sequence.table_row] = context
             self._order = None
 
     def _append_blocks(self, sequence: _Sequence, blocks: Sequence[int]) -> None:
-        if sequence.seat < 0:
-            sequence.seat = self._free_seats.pop()
-        self._tables[sequence.seat, sequence.blocks : sequence.blocks + len(blocks)] = blocks
+        if sequence.table_row < 0:
+            sequence.table_row = self._free_rows.pop()
+        self._tables[sequence.table_row, sequence.blocks : sequence.blocks + len(blocks)] = blocks
         sequence.blocks += len(blocks)
 
-    def _stand_up(self, sequence: _Sequence) -> None:
-        """The request gives up its seat: what is launched may still use it, since later steps come after."""
+    def _release_row(self, sequence: _Sequence) -> None:
+        """Launched steps may still use the row, since the steps of its next owner come after them."""
         if self._decoding.pop(sequence.source.id, None):
             self._order = None
         self._newcomers.pop(sequence.source.id, None)
-        if sequence.seat >= 0:
-            self._free_seats.append(sequence.seat)
-        sequence.seat, sequence.blocks = -1, 0
+        if sequence.table_row >= 0:
+            self._free_rows.append(sequence.table_row)
+        sequence.table_row, sequence.blocks = -1, 0
 
     def _leave(self, request_id: int) -> None:
         if sequence := self._sequences.pop(request_id, None):
-            self._stand_up(sequence)
+            self._release_row(sequence)
 
     def _prompt(self, source: TraceRequest) -> list[int]:
         """The trace's token ids; where it has none, ids drawn with its hash ids as seeds, then with its number."""
@@ -188,18 +186,22 @@ class RunningBatch:
 
     def _prefill(self, sequence: _Sequence, start: int, tokens: int, samples: bool) -> Prefill:
         known = sequence.prompt if not sequence.made else sequence.prompt + sequence.made
-        table = self._tables[sequence.seat, : sequence.blocks]
-        return Prefill(known[start : start + tokens], start, table, samples, sequence.seat)
+        table = self._tables[sequence.table_row, : sequence.blocks]
+        return Prefill(known[start : start + tokens], start, table, samples, sequence.table_row)
 
     def _decodes(self, step: Step) -> Decodes:
-        """Everyone's newest token is at its seat, but of those back from a swap: theirs, the host has known for long.
+        """The newest token of each request is on the device, in its table row.
+
+        The host knows those of requests that were swapped in, and tells them.
 
         A request need not decode in the step that it joins.
         """
         if not step.decodes:
             return Decodes.none()
         if self._order is None:
-            self._order = np.fromiter((each.seat for each in self._decoding.values()), np.int32, len(self._decoding))
+            self._order = np.fromiter(
+                (each.table_row for each in self._decoding.values()), np.int32, len(self._decoding)
+            )
         order = self._order
         contexts = self._contexts[order]
         self._contexts[order] += 1

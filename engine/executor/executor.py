@@ -1,11 +1,10 @@
-"""A loaded model on this machine: what `tandem run` serves with and `tandem profile` measures."""
+"""A loaded model on this machine, with which `tandem run` serves and which `tandem profile` measures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +16,7 @@ from engine.executor.batch import KVCache
 from engine.executor.batch_state import RunningBatch
 from engine.executor.cpu.machine import Cpu
 from engine.executor.cpu.runner import Runner
+from engine.executor.machine import Machine, SwapTimes
 from engine.executor.model import Llama
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import dummy_weights, load_weights
@@ -31,50 +31,6 @@ if TYPE_CHECKING:
     from engine.executor.cuda.meter import CudaMeter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Machine(Protocol):
-    """What computes: where tensors live, what fits there, and how steps are run."""
-
-    @property
-    def name(self) -> str:
-        """As manifests and profiles call it."""
-
-    @property
-    def kernels(self) -> str:
-        """What computes."""
-
-    @property
-    def ops(self) -> ModuleType:
-        """The data plane's operations."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors live."""
-
-    @property
-    def default_dtype(self) -> str:
-        """Of weights and cache."""
-
-    @property
-    def default_block_size(self) -> int:
-        """Tokens of a KV block."""
-
-    def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
-        """KV blocks that fit beside the model within `config`, or as many as its limits can use if that is fewer.
-
-        Raises:
-            TandemError: not even one request of the longest length fits.
-        """
-
-    def prepare(self, model: Llama, config: ServingConfig) -> Any:
-        """Do ahead of a run what takes seconds. Raises TandemError if memory does not hold the caches."""
-
-    def data_plane(self, model: Llama, config: ServingConfig, running: RunningBatch) -> DataPlane:
-        """A data plane for one run."""
-
-    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
-        """Times (µs) of copies between the tiers: direction (`out`, `in`), blocks, repeats."""
 
 
 class Executor:
@@ -139,7 +95,7 @@ class Executor:
         """Get ready for runs within `config`, if that takes seconds; raises TandemError if memory does not suffice."""
         self.machine.prepare(self.llama, config)
 
-    def measure_swap(self, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+    def measure_swap(self, config: ServingConfig) -> list[SwapTimes]:
         """Times of copies between the tiers, as `Machine` says."""
         return self.machine.measure_swap(self.llama, config)
 
@@ -149,7 +105,7 @@ class Executor:
         return not isinstance(self.machine, Cpu)
 
     def meter(self, config: ServingConfig) -> CudaMeter:
-        """What times whole steps on a GPU. Raises TandemError if memory does not suffice."""
+        """A meter of whole steps on a GPU. Raises TandemError if memory does not suffice."""
         from engine.executor.cuda.machine import Cuda
         from engine.executor.cuda.meter import CudaMeter  # imports Triton, which a machine without a GPU may lack
 
@@ -163,7 +119,7 @@ class Executor:
     def runner(
         self, requests: Sequence[TraceRequest], caches: tuple[KVCache, KVCache], config: ServingConfig
     ) -> Runner:
-        """What runs steps on a CPU, one at a time, on the calling thread."""
+        """Runs steps on a CPU, one at a time, on the calling thread."""
         return Runner(self.llama, caches, self._running(requests, config, "trace"), self._cpu.threads)
 
     @property
@@ -178,7 +134,7 @@ class Executor:
     def session(
         self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str = "trace"
     ) -> tuple[RunningBatch, DataPlane]:
-        """What one run needs; requests may be added to the running batch while it runs."""
+        """The running batch and the data plane of one run; requests may be added to the batch while it runs."""
         running = self._running(requests, config, stop_rule)
         return running, self.machine.data_plane(self.llama, config, running)
 

@@ -32,10 +32,10 @@ class LayerWeights:
     post_norm: torch.Tensor  # (hidden,)
     gate_up: torch.Tensor  # (2 * intermediate, hidden)
     down: torch.Tensor  # (hidden, intermediate)
-    qkv_bias: torch.Tensor | None = None
-    o_bias: torch.Tensor | None = None
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
+    qkv_bias: torch.Tensor | None = None  # ((heads + 2 * kv_heads) * head_dim,)
+    o_bias: torch.Tensor | None = None  # (hidden,)
+    gate_up_bias: torch.Tensor | None = None  # (2 * intermediate,)
+    down_bias: torch.Tensor | None = None  # (hidden,)
 
 
 @dataclass(slots=True)

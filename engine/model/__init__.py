@@ -1,1 +1,1 @@
-"""The shape of a model, and what follows from it."""
+"""The shape of a model, and its graph sizes."""

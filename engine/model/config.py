@@ -1,4 +1,4 @@
-"""The shape of a LLaMA model: what the simulator, the profiles and the executor must agree on.
+"""The shape of a LLaMA model, on which the simulator, the profiles and the executor must agree.
 
 Reads a preset, a Hugging Face folder or a GGUF file. Knows nothing of torch: a simulation needs a model's shape, not
 its weights.
@@ -31,7 +31,7 @@ _GGUF_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched to reach a longer context.
+    """The stretching of rotary frequencies, for a longer context.
 
     `linear` divides every frequency by `factor` (Chen et al. 2023, position interpolation). `llama3` divides only the
     low ones, with a smooth passage between `low_freq_factor` and `high_freq_factor` (The Llama 3 Herd of Models, 2024).
@@ -44,7 +44,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def divisor(self, inv_freq: float) -> float:
-        """What one frequency (radians per token) is divided by."""
+        """The divisor of one frequency (radians per token)."""
         if self.kind == "linear":
             return self.factor
         turns = self.original_max_position_embeddings * inv_freq / (2 * math.pi)
@@ -143,7 +143,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, shape: dict[str, Any]) -> ModelConfig:
-        """Read what `dataclasses.asdict` made of a config, and JSON or YAML of that."""
+        """Read the result of `dataclasses.asdict`, also by way of JSON or YAML."""
         scaling = shape["rope_scaling"]
         rope_scaling = RopeScaling(**scaling) if scaling else None
         return cls(**shape | {"rope_scaling": rope_scaling, "eos_token_ids": tuple(shape["eos_token_ids"])})
@@ -163,7 +163,7 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
     def rope_divisors(self) -> tuple[float, ...]:
-        """What each of the `head_dim / 2` rotary frequencies `theta ** (-2i / head_dim)` is divided by."""
+        """The divisors of the `head_dim / 2` rotary frequencies `theta ** (-2i / head_dim)`."""
         if self.rope_scaling is None:
             return (1.0,) * (self.head_dim // 2)
         frequencies = (self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2))
@@ -188,7 +188,7 @@ def load_model_config(name_or_path: str | Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say which file is missing or broken, and at what line."""
+    """Read a JSON object. Raises TandemError with the file and the line if it is missing or broken."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -211,7 +211,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for an error of ours."""
+    """The first line of a library's error, for an error of ours."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

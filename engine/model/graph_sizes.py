@@ -1,6 +1,6 @@
-"""For which numbers of rows an executor captures its steps as graphs, and so what a step is padded to.
+"""The numbers of rows for which an executor captures its steps as graphs. A step is padded to one of them.
 
-Both riders ask: the executor to choose a graph, the simulator to know what a step costs. Knows no tensors.
+The executor asks to choose a graph, the simulator to know the cost of a step. Knows no tensors.
 """
 
 from __future__ import annotations

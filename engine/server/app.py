@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, and one error format. It may not know which rider serves."""
+"""The HTTP side: routes, limits, and one error format. It may not know which engine driver serves."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.engine_client import EngineLink
-from engine.server.openai_format import ChatDialect, Dialect
+from engine.server.engine_client import EngineClient
+from engine.server.openai_format import ChatFormat, CompletionFormat
 from engine.server.prometheus import Exposition
 from engine.server.protocol import (
     MOST_PROMPTS,
@@ -29,24 +29,25 @@ from engine.server.protocol import (
     Generate,
     Refused,
 )
-from engine.server.response import Answer, AnswerResponse, send_json
+from engine.server.response import Answer, AnswerResponse
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = "1"
+_CLOSE = {"Connection": "close"}
 STATUS_PAGE = Path(__file__).with_name("status.html")
 
 
 @dataclass(frozen=True, slots=True)
-class Manners:
-    """How the server treats its clients.
+class ServerLimits:
+    """The server's limits for its clients.
 
     Attributes:
         model: the name it answers to.
         max_waiting: requests without a token at which further ones are turned away.
         max_body_bytes: longest request body.
-        api_key: what `/v1` asks for, or None.
+        api_key: the key that `/v1` asks for, or None.
         ignore_sampling: take no notice of sampling parameters, where they would get a 400.
     """
 
@@ -57,10 +58,10 @@ class Manners:
     ignore_sampling: bool = False
 
 
-def build_app(link: EngineLink, text: Text, manners: Manners) -> ASGIApp:
+def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp:
     """The application, behind its guards."""
     app = FastAPI(title="Tandem", version=version("tandem-llm"), docs_url=None, redoc_url=None)
-    api = _Api(link, text, manners)
+    api = _Api(engine, text, limits)
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)
     }
@@ -72,24 +73,21 @@ def build_app(link: EngineLink, text: Text, manners: Manners) -> ASGIApp:
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics)
     app.get("/status")(api.status)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(api.page)
-    app.exception_handler(Refused)(_refuse)
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(RecursionError)(_too_deep)
-    app.exception_handler(Exception)(_fault)
-    return Guard(app, manners)
+    for kind in (Refused, RequestValidationError, HTTPException, RecursionError, Exception):
+        app.exception_handler(kind)(_answer_error)
+    return Guard(app, limits)
 
 
 class _Api:
     """The handlers."""
 
-    def __init__(self, link: EngineLink, text: Text, manners: Manners) -> None:
-        self._link = link
+    def __init__(self, engine: EngineClient, text: Text, limits: ServerLimits) -> None:
+        self._engine = engine
         self._text = text
-        self._manners = manners
+        self._limits = limits
         self._page = STATUS_PAGE.read_text()
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Exposition(link))
+        self._registry.register(Exposition(engine))
         self._answers = 0
 
     async def completions(self, body: CompletionRequest) -> AnswerResponse:
@@ -97,7 +95,7 @@ class _Api:
         arrived_ns = time.perf_counter_ns()
         self._check(body, len(body.prompts))
         prompts = [await self._ids(prompt) for prompt in body.prompts]
-        return self._answer(body, prompts, arrived_ns, Dialect)
+        return self._answer(body, prompts, arrived_ns, CompletionFormat)
 
     async def chat(self, body: ChatRequest) -> AnswerResponse:
         """Continue a conversation, written by the model's chat template."""
@@ -107,22 +105,21 @@ class _Api:
             written = self._text.chat([message.plain() for message in body.messages])
         except ValueError as error:
             raise Refused(400, str(error), "messages") from None
-        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatDialect)
+        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatFormat)
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
-        ready = self._link.ready
-        card = {"id": self._manners.model, "object": "model", "created": 0, "owned_by": "tandem"}
+        ready = self._engine.ready
+        model = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
         return {
             "object": "list",
-            "data": [card | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
+            "data": [model | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
         }
 
-    async def health(self) -> JSONResponse:
+    async def health(self) -> dict[str, str]:
         """200 while requests can be served; 503 once the engine is dead or the server is shutting down."""
-        if self._link.error is not None or self._link.draining:
-            raise Refused(503, self._link.error or "the server is shutting down")
-        return JSONResponse({"status": "ok"})
+        self._check_alive()
+        return {"status": "ok"}
 
     async def version(self) -> dict[str, str]:
         """Tandem's."""
@@ -133,53 +130,53 @@ class _Api:
         return PlainTextResponse(generate_latest(self._registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> dict[str, Any]:
-        """What the status page draws."""
-        link, metrics = self._link, self._link.metrics
+        """The numbers that the status page draws."""
+        engine, metrics = self._engine, self._engine.metrics
         return {
             "time_s": time.perf_counter(),
-            "alive": link.error is None,
-            "model": self._manners.model,
-            "facts": link.ready.facts,
-            "scheduler": link.ready.config.scheduler,
-            "kv_blocks": link.ready.config.num_blocks,
-            "max_seqs": link.ready.config.max_seqs,
-            "open": link.open_requests,
-            "load": link.load._asdict(),
+            "alive": engine.error is None,
+            "model": self._limits.model,
+            "facts": engine.ready.facts,
+            "scheduler": engine.ready.config.scheduler,
+            "kv_blocks": engine.ready.config.num_blocks,
+            "max_seqs": engine.ready.config.max_seqs,
+            "open": engine.open_requests,
+            "load": engine.load._asdict(),
             "generated": metrics.generated,
             "outcomes": dict(metrics.outcomes),
-            "ttft": {
-                "bounds_ms": [1e-6 * b for b in metrics.first_tokens.bounds],
-                "counts": metrics.first_tokens.counts,
-            },
-            "itl": {"bounds_ms": [1e-6 * b for b in metrics.gaps.bounds], "counts": metrics.gaps.counts},
+            "ttft": metrics.first_tokens.in_ms(),
+            "itl": metrics.gaps.in_ms(),
         }
 
     async def page(self) -> HTMLResponse:
         """The status page."""
         return HTMLResponse(self._page)
 
+    def _check_alive(self) -> None:
+        if self._engine.error is not None or self._engine.draining:
+            raise Refused(503, self._engine.error or "the server is shutting down")
+
     def _check(self, body: Generate, prompts: int) -> None:
-        if self._link.error is not None or self._link.draining:
-            raise Refused(503, self._link.error or "the server is shutting down")
-        if body.model is not None and body.model != self._manners.model:
-            raise Refused(404, f"no model {body.model!r} here: this is {self._manners.model!r}", "model")
-        if refusal := body.refusal(self._manners.ignore_sampling):
+        self._check_alive()
+        if body.model is not None and body.model != self._limits.model:
+            raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
+        if refusal := body.refusal(self._limits.ignore_sampling):
             raise Refused(400, refusal[1], refusal[0])
         if prompts > MOST_PROMPTS:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
-        if self._link.without_token + prompts > self._manners.max_waiting:
-            message = f"{self._link.without_token} requests wait for their first token: try again later"
-            raise Refused(429, message, retry_after_s=RETRY_AFTER_S)
+        if self._engine.without_token + prompts > self._limits.max_waiting:
+            message = f"{self._engine.without_token} requests wait for their first token: try again later"
+            raise Refused(429, message, headers={"Retry-After": RETRY_AFTER_S})
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return await self._read(prompt, self._text.encode)
-        if max(prompt) >= (vocab_size := self._link.ready.facts["vocab_size"]):
+        if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
             raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
     async def _read(self, text: str, encode: Any) -> list[int]:
-        longest = self._link.ready.config.max_model_len * self._text.longest
+        longest = self._engine.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
         try:
@@ -191,16 +188,16 @@ class _Api:
         return ids
 
     def _answer(
-        self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, dialect: type[Dialect]
+        self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, format: type[CompletionFormat]
     ) -> AnswerResponse:
         limits = [self._limit(body, len(ids)) for ids in prompts]
         self._answers += 1
-        written = dialect(self._answers, int(time.time()), self._manners.model, body.wants_usage)
+        written = format(self._answers, int(time.time()), self._limits.model, body.wants_usage)
         writers = [Writer(self._text.tokens, body.stops, body.min_tokens) for _ in prompts]
-        answer = Answer(self._link, written, bool(body.stream), writers)
+        answer = Answer(self._engine, written, bool(body.stream), writers)
         for output, ids, limit in zip(answer.outputs, prompts, limits, strict=True):
             answer.prompt_tokens += len(ids)
-            output.request_id = self._link.submit(
+            output.request_id = self._engine.submit(
                 output,
                 ids,
                 arrived_ns,
@@ -213,11 +210,11 @@ class _Api:
         return AnswerResponse(answer)
 
     def _limit(self, body: Generate, prompt_len: int) -> int:
-        room = self._link.ready.config.max_model_len - prompt_len
+        room = self._engine.ready.config.max_model_len - prompt_len
         limit = room if body.limit is None else body.limit
         if limit < 1 or limit > room:
             asked = "" if body.limit is None else f" and {body.limit} new ones"
-            longest = self._link.ready.config.max_model_len
+            longest = self._engine.ready.config.max_model_len
             raise Refused(
                 400, f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here", "prompt"
             )
@@ -227,12 +224,12 @@ class _Api:
 
 
 class Guard:
-    """What is checked before a request is read: its size, and the API key. Plain ASGI: streams pass through it."""
+    """Checks a request's size and API key before it is read. Plain ASGI: streams pass through it."""
 
-    def __init__(self, app: ASGIApp, manners: Manners) -> None:
+    def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
         self._app = app
-        self._limit = manners.max_body_bytes
-        self._key = None if manners.api_key is None else f"Bearer {manners.api_key}".encode()
+        self._limit = limits.max_body_bytes
+        self._key = None if limits.api_key is None else f"Bearer {limits.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -242,11 +239,11 @@ class Guard:
         if self._key is not None and scope["path"].startswith("/v1"):
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._key):
-                return await _send_refusal(
-                    send, Refused(401, "this server wants an API key: Authorization: Bearer KEY")
-                )
+                refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
+                return await refused.response()(scope, receive, send)
+        too_large = Refused(413, f"the body is longer than {self._limit} bytes", headers=_CLOSE)
         if int(headers.get(b"content-length") or 0) > self._limit:
-            return await _send_refusal(send, self._too_large())
+            return await too_large.response()(scope, receive, send)
         read = 0
 
         async def receive_within_limit() -> Message:
@@ -254,43 +251,30 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:  # raised in the middle of FastAPI's reading, which passes on nothing else
-                raise HTTPException(413, self._too_large().message)
+                raise HTTPException(413, too_large.message)
             return message
 
         await self._app(scope, receive_within_limit, send)
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is longer than {self._limit} bytes")
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    """The traceback of a fault is logged by our caller."""
+    match error:
+        case Refused():
+            refused = error
+        case RequestValidationError():
+            refused = _invalid(error.errors()[0])
+        case HTTPException():
+            refused = Refused(error.status_code, str(error.detail))
+        case RecursionError():
+            refused = Refused(400, "the body is nested too deeply")
+        case _:
+            refused = Refused(500, f"the server is at fault: {type(error).__name__}: {error}")
+    return refused.response()
 
 
-async def _send_refusal(send: Send, refused: Refused) -> None:
-    await send_json(send, refused.status, refused.body, [(b"connection", b"close")])
-
-
-async def _refuse(_: Request, refused: Exception) -> JSONResponse:
-    assert isinstance(refused, Refused)
-    wait = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
-    return JSONResponse(refused.body, refused.status, wait)
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+def _invalid(first: dict[str, Any]) -> Refused:
     if first["type"] == "json_invalid":
-        return await _refuse(request, Refused(400, f"the body is not JSON: {first['ctx']['error']}"))
+        return Refused(400, f"the body is not JSON: {first['ctx']['error']}")
     where = ".".join(str(part) for part in first["loc"][1:])
-    return await _refuse(request, Refused(400, f"{where or 'body'}: {first['msg']}", where or None))
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return await _refuse(request, Refused(error.status_code, str(error.detail)))
-
-
-async def _fault(request: Request, error: Exception) -> JSONResponse:
-    """The traceback is logged by whoever called us."""
-    return await _refuse(request, Refused(500, f"the server is at fault: {type(error).__name__}: {error}"))
-
-
-async def _too_deep(request: Request, _: Exception) -> JSONResponse:
-    return await _refuse(request, Refused(400, "the body is nested too deeply"))
+    return Refused(400, f"{where or 'body'}: {first['msg']}", where or None)

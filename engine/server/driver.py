@@ -1,4 +1,4 @@
-"""What the server asks of whatever serves: the executor, or the simulator paced by the wall clock."""
+"""The engine driver behind a server: the executor, or the simulator paced by the wall clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.records.recorder import Recorder
 from engine.scheduler import Scheduler
 
 
-class Rider(Protocol):
+class Driver(Protocol):
     """Serves on live time, in the engine's process."""
 
     @property
@@ -38,14 +38,14 @@ class Rider(Protocol):
 
 
 class Service(Protocol):
-    """What the command line hands over: how to build a rider, and what becomes of the records. Can be pickled."""
+    """Builds an engine driver, and takes its records. Can be pickled."""
 
     @property
     def records(self) -> bool:
-        """Whether to record."""
+        """Whether the run is recorded."""
 
-    def open(self) -> Rider:
-        """Build the rider: in the engine's process, since it may take seconds and own a GPU."""
+    def open(self) -> Driver:
+        """Build the driver: in the engine's process, since it may take seconds and own a GPU."""
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """The run is over, or was broken off."""

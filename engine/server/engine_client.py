@@ -1,4 +1,4 @@
-"""The API's end of the pipe: hands requests to the engine's process, and what comes back to whom it belongs."""
+"""The API's end of the pipe: hands requests to the engine's process, and tokens to the sinks of their requests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context
 from queue import SimpleQueue
 from threading import Thread
@@ -19,7 +20,7 @@ from engine.server.driver import Service
 from engine.server.engine_process import run_engine
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
-from engine.server.prometheus import Metrics
+from engine.server.prometheus import ServerMetrics
 from engine.stop_condition import StopCondition
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -27,7 +28,7 @@ from traces.request import TraceRequest
 BROKEN = "broken"
 
 
-class Sink(Protocol):
+class TokenSink(Protocol):
     """Who waits for a request's tokens."""
 
     def take(self, token: int, last: bool) -> None:
@@ -37,33 +38,31 @@ class Sink(Protocol):
         """The last was taken, or none will come: `length`, `stop`, `rejected`, `failed`, or `broken` by the sink."""
 
 
+@dataclass(slots=True)
 class _Open:
     """A request that has not ended."""
 
-    __slots__ = ("arrival_ns", "last_ns", "prompt_len", "sink", "tokens")
-
-    def __init__(self, sink: Sink, arrival_ns: int, prompt_len: int) -> None:
-        self.sink = sink
-        self.arrival_ns = arrival_ns
-        self.last_ns = 0
-        self.prompt_len = prompt_len
-        self.tokens = 0
+    sink: TokenSink
+    arrival_ns: int
+    prompt_len: int
+    tokens: int = 0
+    last_ns: int = 0  # when the last token came
 
 
-class EngineLink:
+class EngineClient:
     """A running engine. Lives on the API's event loop and never blocks it.
 
     Attributes:
-        ready: what the engine said of itself.
-        metrics: what was counted since.
-        load: what it was busy with when it last spoke.
+        ready: the engine's first message.
+        metrics: counts since then.
+        load: the engine's load in its last message.
         error: why it is dead, or None.
         draining: whether no request is taken any more.
         without_token: requests that wait for their first token.
     """
 
     ready: Ready
-    metrics: Metrics
+    metrics: ServerMetrics
 
     def __init__(self, service: Service) -> None:
         """Start the engine's process, which then loads its model."""
@@ -72,7 +71,7 @@ class EngineLink:
         self._process = context.Process(target=run_engine, args=(service, theirs), name="tandem-engine", daemon=True)
         self._process.start()
         theirs.close()
-        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._outbox: SimpleQueue[Any] = SimpleQueue()  # None ends the sending thread
         self._sender = Thread(target=self._send_all, name="to-engine", daemon=True)
         self._open: dict[int, _Open] = {}
         self._submitted = 0
@@ -107,7 +106,7 @@ class EngineLink:
 
     def submit(
         self,
-        sink: Sink,
+        sink: TokenSink,
         prompt: Sequence[int],
         arrived_ns: int,
         max_tokens: int,
@@ -152,14 +151,14 @@ class EngineLink:
             each.sink.end("failed", why)
 
     async def close(self) -> None:
-        """Have the engine serve what it has, write its records, and end; waits for that."""
+        """Have the engine serve its requests, write its records, and end; waits for that."""
         self.draining = True
         self._outbox.put(Close())
         await self._over
         await asyncio.to_thread(self._process.join)
 
     def _send_all(self) -> None:
-        while not isinstance(message := self._outbox.get(), _Stop):
+        while (message := self._outbox.get()) is not None:
             try:
                 self._pipe.send(message)
             except OSError:
@@ -177,7 +176,7 @@ class EngineLink:
                     self._progress(message)
                 case Ready():
                     self.ready = message
-                    self.metrics = Metrics(message.facts["model"], message.config.num_blocks)
+                    self.metrics = ServerMetrics(message.facts["model"], message.config.num_blocks)
                     self._begun.set_result(None)
                 case Over(error):
                     self._ended(error)
@@ -187,7 +186,7 @@ class EngineLink:
             return
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._over.set_result(None)
-        self._outbox.put(_Stop())
+        self._outbox.put(None)
         self.error = error
         if not self._begun.done():
             self._begun.set_exception(TandemError(error or "the engine ended before it began"))
@@ -207,8 +206,8 @@ class EngineLink:
                 except Exception as error:
                     self._broken(request_id, ended.sink, error)
 
-    def _broken(self, request_id: int, sink: Sink, error: Exception) -> None:
-        """What goes wrong as one request's answer is written ends that request alone."""
+    def _broken(self, request_id: int, sink: TokenSink, error: Exception) -> None:
+        """An error while one request's answer is written ends that request alone."""
         traceback.print_exception(error)
         why = f"its answer cannot be written: {type(error).__name__}: {error}"
         self.cancel(request_id, why)
@@ -242,7 +241,3 @@ class EngineLink:
                 self._broken(request_id, request.sink, error)
         for gap, times in Counter(gaps).items():  # when all have their token, and mostly the same
             self.metrics.gaps.add(gap, times)
-
-
-class _Stop:
-    """Ends the sending thread."""

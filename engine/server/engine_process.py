@@ -15,7 +15,7 @@ from typing import Any
 from engine.live_events import LiveEvents
 from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
-from engine.server.driver import Rider, Service
+from engine.server.driver import Driver, Service
 from engine.server.gc_tuning import hold_back
 from engine.server.messages import Arrive, Cancel, Close, Over, Ready
 from engine.server.output_publisher import Publisher
@@ -26,7 +26,7 @@ SWITCH_S = 0.0005  # a thread that wants to run gets to within this, where Pytho
 
 def run_engine(service: Service, pipe: Connection) -> None:
     """Serve until the API says close, or is gone. The process's main function."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the API decides what follows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the API decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
     outbox: SimpleQueue[Any] = SimpleQueue()
@@ -45,22 +45,22 @@ def run_engine(service: Service, pipe: Connection) -> None:
     sender.join()
 
 
-def _serve(service: Service, rider: Rider, pipe: Connection, outbox: SimpleQueue[Any]) -> None:
+def _serve(service: Service, driver: Driver, pipe: Connection, outbox: SimpleQueue[Any]) -> None:
     recorder = Recorder() if service.records else None
-    scheduler = load_scheduler(rider.config)
-    publisher = Publisher(outbox.put, rider, scheduler, recorder)
+    scheduler = load_scheduler(driver.config)
+    publisher = Publisher(outbox.put, driver, scheduler, recorder)
     start_ns = 0
 
     def begun(events: LiveEvents, begun_ns: int) -> None:
         nonlocal start_ns
         start_ns = begun_ns
         Thread(target=_receive_all, args=(pipe, events), name="from-api", daemon=True).start()
-        outbox.put(Ready(begun_ns, rider.config, rider.facts))
+        outbox.put(Ready(begun_ns, driver.config, driver.facts))
 
     whole = False
     hold_back()
     try:
-        rider.serve(scheduler, publisher, begun)
+        driver.serve(scheduler, publisher, begun)
         whole = True
     finally:
         if recorder:

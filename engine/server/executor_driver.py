@@ -1,4 +1,4 @@
-"""The executor as a rider: the model's own tokens, on the machine's own time."""
+"""The executor as a driver: the model's own tokens, on the machine's own time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
 
-class RealRider:
-    """Implements `engine.server.driver.Rider`.
+class ExecutorDriver:
+    """Implements `engine.server.driver.Driver`.
 
     Attributes:
         prompts: token ids by request, if they are kept.
@@ -36,20 +36,20 @@ class RealRider:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As in `Rider`."""
+        """As in `Driver`."""
         model = self._executor.model
         return {"backend": "real", "device": self._executor.device, "model": model.name, "vocab_size": model.vocab_size}
 
     def token(self, request_id: int, position: int) -> int:
-        """As in `Rider`."""
+        """As in `Driver`."""
         return self._running.outputs[request_id][position]
 
     def forget(self, request_id: int) -> None:
-        """As in `Rider`."""
+        """As in `Driver`."""
         self._running.forget(request_id)
 
     def serve(self, scheduler: Scheduler, observer: Observer, begun: Callable[[LiveEvents, int], None]) -> None:
-        """As in `Rider`."""
+        """As in `Driver`."""
         events = LiveEvents(lambda: time.perf_counter_ns() - backend.start_ns, self._admit)
         with ExecutorBackend(self._data_plane, events) as backend:
             begun(events, backend.start_ns)

@@ -13,7 +13,7 @@ WORTHWHILE = 2  # collections of the middle generation since the last full one: 
 
 
 def hold_back() -> None:
-    """Never look through what was loaded, and seldom through all else. For a process that is about to serve."""
+    """Never look through loaded objects, and seldom through all others. For a process that is about to serve."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, MIDDLE, FULL)

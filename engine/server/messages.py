@@ -1,4 +1,4 @@
-"""What the API process and the engine process say to each other. They share a clock, `time.perf_counter_ns`."""
+"""Messages between the API process and the engine process. They share a clock, `time.perf_counter_ns`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cancel(NamedTuple):
 
 
 class Close(NamedTuple):
-    """To the engine: serve what came, write the records, and end."""
+    """To the engine: serve the requests that came, write the records, and end."""
 
 
 class Ready(NamedTuple):
@@ -43,7 +43,7 @@ class Ready(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What the engine is busy with: queue lengths and blocks now, the composition of the last step, and sums so far."""
+    """The engine's load: queue lengths and blocks now, the composition of the last step, and sums so far."""
 
     running: int = 0
     waiting: int = 0

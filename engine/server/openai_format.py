@@ -1,4 +1,4 @@
-"""How OpenAI's two APIs write the same answer. Chunks are put together from bytes: a server writes one a token."""
+"""The formats of OpenAI's two APIs. Chunks are put together from text, since a server writes one a token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     finish_reason: str
 
 
-class Dialect:
+class CompletionFormat:
     """`/v1/completions`, for one answer."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
@@ -42,7 +42,7 @@ class Dialect:
         ).encode("ascii")
 
     def open(self, index: int) -> bytes:
-        """What comes before an output's first text."""
+        """The chunk before an output's first text."""
         return b""
 
     def usage(self, counts: dict[str, Any]) -> bytes:
@@ -59,14 +59,14 @@ class Dialect:
         return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
 
 
-class ChatDialect(Dialect):
+class ChatFormat(CompletionFormat):
     """`/v1/chat/completions`, for one answer."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
     opening, closing = '"delta": {"content": ', "}"
 
     def open(self, index: int) -> bytes:
-        """Who speaks."""
+        """The chunk that names the speaker."""
         return (
             f'{self._before}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, '
             f'"finish_reason": null{self._after}'

@@ -1,4 +1,4 @@
-"""Tells clients what a serving loop does: from its steps alone, so that it is the same for every backend."""
+"""Publishes the tokens of a serving loop to clients, from its steps alone: every backend is published alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.events import Event
 from engine.observer import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
-from engine.server.driver import Rider
+from engine.server.driver import Driver
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import End, Load, Progress
 from engine.step import Step
@@ -31,10 +31,10 @@ class Publisher:
     """An `engine.observer.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
-        self, send: Callable[[Progress], None], rider: Rider, scheduler: Scheduler, recorder: Observer | None
+        self, send: Callable[[Progress], None], driver: Driver, scheduler: Scheduler, recorder: Observer | None
     ) -> None:
         self._send = send
-        self._rider = rider
+        self._rider = driver
         self._scheduler = scheduler
         self._recorder = recorder
         self._made: dict[int, int] = {}  # of requests that have not ended, tokens sent
@@ -83,7 +83,7 @@ class Publisher:
     def iteration(
         self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
     ) -> None:
-        """Sends what the turn brought, if anything. While nothing is to be done, garbage is collected."""
+        """Sends the turn's tokens and ends, if there are any. While there is no work, garbage is collected."""
         if self._recorder:
             self._recorder.iteration(now, events, step, launch, completion)
         ids, tokens = self._take_tokens(completion) if completion else ([], [])

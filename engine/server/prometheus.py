@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from engine.server.messages import Load
-
-if TYPE_CHECKING:
-    from engine.server.engine_client import EngineLink
 
 GAP_BUCKETS_S = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.025),
@@ -34,12 +32,12 @@ LENGTH_BUCKETS = tuple(float(2**power) for power in range(18))
 
 
 class Histogram:
-    """Counts by bucket. It does what Prometheus' own does, at what a server can afford for every token."""
+    """Counts by bucket. Prometheus' own histogram is too slow for every token."""
 
     __slots__ = ("bounds", "counts", "per_unit", "total")
 
     def __init__(self, bounds: Sequence[float], per_unit: float = 1e9) -> None:
-        """`per_unit`: of what is added to one unit of the bounds; nanoseconds to a second, unless it is said."""
+        """`per_unit`: units of the added values in a unit of the bounds; nanoseconds in a second, unless given."""
         self.bounds = [bound * per_unit for bound in bounds]
         self.counts = [0] * (len(bounds) + 1)
         self.per_unit = per_unit
@@ -53,12 +51,15 @@ class Histogram:
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative counts by upper bound, as Prometheus wants them."""
         names = [str(bound / self.per_unit) for bound in self.bounds] + ["+Inf"]
-        sums = [sum(self.counts[: place + 1]) for place in range(len(self.counts))]
-        return list(zip(names, map(float, sums), strict=True))
+        return list(zip(names, map(float, accumulate(self.counts)), strict=True))
+
+    def in_ms(self) -> dict[str, list[float]]:
+        """The bounds of a histogram of nanoseconds in milliseconds, and the count of each bucket."""
+        return {"bounds_ms": [1e-6 * bound for bound in self.bounds], "counts": [*self.counts]}
 
 
-class Metrics:
-    """What a server counts.
+class ServerMetrics:
+    """The counts of a server.
 
     Attributes:
         gaps: between two tokens of a request, in nanoseconds.
@@ -92,31 +93,42 @@ class Metrics:
         self.requests.add(took_ns)
 
 
-class Exposition:
-    """A Prometheus collector over a link."""
+class Source(Protocol):
+    """The numbers of a running engine."""
 
-    def __init__(self, link: EngineLink) -> None:
-        self._link = link
+    metrics: ServerMetrics
+    load: Load
+
+
+class Exposition:
+    """A Prometheus collector."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as they are now."""
-        metrics = self._link.metrics
-        for name, text, gauge in _GAUGES:
-            yield self._with(
-                GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"]), gauge(self._link.load, metrics)
-            )
+        metrics, load = self._source.metrics, self._source.load
+        kv_usage = load.kv_blocks_used / metrics.kv_blocks
+        for name, text, gauge in (
+            ("num_requests_running", "Requests that hold KV blocks.", load.running),
+            ("num_requests_waiting", "Requests that wait for them.", load.waiting),
+            ("kv_cache_usage_perc", "KV blocks in use; 1 is all.", kv_usage),
+            ("iteration_prefill_tokens", "Prefill tokens of the last step (Tandem's).", load.prefill_tokens),
+            ("iteration_decode_tokens", "Decode tokens of the last step (Tandem's).", load.decode_tokens),
+        ):
+            yield self._family(GaugeMetricFamily, name, text, gauge)
         for name, text, total in (
             ("prompt_tokens", "Prompt tokens of requests that have ended.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens handed to clients.", metrics.generated),
-            ("num_preemptions", "Times a request lost its KV blocks.", self._link.load.preemptions),
+            ("num_preemptions", "Times a request lost its KV blocks.", load.preemptions),
         ):
-            yield self._with(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"]), total)
-        done = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended, by how.", labels=["model_name", "finished_reason"]
-        )
+            yield self._family(CounterMetricFamily, name, text, total)
+        labels = ["model_name", "finished_reason"]
+        ended = CounterMetricFamily("vllm:request_success", "Requests that ended, by how.", labels=labels)
         for outcome in ("length", "stop", "abort"):
-            done.add_metric([metrics.model, outcome], metrics.outcomes[outcome])
-        yield done
+            ended.add_metric([metrics.model, outcome], metrics.outcomes[outcome])
+        yield ended
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From arrival to the first token.", metrics.first_tokens),
             ("inter_token_latency_seconds", "Between two tokens of a request.", metrics.gaps),
@@ -124,19 +136,10 @@ class Exposition:
             ("request_prompt_tokens", "Prompt lengths.", metrics.prompt_lengths),
             ("request_generation_tokens", "Output lengths.", metrics.output_lengths),
         ):
-            family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            family.add_metric([metrics.model], histogram.buckets(), histogram.total / histogram.per_unit)
-            yield family
+            total_of_all = histogram.total / histogram.per_unit
+            yield self._family(HistogramMetricFamily, name, text, histogram.buckets(), total_of_all)
 
-    def _with(self, family: Metric, value: float) -> Metric:
-        family.add_metric([self._link.metrics.model], value)  # type: ignore[attr-defined]
+    def _family(self, kind: Any, name: str, text: str, *values: Any) -> Metric:
+        family: Metric = kind(f"vllm:{name}", text, labels=["model_name"])
+        family.add_metric([self._source.metrics.model], *values)  # type: ignore[attr-defined]
         return family
-
-
-_GAUGES: tuple[tuple[str, str, Callable[[Load, Metrics], float]], ...] = (
-    ("num_requests_running", "Requests that hold KV blocks.", lambda load, _: load.running),
-    ("num_requests_waiting", "Requests that wait for them.", lambda load, _: load.waiting),
-    ("kv_cache_usage_perc", "KV blocks in use; 1 is all.", lambda load, of: load.kv_blocks_used / of.kv_blocks),
-    ("iteration_prefill_tokens", "Prefill tokens of the last step (Tandem's).", lambda load, _: load.prefill_tokens),
-    ("iteration_decode_tokens", "Decode tokens of the last step (Tandem's).", lambda load, _: load.decode_tokens),
-)

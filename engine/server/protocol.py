@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, with vLLM's additions and two of ours, and what we say to what we cannot do.
+"""OpenAI's request bodies, with vLLM's additions and two of ours, and the refusals of those that we cannot serve.
 
 Fields that nobody knows are ignored, as vLLM does; known ones that would change the output are refused.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MOST_TOKENS = 2**31 - 1
@@ -51,13 +52,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """How a stream is written."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class Generate(BaseModel):
-    """What both kinds of request have in common."""
+    """The fields that both kinds of request have."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -91,23 +92,21 @@ class Generate(BaseModel):
         raise NotImplementedError
 
     def refusal(self, ignore_sampling: bool) -> tuple[str, str] | None:
-        """The first field that asks for what we do not do, and what to say about it."""
-        given = {name: value for name, value in self if value is not None} | (self.model_extra or {})
+        """The first field that asks for something we do not do, and the message about it."""
+        given = dict(self)
         for name, allowed in _UNSUPPORTED.items():
-            if given.get(name) is not None and not _among(given[name], allowed):
+            if given.get(name) not in (None, *allowed):
                 return name, f"{name} is not supported"
-        for name, allowed in {} if ignore_sampling else _NEUTRAL.items():
-            choosing = name in _CHOOSING and given.get("temperature") == 0
-            if given.get(name) is not None and not choosing and not _among(given[name], allowed):
+        if ignore_sampling:
+            return None
+        chosen = _CHOOSING if given.get("temperature") == 0 else ()
+        for name, allowed in _NEUTRAL.items():
+            if given.get(name) not in (None, *allowed) and name not in chosen:
                 return name, (
                     f"{name} would change the output, and decoding here is greedy: leave it out, or give "
                     f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
                 )
         return None
-
-
-def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
-    return any(value == each for each in allowed)
 
 
 class CompletionRequest(Generate):
@@ -128,7 +127,7 @@ class CompletionRequest(Generate):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each is answered by a choice of its own."""
+        """The prompts. Each is answered by a choice of its own."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -186,12 +185,14 @@ class ErrorBody(BaseModel):
 class Refused(Exception):
     """A request that gets an error for an answer."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.headers = headers
 
     @property
     def body(self) -> dict[str, Any]:
@@ -199,3 +200,7 @@ class Refused(Exception):
         kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
         name = kind.get(self.status, "InternalServerError" if self.status >= 500 else "BadRequestError")
         return {"error": {"message": self.message, "type": name, "param": self.param, "code": self.status}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body, self.status, self.headers)

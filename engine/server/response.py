@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
-from engine.server.engine_client import BROKEN, EngineLink
-from engine.server.openai_format import DONE, Choice, Dialect
+from engine.server.engine_client import BROKEN, EngineClient
+from engine.server.openai_format import DONE, Choice, CompletionFormat
 from engine.server.protocol import Refused
 from engine.server.tokenization import Writer
 
@@ -29,14 +29,14 @@ class Wire(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether what is written now would be kept, since the client does not read, or is gone."""
+        """Whether a write would be kept, since the client does not read, or is gone."""
 
     def write(self, body: bytes) -> None:
         """Send a chunk."""
 
 
 class Output:
-    """One choice of an answer. Implements `engine.server.engine_client.Sink`."""
+    """One choice of an answer. Implements `engine.server.engine_client.TokenSink`."""
 
     __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
 
@@ -55,7 +55,7 @@ class Output:
         self.tokens += 1
         self._text.append(self._writer.take(token))
         if self._writer.stopped:
-            self._answer.link.cancel(self.request_id, STOP_STRING)
+            self._answer.engine.cancel(self.request_id, STOP_STRING)
             self._finish("stop")
         elif not last:
             self._answer.wrote(self)
@@ -80,16 +80,16 @@ class Output:
         text, self._text = "".join(self._text), []
         return text
 
-    def chunk(self, dialect: Dialect) -> bytes:
+    def chunk(self, format: CompletionFormat) -> bytes:
         """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
-        written = dialect.text(self.index, self._text.pop(), self.finish_reason)
+        written = format.text(self.index, self._text.pop(), self.finish_reason)
         if self._text:
-            written = b"".join([dialect.text(self.index, text) for text in self._text]) + written
+            written = b"".join([format.text(self.index, text) for text in self._text]) + written
             self._text.clear()
         if self._opened:
             return written
         self._opened = True
-        return dialect.open(self.index) + written
+        return format.open(self.index) + written
 
 
 class Answer:
@@ -100,9 +100,11 @@ class Answer:
         refused: why there is no answer, or no more of it.
     """
 
-    def __init__(self, link: EngineLink, dialect: Dialect, streamed: bool, writers: Sequence[Writer]) -> None:
-        self.link = link
-        self.dialect = dialect
+    def __init__(
+        self, engine: EngineClient, format: CompletionFormat, streamed: bool, writers: Sequence[Writer]
+    ) -> None:
+        self.engine = engine
+        self.format = format
         self.streamed = streamed
         self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
         self.unfinished = len(self.outputs)
@@ -115,7 +117,7 @@ class Answer:
     def wrote(self, output: Output) -> None:
         """An output has more text, or has ended."""
         if self._wire and self.unfinished and self._wakened and not self._wire.blocked:
-            self._wire.write(output.chunk(self.dialect))
+            self._wire.write(output.chunk(self.format))
             return
         self._fresh[output] = None
         if self.streamed or not self.unfinished:
@@ -127,11 +129,11 @@ class Answer:
         self.abandon(refused.message)
 
     def abandon(self, reason: str = GONE) -> None:
-        """Nobody wants it any more: what still runs is cancelled."""
+        """Nobody wants it any more: outputs that still run are cancelled."""
         self.unfinished = 0
         for output in self.outputs:
             if output.finish_reason is None:
-                self.link.cancel(output.request_id, reason)
+                self.engine.cancel(output.request_id, reason)
         self._wake()
 
     async def more(self) -> bytes:
@@ -140,25 +142,21 @@ class Answer:
             self._wakened = asyncio.get_running_loop().create_future()
             await self._wakened
         fresh, self._fresh = self._fresh, {}
-        return b"".join([each.chunk(self.dialect) for each in fresh]) if self.streamed else b""
+        return b"".join([each.chunk(self.format) for each in fresh]) if self.streamed else b""
 
     @property
     def counts(self) -> dict[str, Any]:
         """Tokens, as OpenAI counts them."""
-        made = sum(each.tokens for each in self.outputs)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.prompt_tokens + made,
-        }
+        asked, made = self.prompt_tokens, sum(each.tokens for each in self.outputs)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
     def whole(self) -> dict[str, Any]:
         """The answer, not streamed."""
         choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
-        return self.dialect.answer(choices, self.counts)
+        return self.format.answer(choices, self.counts)
 
     def begun(self, wire: Wire | None) -> None:
-        """The stream has begun; whoever waits for `more` need not be bothered with what can be written to the wire."""
+        """The stream has begun; from now on, text goes to the wire while `more` is waited for."""
         self._wire = wire
 
     def _wake(self) -> None:
@@ -171,9 +169,8 @@ class AnswerResponse(Response):
     """Sends an answer as it comes, and gives it up when the client is gone."""
 
     def __init__(self, answer: Answer) -> None:
+        super().__init__()
         self._answer = answer
-        self.background = None
-        self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -183,11 +180,11 @@ class AnswerResponse(Response):
         try:
             first = await answer.more()
             if answer.refused:  # nothing is sent yet, though some may have been made
-                await send_json(send, answer.refused.status, answer.refused.body)
+                await answer.refused.response()(scope, receive, send)
             elif answer.streamed:
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))
             elif all(each.finish_reason for each in answer.outputs):  # else the client is gone
-                await send_json(send, 200, answer.whole())
+                await JSONResponse(answer.whole())(scope, receive, send)
         finally:
             watcher.cancel()
             answer.abandon()
@@ -204,16 +201,8 @@ class AnswerResponse(Response):
         if answer.refused:
             end = f"data: {json.dumps(answer.refused.body)}\n\n".encode()
         else:
-            end = answer.dialect.usage(answer.counts) + DONE
+            end = answer.format.usage(answer.counts) + DONE
         await send({"type": "http.response.body", "body": end})
-
-
-async def send_json(send: Send, status: int, body: Any, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """A whole response."""
-    content = json.dumps(body).encode()
-    fields = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": content})
 
 
 async def _until_gone(receive: Receive) -> None:

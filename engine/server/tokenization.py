@@ -29,7 +29,7 @@ class Text:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """A prompt's token ids, with what the model wants at its beginning."""
+        """A prompt's token ids, with those that the model wants at its beginning."""
         ids: list[int] = self.tokens.encode(text).ids
         return ids
 
@@ -43,7 +43,7 @@ class Text:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
     def encode_chat(self, text: str) -> list[int]:
-        """Token ids of what `chat` wrote: special tokens are in it already."""
+        """Token ids of a text from `chat`, which has its special tokens already."""
         ids: list[int] = self.tokens.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -87,7 +87,7 @@ class Writer:
         return self._beyond_stops(text)
 
     def rest(self) -> str:
-        """What was held back, now that no token follows."""
+        """The text that was held back, now that no token follows."""
         text = self._held
         if self._undecoded and not self.stopped:
             text += str(self._tokens.decode(self._undecoded))
@@ -97,7 +97,7 @@ class Writer:
     def _decode(self, token: int) -> str:
         try:
             text = self._stream.step(self._tokens, token)
-        except Exception:  # bytes that are no text confuse it: begin anew with what it has not given
+        except Exception:  # bytes that are no text confuse it: begin anew with the tokens that it has not decoded
             self._stream = DecodeStream(skip_special_tokens=True)
             lost, self._undecoded = [*self._undecoded, token], []
             return str(self._tokens.decode(lost))

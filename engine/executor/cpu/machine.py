@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,18 +13,17 @@ from engine.config import ServingConfig
 from engine.executor.backend import ThreadedDataPlane
 from engine.executor.batch import KVCache
 from engine.executor.batch_state import RunningBatch
+from engine.executor.cpu import ops
 from engine.executor.cpu.runner import Runner
+from engine.executor.machine import Machine
 from engine.executor.model import Llama
-from engine.executor.reference import ops
 from traces.errors import TandemError
 
-MEMORY_FRACTION = 0.5  # of what is free once the model is loaded: the machine is somebody's laptop
-SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SWAP_REPEATS = 5
+MEMORY_FRACTION = 0.5  # of the memory that is free once the model is loaded: the machine is somebody's laptop
 
 
-class Cpu:
-    """Implements `engine.executor.executor.Machine`."""
+class Cpu(Machine):
+    """Some of the processors."""
 
     kernels = "reference (PyTorch)"
     ops = ops
@@ -55,7 +53,7 @@ class Cpu:
         return min(room, config.max_seqs * longest)
 
     def caches(self, model: Llama, config: ServingConfig) -> tuple[KVCache, KVCache]:
-        """Both tiers of a run's KV cache. Raises TandemError if memory does not hold them."""
+        """As in `Machine`."""
 
         def allocate(blocks: int) -> KVCache:
             return KVCache.allocate(model.config, blocks, config.block_size, model.dtype, "cpu")
@@ -73,25 +71,19 @@ class Cpu:
         """As in `Machine`."""
         return ThreadedDataPlane(Runner(model, self.caches(model, config), running, self.threads))
 
-    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+    def copy_us(
+        self,
+        source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+        target: torch.Tensor,  # likewise
+        pairs: torch.Tensor,  # (blocks, 2) int64
+    ) -> float:
         """As in `Machine`."""
-        near, far = self.caches(model, config)
-        most = min(config.num_blocks, config.num_cpu_blocks)
-        counts = sorted({min(count, most) for count in SWAP_BLOCKS})
-        pairs = torch.arange(most).repeat(2, 1).T
-        return [
-            (direction, count, [_time_us(source, target, pairs[:count]) for _ in range(SWAP_REPEATS)])
-            for count in counts
-            for direction, source, target in (("out", near, far), ("in", far, near))
-        ]
-
-
-def _time_us(source: KVCache, target: KVCache, pairs: torch.Tensor) -> float:
-    start = time.perf_counter_ns()
-    ops.copy_blocks(source.data, target.data, pairs)
-    return (time.perf_counter_ns() - start) / 1e3
+        start = time.perf_counter_ns()
+        ops.copy_blocks(source, target, pairs)
+        return (time.perf_counter_ns() - start) / 1e3
 
 
 def _cpu_name() -> str:
-    lines: Sequence[str] = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

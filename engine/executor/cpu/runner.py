@@ -8,7 +8,7 @@ import torch
 from engine.backend import Shown
 from engine.executor.batch import KVCache, Packing
 from engine.executor.batch_state import RunningBatch
-from engine.executor.model import Llama, Mark
+from engine.executor.model import Llama, Probe
 from engine.step import Step
 
 
@@ -21,24 +21,24 @@ class Runner:
         self._cache, self._swap_cache = caches
         self._running = running
         self._threads = threads
-        self._packing = Packing(self._cache.block_size, model.ops.tile_rows(self._cache.data), running.seats)
-        self._last_tokens = torch.zeros(running.seats + 1, dtype=torch.int64)
+        self._packing = Packing(self._cache.block_size, model.ops.tile_rows(self._cache.data), running.table_rows)
+        self._last_tokens = torch.zeros(running.table_rows + 1, dtype=torch.int64)  # (table rows + 1,)
 
     def prepare_thread(self) -> None:
         """Torch counts threads per calling thread."""
         torch.set_num_threads(self._threads)
 
-    def run(self, step: Step, mark: Mark | None = None) -> Shown:
-        """Apply the delta, copy what is swapped, and run one forward pass."""
+    def run(self, step: Step, probe: Probe | None = None) -> Shown:
+        """Apply the delta, copy swapped blocks, and run one forward pass."""
         work = self._running.apply(step)
         self._swap(step)
         if step.kind == "swap":
             return Shown()
-        shape = self._packing.shape_of(len(work.decodes.contexts), work.prefills, work.blocks)
+        shape = self._packing.shape_of(work.decodes, work.prefills)
         words = np.empty(shape.words, np.int32)
         spans = self._packing.pack(shape.split(words), work.decodes, work.prefills)
-        batch = shape.split(torch.from_numpy(words)).batch(spans, self._last_tokens, all_rows=not spans)
-        return self._running.note(work, self._model.forward(batch, self._cache, mark).tolist())
+        batch = shape.split(torch.from_numpy(words), spans, self._last_tokens, all_rows=not spans)
+        return self._running.note(work, self._model.forward(batch, self._cache, probe).tolist())
 
     def _swap(self, step: Step) -> None:
         for swaps, source, target in (

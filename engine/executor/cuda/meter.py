@@ -1,4 +1,4 @@
-"""Times a GPU's steps as they run when serving, and its operations alone: what a profiler asks."""
+"""Times a GPU's steps as they run when serving, and its operations alone, for a profiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from engine.config import MEMORY_FRACTION, ServingConfig
 from engine.executor.batch import Decodes, Prefill, Shape, Span
 from engine.executor.batch_state import RunningBatch
-from engine.executor.cuda.machine import Cuda, CudaDataPlane
+from engine.executor.cuda.data_plane import CudaDataPlane
+from engine.executor.cuda.machine import Cuda
 from engine.executor.kernels.gpu_timer import time_us, timing_event
 from engine.executor.model import Llama
 from engine.step import Step
@@ -31,8 +32,8 @@ THROTTLED = {  # NVML's reasons why clocks are lower than they could be, but for
 POWER_LIMITED = 0x04
 
 
-class Batch(Protocol):
-    """What a step runs: prefill chunks as (tokens, context), and decodes as contexts. Hashable."""
+class BatchShape(Protocol):
+    """The requests of a step: prefill chunks as (tokens, context), and decodes as contexts. Hashable."""
 
     @property
     def chunks(self) -> tuple[tuple[int, int], ...]:
@@ -68,26 +69,25 @@ class CudaMeter:
             times.append(plane.complete().device_ns / 1000)
         return times
 
-    def stream_us(self, batches: Sequence[Batch]) -> list[float]:
+    def stream_us(self, batches: Sequence[BatchShape]) -> list[float]:
         """Run captured steps of these batches one behind the other, the GPU never idle; returns each one's time."""
         graphs, packed = self._graphs, {batch: self._pack(batch) for batch in dict.fromkeys(batches)}
-        marks = [(timing_event(), timing_event()) for _ in batches]
+        events = [(timing_event(), timing_event()) for _ in batches]
         tokens = torch.empty(self._config.max_seqs, dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(graphs.stream):
-            for (begin, end), batch in zip(marks, batches, strict=True):
+            for (begin, end), batch in zip(events, batches, strict=True):
                 shape, words, spans = packed[batch]
                 begin.record()
                 tokens[: shape.samples].copy_(graphs.run(shape, words, spans), non_blocking=True)
                 end.record()
             graphs.stream.synchronize()
-        return [1e3 * begin.elapsed_time(end) for begin, end in marks]
+        return [1e3 * begin.elapsed_time(end) for begin, end in events]
 
-    def _pack(self, batch: Batch) -> tuple[Shape, torch.Tensor, list[Span]]:
+    def _pack(self, batch: BatchShape) -> tuple[Shape, torch.Tensor, list[Span]]:
         """Its words in pinned memory. Tokens are random: at its power limit a GPU is faster on rows that are alike."""
         random = np.random.default_rng(0)
         decodes, prefills = _requests(batch, self._graphs.cache.block_size)
-        exact = self._graphs.packing.shape_of(len(batch.decodes), prefills, 0)
-        shape = self._graphs.shapes.holding(exact)
+        shape = self._graphs.shapes.holding(self._graphs.packing.shape_of(decodes, prefills))
         words = torch.zeros(shape.words, dtype=torch.int32, pin_memory=True)
         sections = shape.split(words.numpy())
         spans = self._graphs.packing.pack(sections, decodes, prefills)
@@ -95,7 +95,7 @@ class CudaMeter:
         return shape, words, spans
 
     @torch.inference_mode()
-    def attention_us(self, batch: Batch) -> float:
+    def attention_us(self, batch: BatchShape) -> float:
         """Time that a batch's attention adds to its step, in all layers: beyond that of padding, if it is captured."""
         shape, words, spans = self._pack(batch)
         time_us = self._attention_us(shape, words, spans)
@@ -105,9 +105,14 @@ class CudaMeter:
             time_us -= self._attention_us(shape, empty, [])
         return max(0.0, time_us)
 
-    def _attention_us(self, shape: Shape, words: torch.Tensor, spans: Sequence[Span]) -> float:
+    def _attention_us(
+        self,
+        shape: Shape,
+        words: torch.Tensor,  # (shape.words,) int32, pinned
+        spans: Sequence[Span],
+    ) -> float:
         config, cache, ops = self._model.config, self._graphs.cache, self._model.ops
-        batch = shape.split(words.to(cache.data.device)).batch(spans, None, all_rows=False)
+        batch = shape.split(words.to(cache.data.device), spans)
         size = (shape.tokens, config.num_heads, config.head_dim)
         q = torch.randn(size, dtype=self._model.dtype, device=cache.data.device)
         out = torch.empty_like(q)
@@ -179,7 +184,7 @@ class CudaMeter:
         }
 
     def state(self, refuse_busy: bool = False) -> dict[str, Any]:
-        """What the GPU says of itself: driver, clocks, power, temperature, and why it may be slow.
+        """The GPU's driver, clocks, power and temperature, and the reasons why it may be slow.
 
         Raises:
             TandemError: another process computes on the GPU, if that is to be refused.
@@ -210,7 +215,7 @@ class CudaMeter:
             pynvml.nvmlShutdown()
 
 
-def _requests(batch: Batch, block_size: int) -> tuple[Decodes, list[Prefill]]:
+def _requests(batch: BatchShape, block_size: int) -> tuple[Decodes, list[Prefill]]:
     """A batch's requests, on consecutive blocks."""
     blocks = [-(-(context + 1) // block_size) for context in batch.decodes]
     tables = np.zeros((len(blocks), max(blocks, default=0)), np.int32)
@@ -218,11 +223,11 @@ def _requests(batch: Batch, block_size: int) -> tuple[Decodes, list[Prefill]]:
     for row, count in zip(tables, blocks, strict=True):
         row[:count] = range(used, used + count)
         used += count
-    seats = np.arange(len(blocks), dtype=np.int32)
+    table_rows = np.arange(len(blocks), dtype=np.int32)
     prefills = []
     for tokens, context in batch.chunks:
         count = -(-(tokens + context) // block_size)
         table = np.arange(used, used + count, dtype=np.int32)
         prefills.append(Prefill([0] * tokens, context, table, samples=True))
         used += count
-    return Decodes(seats, np.array(batch.decodes, np.int32), tables, seats), prefills
+    return Decodes(table_rows, np.array(batch.decodes, np.int32), tables, table_rows), prefills

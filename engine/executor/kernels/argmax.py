@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _PART = 4096  # tokens of a program
 
@@ -19,9 +19,9 @@ _PART = 4096  # tokens of a program
 def _argmax_of_parts(
     tokens: tl.tensor,  # (samples, parts) int32
     best: tl.tensor,  # (samples, parts) float32
-    logits: tl.tensor,
-    row_stride: tl.tensor,
-    vocab: tl.tensor,
+    logits: tl.tensor,  # (samples, vocab)
+    row_stride: tl.tensor,  # (), elements from a row to the next
+    vocab: tl.tensor,  # ()
     PART: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -37,10 +37,10 @@ def _argmax_of_parts(
 
 @triton.jit
 def _argmax(
-    out: tl.tensor,
-    tokens: tl.tensor,
-    best: tl.tensor,
-    parts: tl.tensor,
+    out: tl.tensor,  # (samples,) int64
+    tokens: tl.tensor,  # (samples, parts) int32
+    best: tl.tensor,  # (samples, parts) float32
+    parts: tl.tensor,  # ()
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -51,14 +51,16 @@ def _argmax(
     tl.store(out + sample, tl.load(tokens + sample * parts + part).to(tl.int64))
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the likeliest token of each row of (samples, vocab): (samples,) int64, of equals the first."""
+def greedy(
+    logits: torch.Tensor,  # (samples, vocab)
+) -> torch.Tensor:
+    """Return the likeliest token of each row: (samples,) int64, of equals the first."""
     samples, vocab = logits.shape
     parts = triton.cdiv(vocab, _PART)
     tokens = torch.empty(samples, parts, dtype=torch.int32, device=logits.device)
     best = torch.empty(samples, parts, dtype=torch.float32, device=logits.device)
     out = torch.empty(samples, dtype=torch.int64, device=logits.device)
-    pdl = dependent(logits.device)
+    pdl = pdl_options(logits.device)
     _argmax_of_parts[(samples, parts)](tokens, best, logits, logits.stride(0), vocab, PART=_PART, **pdl)
     _argmax[(samples,)](out, tokens, best, parts, PADDED=triton.next_power_of_2(parts), num_warps=1, **pdl)
     return out

@@ -17,12 +17,12 @@ _ELEMENTS = 4096  # of an iteration
 
 @triton.jit(do_not_specialize=["pairs", "pieces", "source_stride", "target_stride"])
 def _copy_blocks(
-    source: tl.tensor,
-    target: tl.tensor,
+    source: tl.tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    target: tl.tensor,  # likewise, with its own number of blocks
     pairs: tl.tensor,  # (blocks, 2) int64: from, to
-    pieces: tl.tensor,
-    source_stride: tl.tensor,  # from a plane to the next
-    target_stride: tl.tensor,
+    pieces: tl.tensor,  # ()
+    source_stride: tl.tensor,  # (), elements from a plane to the next
+    target_stride: tl.tensor,  # (), likewise
     PLANES: tl.constexpr,
     PIECE: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -38,13 +38,14 @@ def _copy_blocks(
             tl.store(write + start + i, tl.load(read + start + i, mask=exists, other=0.0), mask=exists)
 
 
-def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+def copy_blocks(
+    source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    target: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    pairs: torch.Tensor,  # (blocks, 2) int64: from, to
+) -> None:
     """Copy blocks from one cache to another, or within one where none is both read and written.
 
-    Args:
-        source: (layers, 2, num_blocks, block_size, kv_heads, head_dim), contiguous, on the GPU or pinned.
-        target: likewise, with its own number of blocks.
-        pairs: (blocks, 2) int64 on the GPU: the block to read, the block to write.
+    All three are contiguous, and on the GPU or in pinned memory. The caches may differ in their number of blocks.
     """
     planes, piece = source.shape[0] * 2, source[0, 0, 0].numel()
     pieces = len(pairs) * planes

@@ -10,17 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _COLUMNS = 2048  # of a program
 
 
 @triton.jit(do_not_specialize=["token_ids", "last_tokens"])
 def _embed(
-    out: tl.tensor,
-    token_ids: tl.tensor,
-    last_tokens: tl.tensor,
-    weight: tl.tensor,
+    out: tl.tensor,  # (tokens, HIDDEN)
+    token_ids: tl.tensor,  # (tokens,) int32
+    last_tokens: tl.tensor,  # (table rows + 1,) int64
+    weight: tl.tensor,  # (vocab, HIDDEN)
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
@@ -35,19 +35,17 @@ def _embed(
     tl.store(out + row * HIDDEN + column, tl.load(weight + token * HIDDEN + column, mask=exists), mask=exists)
 
 
-def embed(token_ids: torch.Tensor, last_tokens: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """Look up `weight` (vocab, hidden): (tokens, hidden).
-
-    Args:
-        token_ids: (tokens,) int32; an id below 0 stands for `last_tokens[-1 - id]`.
-        last_tokens: (seats,) int64; None if no id is below 0.
-        weight: contiguous.
-    """
+def embed(
+    token_ids: torch.Tensor,  # (tokens,) int32
+    last_tokens: torch.Tensor | None,  # (table rows + 1,) int64; None if no id is below 0
+    weight: torch.Tensor,  # (vocab, hidden), contiguous
+) -> torch.Tensor:
+    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
     tokens, hidden = len(token_ids), weight.shape[1]
     out = torch.empty(tokens, hidden, dtype=weight.dtype, device=weight.device)
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))
     known = token_ids if last_tokens is None else last_tokens
     _embed[(tokens, triton.cdiv(hidden, columns))](
-        out, token_ids, known, weight, HIDDEN=hidden, COLUMNS=columns, **dependent(out.device)
+        out, token_ids, known, weight, HIDDEN=hidden, COLUMNS=columns, **pdl_options(out.device)
     )
     return out

@@ -21,10 +21,10 @@ def time_us(calls: Sequence[Callable[[], object]], replays: int = 10) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    marks = [timing_event() for _ in range(replays + 2)]
-    for mark in marks:
-        mark.record()
+    events = [timing_event() for _ in range(replays + 2)]
+    for event in events:
+        event.record()
         graph.replay()
     torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in pairwise(marks[1:]))
+    times = sorted(begin.elapsed_time(end) for begin, end in pairwise(events[1:]))
     return float(1e3 * times[len(times) // 2] / len(calls))

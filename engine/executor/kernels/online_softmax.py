@@ -11,10 +11,10 @@ import triton.language as tl
 @triton.jit
 def weigh(
     acc: tl.tensor,  # (M, DIM) float32, the weighted sum of V so far
-    total: tl.tensor,  # (M,) the sum of weights so far
-    top: tl.tensor,  # (M,) the largest score so far; the weights are relative to it
+    total: tl.tensor,  # (M,) float32, the sum of weights so far
+    top: tl.tensor,  # (M,) float32, the largest score so far; the weights are relative to it
     scores: tl.tensor,  # (M, N) the next keys'
-    scale: tl.tensor,
+    scale: tl.tensor,  # (), from `softmax_scale`
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return the weights of the next keys, and acc, total and top brought up to them, less the next keys' part in acc.
 
@@ -27,5 +27,5 @@ def weigh(
 
 
 def softmax_scale(head_dim: int) -> float:
-    """What `weigh` multiplies scores by."""
+    """The factor of scores in `weigh`."""
     return math.log2(math.e) / math.sqrt(head_dim)

@@ -22,6 +22,7 @@ from engine.executor.kernels.rope_cache import rope_and_cache, rotation
 from engine.executor.kernels.silu_mul import silu_and_mul
 from engine.executor.kernels.skinny_linear import skinny_linear
 from engine.executor.kernels.tuning import Tuning, skinny, tuning
+from engine.executor.reference.ops import pack
 
 __all__ = [
     "AttentionPlan",
@@ -41,50 +42,62 @@ __all__ = [
 ]
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (out, in) in the layout that `linear` multiplies fastest: as it is."""
-    return weight
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply `x` (tokens, in) by `weight` (out, in) and add `bias` (out,): (tokens, out)."""
+def linear(
+    x: torch.Tensor,  # (tokens, in)
+    weight: torch.Tensor,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
+) -> torch.Tensor:
+    """Return x times the transposed weight, plus bias: (tokens, out)."""
     shape = skinny(x, weight) if bias is None else None
     return F.linear(x, weight, bias) if shape is None else skinny_linear(x, weight, shape)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What `attention` needs to know of a batch's decodes or prefills, the same in every layer."""
+    """A batch's decodes or prefills as `attention` works through them, the same in every layer."""
 
     block_tables: torch.Tensor  # (requests, blocks) int32
-    work: Pieces | torch.Tensor  # decodes: in pieces; prefills: tiles of rows, from `Packing`
+    work: Pieces | torch.Tensor  # of decodes; of prefills: (tiles, 4) int32, from `Packing`
     tuned: Tuning
 
 
-def tile_rows(cache: torch.Tensor) -> int:
+def tile_rows(
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> int:
     """Query rows of the tiles that a batch lists for this data plane."""
     return _tuning(cache).prefill.rows
 
 
-def plan_decodes(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
-    """Prepare attention for a batch's decodes; `cache` is all of it, as in `KVCache`."""
+def plan_decodes(
+    batch: ForwardBatch,
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> AttentionPlan:
+    """Prepare attention for a batch's decodes."""
     tuned = _tuning(cache)
     pieces = cut(batch.context_lens, cache.shape[4], tuned.programs, tuned.chunk)
     return AttentionPlan(batch.block_tables, pieces, tuned)
 
 
-def plan_prefills(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
+def plan_prefills(
+    batch: ForwardBatch,
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> AttentionPlan:
     """Prepare attention for a batch's prefills and chunks."""
     return AttentionPlan(batch.block_tables, batch.tiles, _tuning(cache))
 
 
-def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan) -> None:
+def attention(
+    out: torch.Tensor,  # (tokens, heads, head_dim)
+    q: torch.Tensor,  # (tokens, heads, head_dim)
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    plan: AttentionPlan,
+) -> None:
     """Attend from each request's rows to its part of the cache.
 
     Args:
-        out: (tokens, heads, head_dim), of which the rows of the plan's requests are written.
-        q: (tokens, heads, head_dim), rows of any stride.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
+        out: the token rows of the plan's requests are written.
+        q: queries, rows of any stride.
+        kv: a layer's cache, these token rows' K and V already written.
         plan: from `plan_decodes` or `plan_prefills`.
     """
     if isinstance(plan.work, Pieces):
@@ -94,5 +107,7 @@ def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: Attent
         paged_prefill(out, q, kv, plan.work, plan.block_tables, plan.tuned.prefill)
 
 
-def _tuning(cache: torch.Tensor) -> Tuning:
+def _tuning(
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> Tuning:
     return tuning(cache.device, cache.element_size(), cache.shape[5], cache.shape[3])

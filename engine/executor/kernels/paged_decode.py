@@ -5,8 +5,8 @@ Two kernels. Once a step, `_schedule` cuts the requests into pieces of about equ
 
 `_schedule`, grid (requests,): a request is split when it is longer than a fair share of all KV tokens; the shares are
 so few that the pieces fill the memory's bandwidth and no more. Long pieces come first, so that none is left to begin
-when the others have ended. Pieces never outnumber requests + shares, the capacity; what is left of it is marked as
-having no work.
+when the others have ended. Pieces never outnumber requests + shares, the capacity. Those that are left over have no
+work.
 
 `_decode`, grid (kv_heads, capacity), one program for a KV head of a piece; KV heads come first in launch order, so
 that programs which run side by side read side by side. The query heads of the KV head fill the rows of one tile that
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_tokens, token_offsets
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Tiles
 
 _ROWS = tl.constexpr(16)  # the fewest that tensor cores multiply
@@ -37,9 +37,9 @@ def _schedule(
     pieces: tl.tensor,  # (capacity, 4) int32: request, which piece, of how many (0: no work), context
     arrived: tl.tensor,  # (requests, KV_HEADS) int32
     context_lens: tl.tensor,  # (requests,) int32
-    requests: tl.tensor,
-    shares: tl.tensor,
-    capacity: tl.tensor,
+    requests: tl.tensor,  # ()
+    shares: tl.tensor,  # ()
+    capacity: tl.tensor,  # ()
     CHUNK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
@@ -83,14 +83,14 @@ def _schedule(
 @triton.jit
 def _attend(
     q: tl.tensor,  # (_ROWS, DIM)
-    keys: tl.tensor,
-    values: tl.tensor,
-    table: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    scale: tl.tensor,
+    keys: tl.tensor,  # (num_blocks, BLOCK_SIZE, HEAD_DIM), a KV head's K, strided
+    values: tl.tensor,  # (num_blocks, BLOCK_SIZE, HEAD_DIM), its V
+    table: tl.tensor,  # (blocks,) int32
+    begin: tl.tensor,  # ()
+    end: tl.tensor,  # ()
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    scale: tl.tensor,  # (), from `softmax_scale`
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -119,10 +119,10 @@ def _attend(
 
 @triton.jit
 def _add_up(
-    out: tl.tensor,  # the group's first head in the request's row
-    parts: tl.tensor,  # the group's first head in the request's first part
-    sums: tl.tensor,  # likewise
-    count: tl.tensor,
+    out: tl.tensor,  # (GROUP, HEAD_DIM), the group's heads of the request
+    parts: tl.tensor,  # (count, PART, HEAD_DIM) float32, from the group's first head on
+    sums: tl.tensor,  # (count, PART) float32, likewise
+    count: tl.tensor,  # ()
     PART: tl.constexpr,  # heads in a part, those of other groups included
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -154,22 +154,22 @@ def _add_up(
 
 @triton.jit(do_not_specialize=["tables", "table_stride"])
 def _decode(
-    out: tl.tensor,
-    q: tl.tensor,
-    kv: tl.tensor,
-    tables: tl.tensor,
-    pieces: tl.tensor,
-    arrived: tl.tensor,
+    out: tl.tensor,  # (requests, heads, HEAD_DIM)
+    q: tl.tensor,  # (requests, heads, HEAD_DIM)
+    kv: tl.tensor,  # (2, num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    tables: tl.tensor,  # (requests, blocks) int32
+    pieces: tl.tensor,  # (capacity, 4) int32, from `_schedule`
+    arrived: tl.tensor,  # (requests, KV_HEADS) int32
     parts: tl.tensor,  # (capacity, KV_HEADS, GROUP, HEAD_DIM) float32
     sums: tl.tensor,  # (capacity, KV_HEADS, GROUP) float32
-    table_stride: tl.tensor,
-    q_stride: tl.tensor,
-    out_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    head_stride: tl.tensor,
-    scale: tl.tensor,
+    table_stride: tl.tensor,  # (), elements from a request to the next
+    q_stride: tl.tensor,  # (), elements from a token to the next
+    out_stride: tl.tensor,  # (), likewise
+    plane_stride: tl.tensor,  # (), elements from K to V
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    head_stride: tl.tensor,  # (), elements from a KV head to the next
+    scale: tl.tensor,  # (), from `softmax_scale`
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -225,11 +225,16 @@ class Pieces:
     arrived: torch.Tensor  # (requests, kv_heads) int32, zeros between launches
 
 
-def cut(context_lens: torch.Tensor, kv_heads: int, programs: int, chunk: int) -> Pieces:
+def cut(
+    context_lens: torch.Tensor,  # (requests,) int32
+    kv_heads: int,
+    programs: int,
+    chunk: int,
+) -> Pieces:
     """Cut requests into pieces, on the GPU.
 
     Args:
-        context_lens: (requests,) int32, KV tokens of each; 0 in rows that pad a batch.
+        context_lens: KV tokens of each; 0 in rows that pad a batch.
         kv_heads: of the model.
         programs: that fill the GPU's memory bandwidth.
         chunk: requests are cut at multiples of so many tokens; a multiple of `Tiles.tokens`.
@@ -242,21 +247,26 @@ def cut(context_lens: torch.Tensor, kv_heads: int, programs: int, chunk: int) ->
     _schedule[(requests,)](
         pieces, arrived, context_lens, requests, shares, capacity,
         CHUNK=chunk, KV_HEADS=kv_heads, PADDED_HEADS=triton.next_power_of_2(kv_heads), num_warps=1,
-        **dependent(device),
+        **pdl_options(device),
     )  # fmt: skip
     return Pieces(pieces, arrived)
 
 
 def paged_decode(
-    out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, tables: torch.Tensor, cut: Pieces, shape: Tiles
+    out: torch.Tensor,  # (requests, heads, head_dim)
+    q: torch.Tensor,  # (requests, heads, head_dim)
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    tables: torch.Tensor,  # (requests, blocks) int32
+    cut: Pieces,
+    shape: Tiles,
 ) -> None:
     """Attend from one row of each request to all its tokens.
 
     Args:
-        out: (requests, heads, head_dim), written.
-        q: (requests, heads, head_dim), rows of any stride; at most 16 heads to a KV head.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
-        tables: (requests, blocks) int32; what pads a row is never read.
+        out: written.
+        q: rows of any stride; at most 16 heads to a KV head.
+        kv: a layer's cache, these rows' K and V already written.
+        tables: the padding of a row is never read.
         cut: from `cut`.
         shape: `tokens` of an iteration; the rows are always 16.
     """
@@ -271,5 +281,5 @@ def paged_decode(
         tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4], softmax_scale(head_dim),
         KV_HEADS=kv_heads, GROUP=group, PADDED_GROUP=padded_group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         N=shape.tokens, STEP=max(2, 8192 // (padded_group * dim)), num_warps=shape.warps, num_stages=shape.stages,
-        **dependent(q.device),
+        **pdl_options(q.device),
     )  # fmt: skip

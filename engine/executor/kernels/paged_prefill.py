@@ -22,27 +22,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.executor.kernels.online_softmax import softmax_scale, weigh
 from engine.executor.kernels.paging import load_block, load_tokens, token_offsets
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Tiles
 
 
 @triton.jit
 def _attend(
     acc: tl.tensor,  # (M, DIM), this and the next two as in `weigh`
-    total: tl.tensor,
-    top: tl.tensor,
+    total: tl.tensor,  # (M,)
+    top: tl.tensor,  # (M,)
     q: tl.tensor,  # (M, DIM)
-    keys: tl.tensor,
-    values: tl.tensor,
-    blocks: tl.tensor,  # if BULK, instead of keys and values: as for `load_block`
-    kv_head: tl.tensor,
-    table: tl.tensor,
-    begin: tl.tensor,  # a multiple of N
-    end: tl.tensor,
-    position: tl.tensor,  # of the tile's first row
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    scale: tl.tensor,
+    keys: tl.tensor,  # (num_blocks, BLOCK_SIZE, HEAD_DIM), a KV head's K, strided
+    values: tl.tensor,  # (num_blocks, BLOCK_SIZE, HEAD_DIM), its V
+    blocks: tl.tensor,  # (2, num_blocks, block_size, kv_heads, head_dim), if BULK, a descriptor; else unused
+    kv_head: tl.tensor,  # ()
+    table: tl.tensor,  # (blocks,) int32
+    begin: tl.tensor,  # (), a multiple of N
+    end: tl.tensor,  # ()
+    position: tl.tensor,  # (), of the tile's first row
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    scale: tl.tensor,  # (), from `softmax_scale`
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # if BULK, a multiple of N
     N: tl.constexpr,
@@ -85,20 +85,20 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tables", "table_stride"])
 def _prefill(
-    out: tl.tensor,
-    q: tl.tensor,
-    kv: tl.tensor,
-    blocks: tl.tensor,  # if BULK, a descriptor of kv
-    tiles: tl.tensor,
-    tables: tl.tensor,
-    table_stride: tl.tensor,
-    q_stride: tl.tensor,
-    out_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    head_stride: tl.tensor,
-    scale: tl.tensor,
+    out: tl.tensor,  # (tokens, heads, HEAD_DIM)
+    q: tl.tensor,  # (tokens, heads, HEAD_DIM)
+    kv: tl.tensor,  # (2, num_blocks, BLOCK_SIZE, kv_heads, HEAD_DIM)
+    blocks: tl.tensor,  # (2, num_blocks, BLOCK_SIZE, kv_heads, HEAD_DIM), if BULK, a descriptor of kv
+    tiles: tl.tensor,  # (tiles, 4) int32: request, row, end, position
+    tables: tl.tensor,  # (requests, blocks) int32
+    table_stride: tl.tensor,  # (), elements from a request to the next
+    q_stride: tl.tensor,  # (), elements from a token to the next
+    out_stride: tl.tensor,  # (), likewise
+    plane_stride: tl.tensor,  # (), elements from K to V
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    head_stride: tl.tensor,  # (), elements from a KV head to the next
+    scale: tl.tensor,  # (), from `softmax_scale`
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -140,16 +140,21 @@ def _prefill(
 
 
 def paged_prefill(
-    out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, tiles: torch.Tensor, tables: torch.Tensor, shape: Tiles
+    out: torch.Tensor,  # (tokens, heads, head_dim)
+    q: torch.Tensor,  # (tokens, heads, head_dim)
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    tiles: torch.Tensor,  # (tiles, 4) int32
+    tables: torch.Tensor,  # (requests, blocks) int32
+    shape: Tiles,
 ) -> None:
     """Attend from every row of `tiles` to its request's tokens up to its own.
 
     Args:
-        out: (tokens, heads, head_dim), written.
-        q: (tokens, heads, head_dim), rows of any stride.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
-        tiles: (tiles, 4) int32: request, first row, end of the request's rows, position of the first row.
-        tables: (requests, blocks) int32; what pads a row is never read.
+        out: written.
+        q: rows of any stride.
+        kv: a layer's cache, these rows' K and V already written.
+        tiles: request, first row, end of the request's rows, position of the first row.
+        tables: the padding of a row is never read.
         shape: of the tiles.
     """
     heads, head_dim = q.shape[1:]
@@ -162,5 +167,5 @@ def paged_prefill(
         out, q, kv, blocks, tiles, tables, tables.stride(0), q.stride(0), out.stride(0), *kv.stride()[:4],
         softmax_scale(head_dim), GROUP=group, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         M=shape.rows, N=shape.tokens, BULK=bulk, num_warps=shape.warps, num_stages=shape.stages,
-        **dependent(q.device),
+        **pdl_options(q.device),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How kernels reach the tokens of a paged cache: shared by the attention kernels.
+"""Loads of tokens from a paged cache, shared by the attention kernels.
 
 A layer's cache is (2, num_blocks, block_size, kv_heads, head_dim) with any strides but the last, which is 1.
 """
@@ -11,11 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def token_offsets(
-    table: tl.tensor,  # block ids of one request
+    table: tl.tensor,  # (blocks,) int32, block ids of one request
     tokens: tl.tensor,  # (N,) positions in the request
-    end: tl.tensor,  # the table's entries for tokens from here on may be anything
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
+    end: tl.tensor,  # (), the table's entries for tokens from here on may be anything
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
     BLOCK_SIZE: tl.constexpr,
 ) -> tl.tensor:
     """Return where the tokens' K (or V) begin, in elements: (N,) int64; from `end` on, where some other token's does.
@@ -29,9 +29,9 @@ def token_offsets(
 
 @triton.jit
 def load_tokens(
-    base: tl.tensor,  # a KV head's K or V
-    offsets: tl.tensor,  # (N,) from `token_offsets`
-    inside: tl.tensor,  # (N,)
+    base: tl.tensor,  # (num_blocks, BLOCK_SIZE, HEAD_DIM), a KV head's K or V, strided
+    offsets: tl.tensor,  # (N,) int64, from `token_offsets`
+    inside: tl.tensor,  # (N,) bool
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
@@ -50,11 +50,11 @@ def load_tokens(
 
 @triton.jit
 def load_block(
-    blocks: tl.tensor,  # a descriptor of the layer's cache, with boxes of (1, 1, N, 1, DIM)
+    blocks: tl.tensor,  # (2, num_blocks, block_size, kv_heads, head_dim), a descriptor with boxes (1, 1, N, 1, DIM)
     plane: tl.constexpr,  # 0: K, 1: V
-    block: tl.tensor,
-    slot: tl.tensor,
-    kv_head: tl.tensor,
+    block: tl.tensor,  # ()
+    slot: tl.tensor,  # ()
+    kv_head: tl.tensor,  # ()
     N: tl.constexpr,
     DIM: tl.constexpr,
 ) -> tl.tensor:

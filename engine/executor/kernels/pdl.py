@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def await_inputs(PDL: tl.constexpr) -> None:
-    """Let the next kernel be set up, and wait until what this one reads is written and what it writes is read.
+    """Let the next kernel be set up, and wait until this one's inputs are written and its outputs may be written.
 
     All earlier kernels have ended then, not only the last: that one has waited for its own predecessor.
     """
@@ -27,7 +27,7 @@ def await_inputs(PDL: tl.constexpr) -> None:
 
 
 @cache
-def dependent(device: torch.device) -> dict[str, bool]:
+def pdl_options(device: torch.device) -> dict[str, bool]:
     """Return the launch options of a kernel that begins with `await_inputs(PDL)`."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": able, "launch_pdl": able}

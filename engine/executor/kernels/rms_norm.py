@@ -10,16 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 
 @triton.jit
 def _add_rms_norm(
-    out: tl.tensor,
-    hidden: tl.tensor,
-    update: tl.tensor,
-    weight: tl.tensor,
-    eps: tl.tensor,
+    out: tl.tensor,  # (tokens, WIDTH)
+    hidden: tl.tensor,  # (tokens, WIDTH)
+    update: tl.tensor,  # (tokens, WIDTH)
+    weight: tl.tensor,  # (WIDTH,)
+    eps: tl.tensor,  # ()
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
@@ -37,8 +37,13 @@ def _add_rms_norm(
     tl.store(out + row + i, normed.to(out.dtype.element_ty), mask=exists)
 
 
-def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add `update` to `hidden` in place, both contiguous (tokens, hidden), and return the RMS norm of the sum.
+def add_rms_norm(
+    hidden: torch.Tensor,  # (tokens, hidden), contiguous
+    update: torch.Tensor,  # (tokens, hidden), contiguous
+    weight: torch.Tensor,  # (hidden,)
+    eps: float,
+) -> torch.Tensor:
+    """Add `update` to `hidden` in place, and return the RMS norm of the sum: (tokens, hidden).
 
     Root Mean Square Layer Normalization (Zhang and Sennrich 2019).
     """
@@ -46,6 +51,6 @@ def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tenso
     padded = triton.next_power_of_2(hidden.shape[1])
     _add_rms_norm[(len(hidden),)](
         out, hidden, update, weight, eps,
-        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)), **dependent(hidden.device),
+        WIDTH=hidden.shape[1], PADDED=padded, num_warps=min(16, max(1, padded // 512)), **pdl_options(hidden.device),
     )  # fmt: skip
     return out

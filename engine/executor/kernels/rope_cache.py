@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 
 _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 
@@ -21,9 +21,9 @@ _TOKENS = tl.constexpr(16)  # of a program of `_angles`
 @triton.jit(do_not_specialize=["positions", "tokens"])
 def _angles(
     turns: tl.tensor,  # (tokens, 2, HALF) float32
-    positions: tl.tensor,
-    inv_freq: tl.tensor,
-    tokens: tl.tensor,
+    positions: tl.tensor,  # (tokens,) int32
+    inv_freq: tl.tensor,  # (HALF,) float32
+    tokens: tl.tensor,  # ()
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PDL: tl.constexpr,
@@ -41,15 +41,15 @@ def _angles(
 
 @triton.jit(do_not_specialize=["slots"])
 def _rope_and_cache(
-    qkv: tl.tensor,
-    turns: tl.tensor,
-    slots: tl.tensor,
-    kv: tl.tensor,
-    qkv_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    block_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    head_stride: tl.tensor,
+    qkv: tl.tensor,  # (tokens, Q_HEADS + 2 * KV_HEADS, 2 * HALF)
+    turns: tl.tensor,  # (tokens, 2, HALF) float32
+    slots: tl.tensor,  # (tokens,) int32
+    kv: tl.tensor,  # (2, num_blocks, BLOCK_SIZE, KV_HEADS, 2 * HALF)
+    qkv_stride: tl.tensor,  # (), elements from a token to the next
+    plane_stride: tl.tensor,  # (), elements from K to V
+    block_stride: tl.tensor,  # (), elements from a block to the next
+    slot_stride: tl.tensor,  # (), elements from a token to the next
+    head_stride: tl.tensor,  # (), elements from a KV head to the next
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -85,31 +85,35 @@ def _rope_and_cache(
     tl.store(cached + HALF, new_right, mask=written)
 
 
-def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Prepare the rotary embedding of a step: cosines and sines, float32 (tokens, 2, head_dim / 2).
-
-    `positions` is (tokens,), `inv_freq` (head_dim / 2,) in radians per token.
-    """
+def rotation(
+    positions: torch.Tensor,  # (tokens,) int32
+    inv_freq: torch.Tensor,  # (head_dim / 2,) radians per token
+) -> torch.Tensor:
+    """Prepare the rotary embedding of a step: cosines and sines, float32 (tokens, 2, head_dim / 2)."""
     tokens, half = len(positions), len(inv_freq)
     turns = torch.empty(tokens, 2, half, dtype=torch.float32, device=positions.device)
     grid = (triton.cdiv(tokens, _TOKENS.value),)
     padded = triton.next_power_of_2(half)
-    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=padded, **dependent(turns.device))
+    _angles[grid](turns, positions, inv_freq, tokens, HALF=half, PADDED_HALF=padded, **pdl_options(turns.device))
     return turns
 
 
 def rope_and_cache(
-    qkv: torch.Tensor, turns: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor, heads: int = 8
+    qkv: torch.Tensor,  # (tokens, heads + 2 * kv_heads, head_dim)
+    turns: torch.Tensor,  # (tokens, 2, head_dim / 2) float32
+    slots: torch.Tensor,  # (tokens,) int32
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    heads: int = 8,
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values to the cache; the queries (tokens, heads, head_dim) are a view.
 
     RoFormer (Su et al. 2021), in the layout where element i turns with element i + head_dim / 2.
 
     Args:
-        qkv: (tokens, heads + 2 * kv_heads, head_dim); its queries are overwritten.
+        qkv: the projections; queries are overwritten.
         turns: from `rotation`.
-        slots: (tokens,) where each token goes; negative: nowhere.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), written in place.
+        slots: where each token goes; negative: nowhere.
+        kv: a layer's cache, written in place.
         heads: of a program, a power of 2.
     """
     tokens, all_heads, head_dim = qkv.shape
@@ -118,6 +122,6 @@ def rope_and_cache(
         qkv, turns, slots, kv, qkv.stride(0), *kv.stride()[:4],
         Q_HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads, num_warps=1,
-        **dependent(qkv.device),
+        **pdl_options(qkv.device),
     )  # fmt: skip
     return qkv[:, : all_heads - 2 * kv_heads]

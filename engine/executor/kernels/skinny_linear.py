@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.executor.kernels.pdl import await_inputs, dependent
+from engine.executor.kernels.pdl import await_inputs, pdl_options
 from engine.executor.kernels.tuning import Skinny
 
 
@@ -21,9 +21,9 @@ def _skinny_linear(
     out: tl.tensor,  # (M, N)
     x: tl.tensor,  # (M, K)
     weight: tl.tensor,  # (N, K)
-    M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,  # a multiple of DEPTH
+    M: tl.tensor,  # ()
+    N: tl.tensor,  # ()
+    K: tl.tensor,  # (), a multiple of DEPTH
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -43,8 +43,12 @@ def _skinny_linear(
     tl.store(out + m[None, :] * N + n[:, None], acc.to(out.dtype.element_ty), mask=exists)
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor, shape: Skinny) -> torch.Tensor:
-    """Multiply `x` (tokens, in) by `weight` (out, in), both contiguous: (tokens, out).
+def skinny_linear(
+    x: torch.Tensor,  # (tokens, in), contiguous
+    weight: torch.Tensor,  # (out, in), contiguous
+    shape: Skinny,
+) -> torch.Tensor:
+    """Return x times the transposed weight: (tokens, out).
 
     Args:
         x: at most `shape.rows` tokens; `in` is a multiple of `shape.depth`.
@@ -56,6 +60,6 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, shape: Skinny) -> torch
     _skinny_linear[(triton.cdiv(columns, shape.columns),)](
         out, x, weight, tokens, columns, depth,
         ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
-        num_warps=shape.warps, num_stages=shape.stages, **dependent(x.device),
+        num_warps=shape.warps, num_stages=shape.stages, **pdl_options(x.device),
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How an attention kernel cuts its work."""
+    """The tiles of an attention kernel."""
 
     rows: int  # query rows of a program
     tokens: int  # KV tokens of an iteration
@@ -24,7 +24,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Skinny:
-    """How a matrix product of few rows cuts its work."""
+    """The tiles of a matrix product of few rows."""
 
     rows: int  # of x, at most: a power of 2 from 16
     columns: int  # of the output, of a program
@@ -35,7 +35,7 @@ class Skinny:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What attention needs to know of a GPU, for one element size and head_dim."""
+    """The tiles of attention on a GPU, for one element size and head_dim."""
 
     prefill: Tiles
     decode: Tiles
@@ -92,8 +92,11 @@ _SKINNY = {  # for elements of 2 bytes; fewest rows first, widest first
 _BUSY = 0.7  # of the processors: with fewer programs, a product of few rows is cuBLAS's
 
 
-def skinny(x: torch.Tensor, weight: torch.Tensor) -> Skinny | None:
-    """Look up how to multiply `x` (tokens, in) by `weight` (out, in), both contiguous; None: with cuBLAS."""
+def skinny(
+    x: torch.Tensor,  # (tokens, in), contiguous
+    weight: torch.Tensor,  # (out, in), contiguous
+) -> Skinny | None:
+    """Look up how to multiply x by the transposed weight; None: with cuBLAS."""
     if x.device.type != "cuda" or x.itemsize != 2:
         return None
     gpu = torch.cuda.get_device_properties(x.device)

@@ -16,36 +16,40 @@ import torch.nn.functional as F
 from engine.executor.batch import ForwardBatch, Span
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (out, in) in the layout that `linear` multiplies fastest; the original is no longer needed.
-
-    On a CPU that is oneDNN's blocked layout: in float32 about twice as fast as the plain one at 1 to 64 tokens, and,
-    unlike it, never slower for fewer tokens.
-    """
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_mkldnn
-    if not (plain and torch._C._has_mkldnn):
-        return weight
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
+def pack(
+    weight: torch.Tensor,  # (out, in)
+) -> torch.Tensor:
+    """Return a matrix in the layout that `linear` multiplies fastest: as it is."""
+    return weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply `x` (tokens, in) by a packed `weight` (out, in) and add `bias` (out,): (tokens, out)."""
-    if not weight.is_mkldnn:
-        return F.linear(x, weight, bias)
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+def linear(
+    x: torch.Tensor,  # (tokens, in)
+    weight: torch.Tensor,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
+) -> torch.Tensor:
+    """Return x times the transposed weight, plus bias: (tokens, out)."""
+    return F.linear(x, weight, bias)
 
 
-def embed(token_ids: torch.Tensor, last_tokens: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """Look up `weight` (vocab, hidden): (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
+def embed(
+    token_ids: torch.Tensor,  # (tokens,) int32
+    last_tokens: torch.Tensor | None,  # (table rows + 1,) int64
+    weight: torch.Tensor,  # (vocab, hidden)
+) -> torch.Tensor:
+    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
     if last_tokens is not None:
         token_ids = torch.where(token_ids < 0, last_tokens[(-1 - token_ids).clamp(min=0)], token_ids)
     return F.embedding(token_ids, weight)
 
 
-def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add `update` to `hidden` in place, both (tokens, hidden), and return the RMS norm of the sum.
+def add_rms_norm(
+    hidden: torch.Tensor,  # (tokens, hidden)
+    update: torch.Tensor,  # (tokens, hidden)
+    weight: torch.Tensor,  # (hidden,)
+    eps: float,
+) -> torch.Tensor:
+    """Add `update` to `hidden` in place, and return the RMS norm of the sum: (tokens, hidden).
 
     Root Mean Square Layer Normalization (Zhang and Sennrich 2019); the mean is taken in float32.
     """
@@ -53,28 +57,31 @@ def add_rms_norm(hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tenso
     return F.rms_norm(hidden, weight.shape, weight, eps)
 
 
-def rotation(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prepare the rotary embedding of a pass: cosines and signed sines, float32 (tokens, 1, head_dim) each.
-
-    `positions` is (tokens,), `inv_freq` (head_dim / 2,) in radians per token.
-    """
+def rotation(
+    positions: torch.Tensor,  # (tokens,) int32
+    inv_freq: torch.Tensor,  # (head_dim / 2,) radians per token
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prepare the rotary embedding of a pass: cosines and signed sines, float32 (tokens, 1, head_dim) each."""
     angles = (positions[:, None].float() * inv_freq)[:, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope_and_cache(
-    qkv: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, kv: torch.Tensor
+    qkv: torch.Tensor,  # (tokens, heads + 2 * kv_heads, head_dim)
+    turn: tuple[torch.Tensor, torch.Tensor],  # (tokens, 1, head_dim) float32 each
+    slots: torch.Tensor,  # (tokens,) int32
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values to the cache, return the queries (tokens, heads, head_dim).
 
     RoFormer (Su et al. 2021), in the layout where element i turns with element i + head_dim / 2.
 
     Args:
-        qkv: (tokens, heads + 2 * kv_heads, head_dim).
-        turn: what `rotation` returned for these tokens.
-        slots: (tokens,) where each token goes.
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), written in place.
+        qkv: the projections.
+        turn: from `rotation` of these tokens.
+        slots: where each token goes.
+        kv: a layer's cache, written in place.
     """
     kv_heads, head_dim = kv.shape[-2:]
     heads = qkv.shape[1] - 2 * kv_heads
@@ -90,36 +97,53 @@ def rope_and_cache(
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What `attention` needs to know of a batch's decodes or prefills, the same in every layer."""
+    """A batch's decodes or prefills as `attention` works through them, the same in every layer."""
 
     spans: list[Span]  # (requests,)
     blocks: list[torch.Tensor]  # (requests,) of (blocks,) int32, no padding
     masks: list[torch.Tensor | None]  # (requests,) of (rows, context) bool, True where attended; None: see `attention`
 
 
-def tile_rows(cache: torch.Tensor) -> int:
+def tile_rows(
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> int:
     """Query rows of the tiles that a batch lists for this data plane: it needs none."""
     return 0
 
 
-def plan_decodes(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
-    """Prepare attention for a batch's decodes; `cache` is all of it, as in `KVCache`."""
+def plan_decodes(
+    batch: ForwardBatch,
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> AttentionPlan:
+    """Prepare attention for a batch's decodes."""
     spans = [Span(row, 1, context) for row, context in enumerate(batch.context_lens.tolist())]
     return _plan(spans, batch.block_tables[: batch.num_decodes], cache)
 
 
-def plan_prefills(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
+def plan_prefills(
+    batch: ForwardBatch,
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> AttentionPlan:
     """Prepare attention for a batch's prefills and chunks."""
     return _plan(batch.prefills, batch.block_tables[batch.num_decodes :], cache)
 
 
-def _plan(spans: Sequence[Span], tables: torch.Tensor, cache: torch.Tensor) -> AttentionPlan:
+def _plan(
+    spans: Sequence[Span],
+    tables: torch.Tensor,  # (requests, blocks) int32
+    cache: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+) -> AttentionPlan:
     block_size, device = cache.shape[3], tables.device
     blocks = [table[: -(-span.context // block_size)] for table, span in zip(tables, spans, strict=True)]
     return AttentionPlan(list(spans), blocks, [_chunk_mask(span.tokens, span.context, device) for span in spans])
 
 
-def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan) -> None:
+def attention(
+    out: torch.Tensor,  # (tokens, heads, head_dim)
+    q: torch.Tensor,  # (tokens, heads, head_dim)
+    kv: torch.Tensor,  # (2, num_blocks, block_size, kv_heads, head_dim)
+    plan: AttentionPlan,
+) -> None:
     """Attend from each request's rows to its part of the cache.
 
     Paged attention (Kwon et al. 2023), one request after the other: its blocks are gathered, slots past its context
@@ -127,9 +151,9 @@ def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: Attent
     the others of its batch, and for one row is close to linear in n.
 
     Args:
-        out: (tokens, heads, head_dim), of which the rows of the plan's requests are written.
-        q: (tokens, heads, head_dim).
-        kv: a layer's cache (2, num_blocks, block_size, kv_heads, head_dim), these rows' K and V already written.
+        out: the token rows of the plan's requests are written.
+        q: queries.
+        kv: a layer's cache, these token rows' K and V already written.
         plan: from `plan_decodes` or `plan_prefills`.
     """
     kv_heads, head_dim = kv.shape[-2:]
@@ -144,14 +168,18 @@ def attention(out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, plan: Attent
         out[row : row + tokens] = result[0].transpose(0, 1)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return SiLU(gate) * up (tokens, inner) of `gate_up` (tokens, 2 * inner): SwiGLU (Shazeer 2020)."""
+def silu_and_mul(
+    gate_up: torch.Tensor,  # (tokens, 2 * inner)
+) -> torch.Tensor:
+    """Return SiLU(gate) * up (tokens, inner): SwiGLU (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the likeliest token of each row of (samples, vocab): (samples,) int64."""
+def greedy(
+    logits: torch.Tensor,  # (samples, vocab)
+) -> torch.Tensor:
+    """Return the likeliest token of each row: (samples,) int64."""
     return logits.argmax(dim=-1)
 
 
@@ -162,6 +190,10 @@ def _chunk_mask(rows: int, context: int, device: torch.device) -> torch.Tensor |
     return torch.ones(rows, context, dtype=torch.bool, device=device).tril_(context - rows)
 
 
-def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
-    """Copy KV blocks from one cache to another; shapes as in `KVCache`, `pairs` (blocks, 2): from, to."""
+def copy_blocks(
+    source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    target: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    pairs: torch.Tensor,  # (blocks, 2) int64: from, to
+) -> None:
+    """Copy KV blocks from one cache to another."""
     target[:, :, pairs[:, 1]] = source[:, :, pairs[:, 0]]

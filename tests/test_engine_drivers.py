@@ -21,12 +21,12 @@ from analysis.bench.server_path import steady_profile
 from engine.config import ServingConfig
 from engine.executor.executor import Executor
 from engine.records.run_folder import RunRecords
-from engine.server.driver import Rider
+from engine.server.driver import Driver
 from engine.server.engine_process import _serve
-from engine.server.executor_driver import RealRider
+from engine.server.executor_driver import ExecutorDriver
 from engine.server.messages import Arrive, Cancel, Close, Progress, Ready
 from engine.stop_condition import StopCondition
-from sim.realtime import PacedRider
+from sim.realtime import RealtimeDriver
 from traces.request import TraceRequest
 
 LIMITS = ServingConfig(num_blocks=60, block_size=8, max_seqs=4, max_batched_tokens=130, max_model_len=200)
@@ -36,10 +36,10 @@ BACKENDS = ("sim", "real")
 __all__ = ["executor"]  # a fixture
 
 
-def build(backend: str, executor: Executor, config: ServingConfig) -> Rider:
+def build(backend: str, executor: Executor, config: ServingConfig) -> Driver:
     if backend == "real":
-        return RealRider(executor, config, keep_prompts=True)
-    return PacedRider(steady_profile(2000), config, filler=[7, 8, 9], vocab_size=VOCABULARY)
+        return ExecutorDriver(executor, config, keep_prompts=True)
+    return RealtimeDriver(steady_profile(2000), config, filler=[7, 8, 9], vocab_size=VOCABULARY)
 
 
 class Engine:
@@ -47,14 +47,14 @@ class Engine:
 
     records = True
 
-    def __init__(self, rider: Rider) -> None:
+    def __init__(self, driver: Driver) -> None:
         self.pipe, self._its = Pipe()
         self.said: SimpleQueue = SimpleQueue()
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, tuple[str, str | None]] = {}
         self.numbers = itertools.count()
-        self.config = rider.config
-        self.thread = Thread(target=_serve, args=(self, rider, self._its, self.said), daemon=True)
+        self.config = driver.config
+        self.thread = Thread(target=_serve, args=(self, driver, self._its, self.said), daemon=True)
         self.thread.start()
         self.ready = self.said.get(timeout=60)
         assert isinstance(self.ready, Ready)
