@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from engine.records.manifest import STOP_RULES
+from traces.errors import TandemError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,32 @@ class Loading:
     device: str = "auto"
     threads: int | None = None
     load_format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a trace is served, beside limits and policy.
+
+    Attributes:
+        stop_rule: of a real run, as in `engine.records.manifest.compose`.
+        check: whether `engine.checks.step_checker` looks at every step, and all of them are planned again elsewhere.
+        strict: of a simulated run, whether nothing may be extrapolated beyond the profile.
+        overwrite: whether a run in the same folder is replaced.
+        facts: further provenance for the manifest.
+
+    Raises:
+        TandemError: there is no such stop rule.
+    """
+
+    stop_rule: str = "trace"
+    check: bool = False
+    strict: bool = False
+    overwrite: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stop_rule not in STOP_RULES:
+            raise TandemError(f"--stops is '{self.stop_rule}': choose {' or '.join(STOP_RULES)}")
+
+
+AS_USUAL = RunOptions()
