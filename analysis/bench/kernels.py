@@ -23,6 +23,7 @@ from analysis.bench.common import Benchmark, Row
 from analysis.jobs.progress import Progress
 from analysis.report.tables import TextTable, percent
 from engine.executor.batch import Span, query_tiles
+from engine.executor.executor import DTYPES
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.gpu_timer import time_us
@@ -41,7 +42,6 @@ PRODUCTS = {  # name: columns, depth
     "down": (HIDDEN, INNER),
     "head": (VOCAB, HIDDEN),
 }
-DTYPES = ("float16", "bfloat16", "float32")
 HOW = "medians of CUDA-graph replays, random inputs; share: of the rate of a matrix product, a read, a copy or the bus"
 COLD_BYTES = 1 << 29  # several times any L2 cache
 
@@ -148,14 +148,8 @@ def prefill_flops(requests: int, rows: int, context: int, head_dim: int = HEAD_D
 
 
 DECODES = ((1, 1024), (1, 65336), (8, 1024), (16, 1024), (64, 1024), (128, 512), (256, 1024))  # requests, context
-PREFILLS = (  # requests, rows of each, context
-    (1, 2048, 2048),
-    (1, 8192, 8192),
-    (1, 32768, 32768),
-    (16, 1024, 1024),
-    (128, 128, 128),
-    (1, 2048, 16384),
-)
+# requests, rows of each, context
+PREFILLS = ((1, 2048, 2048), (1, 8192, 8192), (1, 32768, 32768), (16, 1024, 1024), (128, 128, 128), (1, 2048, 16384))
 
 
 def _attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
@@ -252,7 +246,7 @@ def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Pr
     """The benchmark of this machine's GPU.
 
     Args:
-        dtype: of `DTYPES`.
+        dtype: of `engine.executor.executor.DTYPES`.
         block_size: tokens of a KV block.
         head_dim: of the heads whose tile shapes are timed.
         tune: time tile shapes instead.
@@ -265,8 +259,7 @@ def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Pr
     if not torch.cuda.is_available():
         raise TandemError("kernels run on a GPU, and there is none here")
     facts = {"dtype": dtype} | manifest.compose(device=torch.cuda.get_device_name(), backend="kernels")
-    of_dtype = getattr(torch, dtype)
-    timings = _tuned(of_dtype, block_size, head_dim) if tune else _all(of_dtype, block_size)
+    timings = _tuned(DTYPES[dtype], block_size, head_dim) if tune else _all(DTYPES[dtype], block_size)
     return Benchmark("kernels", HOW, facts, _rows(timings, progress), _tables)
 
 

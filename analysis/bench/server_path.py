@@ -47,8 +47,8 @@ STATISTICS = ("mean", "p50", "p99", "max")
 PROCESSES = ("api", "engine", "client")
 COLUMNS = ("streams", "tokens/s each", "tokens/s", "whole", *STATISTICS, "API", "engine", "client")
 HOW = (
-    "tokens_per_s: while all streams ran; complete: streams that had exactly their text, their count and one end; "
-    "added: ms from the engine's notice of a token to the client's; cpu: processors that each process kept busy"
+    "Tokens/s: while all streams ran. Whole: streams that had exactly their text, their count and one end. Mean to "
+    "max: ms from the engine's notice of a token to the client's. API, engine, client: processors kept busy."
 )
 
 
@@ -204,9 +204,10 @@ def _plateau(received: Sequence[Ints]) -> float | None:
 
 
 def _milliseconds(added_ns: Ints) -> dict[str, float | None]:
-    known = (added_ns.mean(), *np.percentile(added_ns, [50, 99]), added_ns.max()) if len(added_ns) else ()
-    values = dict.fromkeys(STATISTICS) | dict(zip(STATISTICS, (float(ns) / 1e6 for ns in known), strict=False))
-    return {f"added_{name}_ms": value for name, value in values.items()}
+    values = [None] * len(STATISTICS)
+    if len(added_ns):
+        values = [added_ns.mean() / 1e6, *np.percentile(added_ns, [50, 99]) / 1e6, added_ns.max() / 1e6]
+    return {f"added_{name}_ms": value for name, value in zip(STATISTICS, values, strict=True)}
 
 
 def steady_profile(step_us: float) -> Profile:
@@ -249,8 +250,4 @@ def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
         )
         for row in rows
     ]
-    note = (
-        "Tokens/s: while all streams ran. Whole: streams that had exactly their text, their count and one end. Mean to "
-        "max: ms from the engine's notice of a token to the client's. API, engine, client: processors kept busy."
-    )
-    yield TextTable("What the server's path adds", note, COLUMNS, cells)
+    yield TextTable("What the server's path adds", HOW, COLUMNS, cells)

@@ -75,15 +75,6 @@ PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What is simulated: a trace's file, and how often it is timed."""
-
-    name: str
-    trace: Path
-    repeats: int
-
-
-@dataclass(frozen=True, slots=True)
 class SimulateBench:
     """Which workloads the simulator is timed on.
 
@@ -145,7 +136,7 @@ class SimulateBench:
             for name, trace, repeats in self._workloads():
                 write_trace(path, trace)
                 with progress.status(f"bench simulate: {name}"), ProcessPoolExecutor(1, SPAWN) as pool:
-                    yield pool.submit(_row, self, Workload(name, path, repeats)).result()
+                    yield {"row": name} | pool.submit(_row, self, path, repeats).result()
 
     def _workloads(self) -> Iterator[tuple[str, Trace, int]]:
         """Name, trace and repeats of each."""
@@ -172,8 +163,8 @@ def _timed(given: Trace, count: int, rate: float | None) -> Trace:
 # -- in a process of its own -------------------------------------------------------------------------------
 
 
-def _row(bench: SimulateBench, workload: Workload) -> Row:
-    trace, (profile, settled) = read_trace(workload.trace), bench.read()
+def _row(bench: SimulateBench, path: Path, repeats: int) -> Row:
+    trace, (profile, settled) = read_trace(path), bench.read()
     config = settled.config
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -183,13 +174,12 @@ def _row(bench: SimulateBench, workload: Workload) -> Row:
         def run() -> list[float]:
             return _run(trace, profile, config, out)
 
-        timed = [_beside_timeouts(run) for _ in range(workload.repeats)]
-        parts = _parts(run) if workload.repeats > 1 else {}
+        timed = [_beside_timeouts(run) for _ in range(repeats)]
+        parts = _parts(run) if repeats > 1 else {}
         steps = len(StoredTables(out).select("steps", ["step"]))
     run_s = min((phases for phases, _ in timed), key=sum)
     seconds = sum(run_s)
     return {
-        "row": workload.name,
         "requests": len(trace.requests),
         "steps": steps,
         "seconds": seconds,

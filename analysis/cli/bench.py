@@ -12,7 +12,7 @@ from analysis.cli import options
 from analysis.cli.options import listed, option, read_rate, read_whole
 from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.files import check_new_file, write_json
-from analysis.jobs.options import Limits, Loading
+from analysis.jobs.options import Limits, Loading, Output
 
 if TYPE_CHECKING:
     from analysis.bench.common import Benchmark
@@ -27,18 +27,16 @@ ROWS = (
     "1x128,1x1024,8x128,8x1024,32x128,64x1024,128x512,256x128,256x512,256x1024"
 )
 WIDTH = 160
-BenchOut = Annotated[Path | None, option("A file that gets the JSON as well.", "--out", "-o")]
 Rates = Annotated[str, option("Requests a second, with commas between; '' for none.")]
 
 
 @app.command("serve")
+@options.takes(Output)
 def bench_serve(
+    output: Output,
     loads: Annotated[str, option("STREAMSxRATE: at once, and tokens a second of each.")] = "2000x10,1000x10,2000x5",
     seconds: Annotated[float, option("How long a stream runs.", min=1)] = 15,
     model: options.Model = "smollm2",
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Load the server with streams and say what its path adds to each token, and whether any was lost.
 
@@ -47,35 +45,36 @@ def bench_serve(
     from analysis.bench.server_path import Offered, read_streams, server_path
 
     offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_streams, "2000x10,1000x10")]
-    check_new_file(out, overwrite)
-    _bench(server_path(offered, model, progress), out, as_json)
+    check_new_file(output)
+    _bench(server_path(offered, model, progress), output)
 
 
 @app.command("forward")
 @options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
 @options.takes_loading()
+@options.takes(Output)
 def bench_forward(
+    output: Output,
     limits: Limits,
     loading: Loading,
     rows: Annotated[str, option("BATCHxINPUT, with commas between.")] = ROWS,
     outputs: Annotated[int, option("Decode steps that are timed.", min=1)] = 64,
     repeats: Annotated[int, option("Of each measurement.", min=1)] = 3,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Time a prefill and a decode step of batches that are handed in at once. Ctrl-C keeps what was measured."""
     from analysis.bench.common import read_batch
     from analysis.bench.forward import Forward
 
     batches = listed("--rows", rows, read_batch, "1x128,8x1024")
-    _bench_executor(Forward(batches, outputs, repeats, limits), loading, out, overwrite, as_json)
+    _bench_executor(Forward(batches, outputs, repeats, limits), loading, output)
 
 
 @app.command("online")
 @options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
 @options.takes_loading()
+@options.takes(Output)
 def bench_online(
+    output: Output,
     limits: Limits,
     loading: Loading,
     trace: options.TracePath,
@@ -84,21 +83,20 @@ def bench_online(
     seeds: Annotated[str, option("Of the arrivals, with commas between: a run each.")] = "0,1,2",
     seconds: Annotated[float, option("How long requests arrive.", min=0)] = 40,
     keep: Annotated[Path | None, option("A folder that gets the records of every run.")] = None,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Serve a trace's requests, in its order, at Poisson arrivals of several rates. Ctrl-C keeps what was measured."""
     from analysis.bench.online import Online, scenarios
 
     wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_whole, "0,1,2")
     found = scenarios(read_noted(trace), *wanted, seconds, all_at_once)
-    _bench_executor(Online(found, limits, keep, overwrite), loading, out, overwrite, as_json)
+    _bench_executor(Online(found, limits, keep, output.overwrite), loading, output)
 
 
 @app.command("simulate")
 @options.takes_limits(max_seqs=256, pipeline_depth=1)
+@options.takes(Output)
 def bench_simulate(
+    output: Output,
     limits: Limits,
     trace: options.TracePath,
     profile: options.ProfilePath = Path("a100-80gb/llama-3-8b"),
@@ -106,9 +104,6 @@ def bench_simulate(
     requests: options.Requests = 2000,
     scale: Annotated[str, option("Numbers of requests, a row each at the highest rate.")] = "",
     repeats: Annotated[int, option("Of each measurement; the best counts.", min=2)] = 3,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Time the simulator: steps a second, their cost in bare SimPy timeouts, where it goes, memory, start."""
     from analysis.bench.simulator import SimulateBench
@@ -118,48 +113,45 @@ def bench_simulate(
     counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
-    check_new_file(out, overwrite)
-    _bench(bench.on(progress), out, as_json)
+    check_new_file(output)
+    _bench(bench.on(progress), output)
 
 
 @app.command("kernels")
+@options.takes(Output)
 def bench_kernels(
+    output: Output,
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
     block_size: options.BlockSize = 16,
     head_dim: Annotated[int, option("With --tune: of the heads.", min=1)] = 128,
     tune: Annotated[bool, option("Time tile shapes instead, best first.", "--tune")] = False,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Time each kernel on this GPU against the ceiling that bounds it. Ctrl-C keeps what was measured."""
     from analysis.bench.kernels import kernels
 
-    check_new_file(out, overwrite)
-    _bench(kernels(dtype, block_size, head_dim, tune, progress), out, as_json)
+    check_new_file(output)
+    _bench(kernels(dtype, block_size, head_dim, tune, progress), output)
 
 
-def _bench_executor(
-    bench: Forward | Online, loading: Loading, out: Path | None, overwrite: bool, as_json: bool
-) -> None:
+def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -> None:
     """Check all that can be checked, then load the model."""
     from analysis.jobs.limits import config_to_check
     from analysis.jobs.run import check_before, load_executor
 
     bench.check()
     check_before(config_to_check(bench.limits))
-    check_new_file(out, overwrite)
+    check_new_file(output)
     executor = load_executor(loading, progress)
-    _bench(bench.on(executor, progress, load_format=loading.load_format), out, as_json)
+    _bench(bench.on(executor, progress, load_format=loading.load_format), output)
 
 
-def _bench(benchmark: Benchmark, out: Path | None, as_json: bool) -> None:
+def _bench(benchmark: Benchmark, output: Output) -> None:
     """Run, print and write it. An error that ended it early is raised then."""
     from analysis.bench.common import document_tables, run_benchmark
 
     document, failure = run_benchmark(benchmark)
-    print_result(document, as_json, partial(document_tables, benchmark), WIDTH)
-    if out:
-        write_json(out, document)
+    print_result(document, output.as_json, partial(document_tables, benchmark), WIDTH)
+    if output.out:
+        write_json(output.out, document)
     if failure:
         raise failure

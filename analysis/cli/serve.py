@@ -91,7 +91,7 @@ def _say(address: str) -> None:
 
 
 @app.command()
-@options.takes_run_options("check", "strict")
+@options.takes(RunOptions, "check", "strict")
 def load(
     how: RunOptions,
     url: Annotated[str, option("The server's address, such as http://127.0.0.1:8000.")],

