@@ -20,7 +20,7 @@ from rich.console import Console
 from test_metrics import records
 from tiny_models import tiny_model
 
-from analysis.bench.common import Batch, decode_steps, read_batch, run_benchmark
+from analysis.bench.common import BenchBatch, decode_steps, read_batch, run_benchmark
 from analysis.bench.forward import Forward
 from analysis.bench.online import scenarios
 from analysis.cli.main import main
@@ -110,8 +110,8 @@ def test_forward_prints_a_line_for_each_row_and_keeps_the_json(tandem, work):
 def test_a_prefill_is_the_wall_of_one_token_and_a_decode_the_difference_shared_out(work):
     executor = Watched(str(work / "model"), threads=1)
     limits = Limits(pipeline_depth=2, max_batched_tokens=40)  # the third request starts, and ends, a step later
-    run_benchmark(Forward([Batch(3, 20)], 4, 2, limits), executor, work / "f.json", True, QUIET)
-    row = json.loads((work / "f.json").read_text())["rows"][0]
+    document, _ = run_benchmark(Forward([BenchBatch(3, 20)], 4, 2, limits).on(executor, QUIET))
+    row = document["rows"][0]
     walls = {
         outputs: [
             max(recorder.tables()["requests"]["last_token_ns"].to_pylist()) / 1e6
@@ -186,9 +186,10 @@ def test_a_row_whose_steps_run_out_of_memory_is_reported_and_the_next_is_measure
                 raise TandemError("out of GPU memory in a step of 99 tokens: lower --kv-blocks\nand more")
             return super().serve(requests, *args)
 
-    forward = Forward([Batch(1, 99), Batch(1, 16)], 1, 1, Limits())
-    run_benchmark(forward, Small(str(work / "model"), threads=1), work / "oom.json", True, QUIET)
-    rows = json.loads((work / "oom.json").read_text())["rows"]
+    forward = Forward([BenchBatch(1, 99), BenchBatch(1, 16)], 1, 1, Limits())
+    document, failure = run_benchmark(forward.on(Small(str(work / "model"), threads=1), QUIET))
+    rows = document["rows"]
+    assert failure is None
     assert rows[0]["not_measured"] == "out of GPU memory in a step of 99 tokens: lower --kv-blocks"
     assert rows[1]["decode_ms"] is not None
 

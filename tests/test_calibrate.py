@@ -140,8 +140,8 @@ def test_by_command_the_requests_that_calibrate_a_card_are_made_served_and_learn
     shipped = "h200/llama-3-8b"
     limits = "--kv-blocks 14015 --block-size 64 --max-seqs 256 --max-batched-tokens 2048 --max-model-len 8192 --depth 2"
     commands = [
-        f"trace levels --profile {shipped} --out levels.parquet",
-        f"simulate --trace levels.parquet --profile {shipped} {limits} --out run",
+        f"trace calibration --profile {shipped} --out load.parquet",
+        f"simulate --trace load.parquet --profile {shipped} {limits} --out run",
         f"profile calibrate --from {shipped} run --out p",
     ]
     for command in commands:
@@ -154,7 +154,7 @@ def test_by_command_the_requests_that_calibrate_a_card_are_made_served_and_learn
 
 
 def test_requests_that_calibrate_are_made_for_captured_steps_alone(tmp_path):
-    command = [TANDEM, "trace", "levels", "--profile", "a100-80gb/llama-3-8b", "--out", tmp_path / "t"]
+    command = [TANDEM, "trace", "calibration", "--profile", "a100-80gb/llama-3-8b", "--out", tmp_path / "t"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "only a profile of captured steps" in done.stderr
     assert not (tmp_path / "t").exists()

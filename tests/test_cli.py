@@ -386,7 +386,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "out holds a run": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "run-t"), KEPT),
     "real run on a simulated one": (("run", "-t", "t.parquet", "--model", "model", "-o", "run-t"), KEPT),
     "served on a run": (("serve", "--backend", "sim", "-p", "a100", "-o", "run-t"), KEPT),
-    "replayed on a run": (("replay", "--url", "http://127.0.0.1:1", "-t", "t.parquet", "-o", "run-t"), KEPT),
+    "loaded on a run": (("load", "--url", "http://127.0.0.1:1", "-t", "t.parquet", "-o", "run-t"), KEPT),
     "policies on policies": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "study", "--against", "sjf"), KEPT),
     "policy on its run": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "runs", "--against", "sjf"), KEPT),
     "validate on a run": (("validate", "--model", "model", "--out", "validated"), KEPT),

@@ -13,7 +13,7 @@ from rich.console import Console
 from shadow import small_profile
 
 from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
-from analysis.jobs.run import compare_runs
+from analysis.jobs.compare import compare_runs
 from analysis.metrics.summary import itl, metrics, request_metrics, step_kinds
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig

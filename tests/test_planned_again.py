@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from test_cli import LIMITS, tandem, work
 from test_replay import digests, record
 from test_scheduling_properties import configs, workloads
 
 from analysis.jobs.determinism import _opening, check_deterministic
+from analysis.jobs.options import RunOptions
+from analysis.jobs.progress import Silent
 from analysis.jobs.run import simulate_run
-from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.planner import PolicyError
 from engine.records.run_folder import RunRecords, read_run
@@ -117,8 +117,8 @@ def run(folder: Path, policy: str, check: bool = False) -> RunRecords:
     ]
     config = ServingConfig(num_blocks=2000, max_seqs=8, scheduler=f"{folder}/mine.py:{policy}")
     profile = read_profile(find_profile(Path("a100-80gb/llama-3-8b")))
-    kept = {"check": check, "overwrite": True}
-    return simulate_run(Trace(requests), profile, config, folder / "run", ConsoleProgress(Console(quiet=True)), **kept)
+    options = RunOptions(check=check, overwrite=True)
+    return simulate_run(Trace(requests), profile, config, folder / "run", Silent(), options=options)
 
 
 @pytest.mark.parametrize("policy", NOT_DETERMINISTIC)

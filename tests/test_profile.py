@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.jobs.run import measure
+from analysis.jobs.profile import measure
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.executor.batch_state import RunningBatch

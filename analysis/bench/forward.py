@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.table import Table
-
-from analysis.bench.common import Batch, Row, decode_steps, number, serve_batch, table
+from analysis.bench.common import BenchBatch, Benchmark, Row, decode_steps, serve_batch, warmed_up
 from analysis.jobs.limits import Settled, real_limits
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
 from analysis.metrics.summary import NS_PER_MS, column, completed_requests
+from analysis.report.tables import TextTable, amount
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
 from engine.records.run_folder import RunRecords
@@ -21,6 +20,10 @@ from traces.errors import TandemError
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
+
+TIMES = ("prefill_ms", "prefill_tokens_per_s", "decode_ms", "decode_tokens_per_s")
+STEP_TIMES = ("p50_host_us", "p50_device_us")
+COLUMNS = ("batch x input", "prefill ms", "tok/s", "decode ms", "tok/s", "host µs", "device µs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +37,17 @@ class Forward:
         said: limits, but for those that the batches imply.
     """
 
-    name: ClassVar[str] = "forward"
-
-    batches: Sequence[Batch]
+    batches: Sequence[BenchBatch]
     outputs: int
     repeats: int
     said: Limits
-
-    @property
-    def how(self) -> str:
-        """What a prefill and a decode are."""
-        return (
-            "prefill: from handing in a batch to its last first token, host included; "
-            f"decode: ({self.outputs + 1} output tokens' time - 1 output token's) / {self.outputs}, "
-            f"medians of {self.repeats}; host: from the clock read to the launched step; device: work on the step; "
-            "both of steps that decode the whole batch, medians"
-        )
 
     @property
     def limits(self) -> Limits:
         """Limits under which every batch runs as one."""
         return replace(self.said, **self._implied(self.batches))
 
-    def _implied(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def _implied(self, batches: Sequence[BenchBatch]) -> dict[str, Any]:
         longest = max(batch.input_len for batch in batches) + self.outputs + 1
         return {"max_seqs": max(batch.size for batch in batches), "max_model_len": longest}
 
@@ -65,22 +56,23 @@ class Forward:
         if not self.batches:
             raise TandemError("nothing to time: give --rows 1x128, for example")
 
-    def settled(self, executor: Executor) -> Settled:
+    def on(self, executor: Executor, progress: Progress, **facts: Any) -> Benchmark:
+        """The benchmark of a loaded model. Raises TandemError if memory holds no batch."""
+        how = (
+            "prefill: from handing in a batch to its last first token, host included; "
+            f"decode: ({self.outputs + 1} output tokens' time - 1 output token's) / {self.outputs}, "
+            f"medians of {self.repeats}; host: from the clock read to the launched step; device: work on the step; "
+            "both of steps that decode the whole batch, medians"
+        )
+        settled = self._settled(executor)
+        facts |= warmed_up(executor, settled, progress)
+        return Benchmark("forward", how, facts, self._measure(executor, settled.config, progress), _tables)
+
+    def _settled(self, executor: Executor) -> Settled:
         """As many KV blocks as memory holds, and limits for the batches that fit into them."""
         settled = self._room(executor)
         held = [batch for batch in self.batches if self._misfit(batch, executor.model, settled.config) is None]
         return replace(settled, config=replace(settled.config, **self._implied(held or self.batches)))
-
-    def _misfit(self, batch: Batch, model: ModelConfig, config: ServingConfig) -> str | None:
-        """Why a batch is not measured."""
-        longest, positions = batch.input_len + self.outputs + 1, model.max_position_embeddings
-        if longest > positions and not self.said.allow_long_context:
-            return f"{longest:,} tokens are beyond the model's {positions:,} positions: add --allow-long-context"
-        needed = batch.blocks(self.outputs, config.block_size)
-        if needed > config.num_blocks:
-            held = "memory holds" if self.said.num_blocks is None else "--kv-blocks gives"
-            return f"needs {needed:,} KV blocks, more than {held}"
-        return None
 
     def _room(self, executor: Executor) -> Settled:
         """The limits of the longest batch of whose requests memory holds one, at least."""
@@ -91,7 +83,18 @@ class Forward:
                 refusal = error
         raise refusal
 
-    def measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
+    def _misfit(self, batch: BenchBatch, model: ModelConfig, config: ServingConfig) -> str | None:
+        """Why a batch is not measured."""
+        longest, positions = batch.input_len + self.outputs + 1, model.max_position_embeddings
+        if longest > positions and not self.said.allow_long_context:
+            return f"{longest:,} tokens are beyond the model's {positions:,} positions: add --allow-long-context"
+        needed = batch.blocks(self.outputs, config.block_size)
+        if needed > config.num_blocks:
+            held = "memory holds" if self.said.num_blocks is None else "--kv-blocks gives"
+            return f"needs {needed:,} KV blocks, more than {held}"
+        return None
+
+    def _measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
         """Yields a row after each of its repeats; one that memory does not hold says so in `not_measured`."""
         with progress.bar("bench forward", len(self.batches) * self.repeats) as show:
             for number, batch in enumerate(self.batches):
@@ -100,25 +103,28 @@ class Forward:
                     show(number * self.repeats + repeat)
                 show((number + 1) * self.repeats)
 
-    def _row(self, batch: Batch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
-        row = _unmeasured(batch)
-        if (misfit := self._misfit(batch, executor.model, config)) is not None:
+    def _row(self, batch: BenchBatch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
+        row: Row = {"row": str(batch), "batch": batch.size, "input_len": batch.input_len} | dict.fromkeys(TIMES)
+        row |= {"decode_steps": decode_steps([], 0), "prefill_walls_ms": [], "decode_walls_ms": []}
+        misfit = self._misfit(batch, executor.model, config)
+        if misfit is None:
+            try:
+                for measured in self._repeats(batch, executor, config):
+                    yield row | measured | {"not_measured": None}
+            except TandemError as error:
+                misfit = str(error).splitlines()[0]
+        if misfit is not None:
             yield row | {"not_measured": misfit}
-            return
-        try:
-            yield from (row | measured for measured in self._repeats(batch, executor, config))
-        except TandemError as error:
-            yield row | {"not_measured": str(error).splitlines()[0]}
 
-    def _repeats(self, batch: Batch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
+    def _repeats(self, batch: BenchBatch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
         first_ms, last_ms, steps = [], [], []
         for _ in range(self.repeats):
             first_ms.append(_wall_ms(serve_batch(executor, batch, 1, config)))
             run = serve_batch(executor, batch, 1 + self.outputs, config)
             last_ms.append(_wall_ms(run))
             steps.append(run.tables["steps"])
-            prefill_ms = float(np.median(first_ms))
-            decode_ms = (float(np.median(last_ms)) - prefill_ms) / self.outputs
+            prefill_ms = median(first_ms)
+            decode_ms = (median(last_ms) - prefill_ms) / self.outputs
             yield {
                 "prefill_ms": prefill_ms,
                 "decode_ms": decode_ms,
@@ -129,38 +135,6 @@ class Forward:
                 "decode_walls_ms": [*last_ms],
             }
 
-    def tables(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """One table, and a line for each row that could not be measured."""
-        columns = ("batch x input", "prefill ms", "tok/s", "decode ms", "tok/s", "host µs", "device µs")
-        yield table(
-            "One forward",
-            columns,
-            [
-                (
-                    row["row"],
-                    *(number(row[key]) for key in ("prefill_ms", "prefill_tokens_per_s")),
-                    *(number(row[key]) for key in ("decode_ms", "decode_tokens_per_s")),
-                    *(number(row["decode_steps"][key]) for key in ("p50_host_us", "p50_device_us")),
-                )
-                for row in rows
-            ],
-        )
-        yield from (f"{row['row']}: not measured: {row['not_measured']}" for row in rows if row["not_measured"])
-
-
-def _unmeasured(batch: Batch) -> Row:
-    unknown = ("prefill_ms", "decode_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
-    return {
-        "row": str(batch),
-        "batch": batch.size,
-        "input_len": batch.input_len,
-        **dict.fromkeys(unknown),
-        "decode_steps": decode_steps([], batch.size),
-        "prefill_walls_ms": [],
-        "decode_walls_ms": [],
-        "not_measured": None,
-    }
-
 
 def _wall_ms(run: RunRecords) -> float:
     """From the run's start to its last token. Raises TandemError if a request was not served."""
@@ -169,3 +143,13 @@ def _wall_ms(run: RunRecords) -> float:
         reason = next(filter(None, requests["reason"].to_pylist()), "they did not end")
         raise TandemError(f"{len(requests) - len(done)} of {len(requests)} requests were not served: {reason}")
     return float(column(done, "last_token_ns").max()) / NS_PER_MS
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
+    """One table, and a line for each row that could not be measured."""
+    cells = []
+    for row in rows:
+        values = [*(row[name] for name in TIMES), *(row["decode_steps"][name] for name in STEP_TIMES)]
+        cells.append((row["row"], *map(amount, values)))
+    note = [f"{row['row']}: not measured: {row['not_measured']}" for row in rows if row["not_measured"]]
+    yield TextTable("One forward", "\n".join(note), COLUMNS, cells)

@@ -1,14 +1,13 @@
-"""Times each kernel against what the machine can do: a large matrix product, a large read, a large copy.
+"""Times each kernel against the machine's ceilings: a large matrix product, a large read, a large copy.
 
-`python -m analysis.bench.kernels` prints a table; `--tune` times tile shapes instead, for `tuning.py`;
-`--json` prints either for machines. Inputs are random, and larger than the L2 cache or taken in turns.
+Or times tile shapes, for `engine.executor.kernels.tuning`. Inputs are random, and larger than the L2 cache or taken in
+turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,13 +19,19 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from analysis.bench.common import Benchmark, Row
+from analysis.jobs.progress import Progress
+from analysis.report.tables import TextTable, percent
 from engine.executor.batch import Span, query_tiles
+from engine.executor.executor import DTYPES
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.gpu_timer import time_us
 from engine.executor.kernels.paged_decode import cut, paged_decode
 from engine.executor.kernels.paged_prefill import paged_prefill
 from engine.executor.kernels.tuning import Tiles, Tuning, tuning
+from engine.records import manifest
+from traces.errors import TandemError
 
 MOST_SAMPLES = 256  # a step samples one token a sequence
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3-8B
@@ -37,6 +42,7 @@ PRODUCTS = {  # name: columns, depth
     "down": (HIDDEN, INNER),
     "head": (VOCAB, HIDDEN),
 }
+HOW = "medians of CUDA-graph replays, random inputs; share: of the rate of a matrix product, a read, a copy or the bus"
 COLD_BYTES = 1 << 29  # several times any L2 cache
 
 
@@ -50,6 +56,18 @@ class KernelTiming:
     rate: float
     unit: str
     share: float  # of the ceiling with that unit
+
+
+def _moved(kernel: str, shape: str, us: float, nbytes: int, ceiling: float = math.inf) -> KernelTiming:
+    """Of a kernel that moves so many bytes."""
+    rate = nbytes / us / 1e3
+    return KernelTiming(kernel, shape, us, rate, "GB/s", rate / ceiling)
+
+
+def _computed(shape: str, us: float, flops: int, ceiling: float = math.inf) -> KernelTiming:
+    """Of attention over prompts."""
+    rate = flops / us / 1e6
+    return KernelTiming("paged_prefill", shape, us, rate, "TFLOP/s", rate / ceiling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,31 +148,24 @@ def prefill_flops(requests: int, rows: int, context: int, head_dim: int = HEAD_D
 
 
 DECODES = ((1, 1024), (1, 65336), (8, 1024), (16, 1024), (64, 1024), (128, 512), (256, 1024))  # requests, context
-PREFILLS = (  # requests, rows of each, context
-    (1, 2048, 2048),
-    (1, 8192, 8192),
-    (1, 32768, 32768),
-    (16, 1024, 1024),
-    (128, 128, 128),
-    (1, 2048, 16384),
-)
+# requests, rows of each, context
+PREFILLS = ((1, 2048, 2048), (1, 8192, 8192), (1, 32768, 32768), (16, 1024, 1024), (128, 128, 128), (1, 2048, 16384))
 
 
-def bench_attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """Decode against the read ceiling, prefill against the product's."""
     tuned = tuning(torch.device("cuda"), dtype.itemsize, HEAD_DIM, block_size)
     for requests, context in DECODES:
         paged = Paged(requests, context, dtype, block_size)
-        rate = paged.bytes / (us := paged.decode(tuned)) / 1e3
-        yield KernelTiming("paged_decode", f"{requests} x {context}", us, rate, "GB/s", rate / ceilings.read)
+        us = paged.decode(tuned)
+        yield _moved("paged_decode", f"{requests} x {context}", us, paged.bytes, ceilings.read)
     for requests, rows, context in PREFILLS:
         us = Paged(requests, context, dtype, block_size).prefill(tuned.prefill, rows)
-        rate = prefill_flops(requests, rows, context) / us / 1e6
-        shape = f"{requests} x {rows} of {context}"
-        yield KernelTiming("paged_prefill", shape, us, rate, "TFLOP/s", rate / ceilings.product)
+        flops = prefill_flops(requests, rows, context)
+        yield _computed(f"{requests} x {rows} of {context}", us, flops, ceilings.product)
 
 
-def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """The kernels of a step of so many tokens that only move bytes, against the copy ceiling."""
 
     def randn(*shape: int) -> torch.Tensor:
@@ -174,12 +185,11 @@ def bench_bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceil
         "greedy": (logits[0].nbytes, [partial(ops.greedy, x) for x in logits]),
     }
     for name, (moved, calls) in works.items():
-        rate = moved / (us := time_us(calls)) / 1e3
         rows = samples if name == "greedy" else tokens
-        yield KernelTiming(name, f"{rows} rows", us, rate, "GB/s", rate / ceilings.copy)
+        yield _moved(name, f"{rows} rows", time_us(calls), moved, ceilings.copy)
 
 
-def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """The products of a step of so few rows, by `ops.linear` and by cuBLAS, against the read ceiling."""
     for name, (columns, depth) in PRODUCTS.items():
         x = torch.randn(rows, depth, dtype=dtype, device="cuda")
@@ -187,21 +197,20 @@ def bench_products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterato
         weights = torch.randn(turns, columns, depth, dtype=dtype, device="cuda")
         for kernel, linear in (("linear", ops.linear), ("linear (cuBLAS)", F.linear)):
             calls: list[Callable[[], object]] = [partial(linear, x, weight, None) for weight in weights]
-            rate = weights[0].nbytes / (us := time_us(calls)) / 1e3
-            yield KernelTiming(kernel, f"{name}, {rows} rows", us, rate, "GB/s", rate / ceilings.read)
+            yield _moved(kernel, f"{name}, {rows} rows", time_us(calls), weights[0].nbytes, ceilings.read)
 
 
-def bench_swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
     """Blocks of 32 layers to pinned memory and back, against the bus."""
     gpu = torch.randn(32, 2, 128, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
     host = torch.zeros(32, 2, 64, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, pin_memory=True)
     pairs = torch.stack((torch.randperm(64), torch.randperm(64)), dim=1).cuda()
     for shape, source, target in (("out", gpu, host), ("in", host, gpu)):
-        rate = host.nbytes / (us := time_us([partial(copy_blocks, source, target, pairs)])) / 1e3
-        yield KernelTiming("copy_blocks", shape, us, rate, "GB/s", rate / ceilings.bus)
+        us = time_us([partial(copy_blocks, source, target, pairs)])
+        yield _moved("copy_blocks", shape, us, host.nbytes, ceilings.bus)
 
 
-def tune(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[KernelTiming]:
+def _tuned(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[KernelTiming]:
     """Time tile shapes, best first; what the GPU has no room for is left out."""
     many, long = Paged(64, 1024, dtype, block_size, head_dim), Paged(1, 8192, dtype, block_size, head_dim)
     tuned = tuning(torch.device("cuda"), dtype.itemsize, head_dim, block_size)
@@ -210,45 +219,60 @@ def tune(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[KernelT
         tiles = Tiles(16, tokens, warps, stages)
         with suppress(OutOfResources):
             us = many.decode(replace(tuned, decode=tiles, chunk=max(tuned.chunk, tokens)))
-            timings.append(KernelTiming("paged_decode", str(tiles), us, many.bytes / us / 1e3, "GB/s", 0.0))
+            timings.append(_moved("paged_decode", str(tiles), us, many.bytes))
     for rows, tokens, warps, stages, bulk in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (False, True)):
         tiles = Tiles(rows, tokens, warps, stages, bulk)
         with suppress(OutOfResources):
-            rate = prefill_flops(1, 8192, 8192, head_dim) / (us := long.prefill(tiles, 8192)) / 1e6
-            timings.append(KernelTiming("paged_prefill", str(tiles), us, rate, "TFLOP/s", 0.0))
+            us = long.prefill(tiles, 8192)
+            timings.append(_computed(str(tiles), us, prefill_flops(1, 8192, 8192, head_dim)))
     yield from sorted(timings, key=lambda timing: (timing.kernel, timing.time_us))
 
 
-def bench(dtype: torch.dtype, block_size: int) -> Iterator[KernelTiming]:
+def _all(dtype: torch.dtype, block_size: int) -> Iterator[KernelTiming]:
     """Time every kernel on the shapes of Llama-3-8B; the ceilings come first."""
     ceilings = measure_ceilings(dtype)
     yield KernelTiming("matrix product", "8192 x 8192 x 8192", 0.0, ceilings.product, "TFLOP/s", 1.0)
     for name in ("read", "copy", "bus"):
         yield KernelTiming(name, "", 0.0, getattr(ceilings, name), "GB/s", 1.0)
-    yield from bench_attention(dtype, block_size, ceilings)
+    yield from _attention(dtype, block_size, ceilings)
     for tokens in (1, 64, 256, 16384):
-        yield from bench_bytes(tokens, dtype, block_size, ceilings)
+        yield from _bytes(tokens, dtype, block_size, ceilings)
     for rows in (1, 16, 32, 64):
-        yield from bench_products(rows, dtype, ceilings)
-    yield from bench_swap(dtype, block_size, ceilings)
+        yield from _products(rows, dtype, ceilings)
+    yield from _swap(dtype, block_size, ceilings)
 
 
-def main() -> None:
-    """Print the timings as they come."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help="with --tune")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    timings = tune(dtype, options.block_size, options.head_dim) if options.tune else bench(dtype, options.block_size)
-    for each in timings:
-        rate = f"{each.rate:8.1f} {each.unit:8} {each.share:6.1%}"
-        row = f"{each.kernel:16} {each.shape:60} {each.time_us:10.1f} us {rate}"
-        print(json.dumps(asdict(each)) if options.json else row, flush=True)
+def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Progress) -> Benchmark:
+    """The benchmark of this machine's GPU.
+
+    Args:
+        dtype: of `engine.executor.executor.DTYPES`.
+        block_size: tokens of a KV block.
+        head_dim: of the heads whose tile shapes are timed.
+        tune: time tile shapes instead.
+
+    Raises:
+        TandemError: there is no GPU, or no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise TandemError(f"unknown dtype '{dtype}': choose {', '.join(DTYPES)}")
+    if not torch.cuda.is_available():
+        raise TandemError("kernels run on a GPU, and there is none here")
+    facts = {"dtype": dtype} | manifest.compose(device=torch.cuda.get_device_name(), backend="kernels")
+    timings = _tuned(DTYPES[dtype], block_size, head_dim) if tune else _all(DTYPES[dtype], block_size)
+    return Benchmark("kernels", HOW, facts, _rows(timings, progress), _tables)
 
 
-if __name__ == "__main__":
-    main()
+def _rows(timings: Iterator[KernelTiming], progress: Progress) -> Iterator[Row]:
+    with progress.status("bench kernels"):
+        for number, timing in enumerate(timings, start=1):
+            progress.note(f"{timing.kernel} {timing.shape}: {timing.time_us:.1f} µs, {timing.rate:.1f} {timing.unit}")
+            yield {"row": f"{number} {timing.kernel} {timing.shape}"} | asdict(timing)
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
+    cells = [
+        (row["kernel"], row["shape"], f"{row['time_us']:.1f}", f"{row['rate']:.1f}", row["unit"], percent(row["share"]))
+        for row in rows
+    ]
+    yield TextTable("Kernels", "", ("kernel", "shape", "µs", "rate", "unit", "of the ceiling"), cells, labels=2)

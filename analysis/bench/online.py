@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.table import Table
-
-from analysis.bench.common import Row, decode_steps, number, table
-from analysis.jobs.limits import Settled, real_limits
-from analysis.jobs.options import Limits
-from analysis.jobs.progress import Progress, following
+from analysis.bench.common import Benchmark, Row, decode_steps, warmed_up
+from analysis.jobs.limits import real_limits
+from analysis.jobs.options import Limits, RunOptions
+from analysis.jobs.progress import Progress
 from analysis.jobs.run import real_run
 from analysis.metrics.summary import metrics, not_completed
 from analysis.report.caveats import NOTHING_COMPLETED, missing_sentences
+from analysis.report.tables import TextTable, amount
 from engine.config import ServingConfig
-from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, check_out
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
@@ -32,11 +30,24 @@ DECODE_BATCHES = (64, 256)  # the batches for which a run's decode steps are tim
 SLACK = 8  # give or take an eighth
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E", "per_token": "Per token: E2E / (prompt + output tokens)"}
 STATISTICS = ("mean", "p50", "p90", "p99")
+COUNTS = {
+    "completed": "completed",
+    "rejected": "rejected",
+    "preemptions": "preemptions",
+    "request_throughput": "req/s",
+    "output_throughput": "output tok/s",
+}
+STEP_TIMES = {"steps": "steps", "p50_host_us": "host p50", "p99_host_us": "p99", "p50_device_us": "device p50"}
+HOW = (
+    "metrics: vLLM's benchmark's, ms, mean, min and max over the runs (one a seed); decode_steps: steps that "
+    f"only decode, about so many sequences (give or take 1/{SLACK}), of all runs; host: from the clock read to "
+    "the launched step; device: work on the step"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One load.
+    """A row's workloads.
 
     Attributes:
         name: of its row.
@@ -94,69 +105,37 @@ class Online:
         overwrite: whether runs there are replaced.
     """
 
-    name: ClassVar[str] = "online"
-
     scenarios: Sequence[Scenario]
     limits: Limits
     keep: Path | None
     overwrite: bool = False
 
-    @property
-    def how(self) -> str:
-        """What the figures are."""
-        return (
-            "metrics: vLLM's benchmark's, ms, mean, min and max over the runs (one a seed); decode_steps: steps that "
-            f"only decode, about so many sequences (give or take 1/{SLACK}), of all runs; host: from the clock read to "
-            "the launched step; device: work on the step"
-        )
-
     def check(self) -> None:
-        """Raises TandemError if a run may not be written where it should."""
-        for scenario in self.scenarios:
-            for run in scenario.traces if self.keep else ():
-                check_out(self._folder(run), self.overwrite)
-
-    def _folder(self, run: str) -> Path:
-        return (self.keep or Path()) / run
-
-    def settled(self, executor: Executor) -> Settled:
-        """As many KV blocks as memory holds."""
-        return real_limits(executor, self.limits)
-
-    def measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
-        """Yields a scenario's row after each of its runs."""
-        for scenario in self.scenarios:
-            runs: dict[str, RunRecords] = {}
-            for name, trace in scenario.traces.items():
-                progress.note(f"{name}:")
-                runs[name] = self._serve(name, trace, executor, config, progress)
-                yield _online_row(scenario, runs)
-
-    def _serve(
-        self, name: str, trace: Trace, executor: Executor, config: ServingConfig, progress: Progress
-    ) -> RunRecords:
+        """Raises TandemError if a run may not be written to its folder."""
         if self.keep:
-            return real_run(trace, executor, config, self.keep / name, progress, overwrite=self.overwrite)
-        recorder = Recorder()
-        with following(progress, "run", recorder, len(trace.requests)):
-            executor.serve(trace.requests, config, recorder)
-        return RunRecords({}, recorder.tables())
+            for run in (run for scenario in self.scenarios for run in scenario.traces):
+                check_out(self.keep / run, self.overwrite)
 
-    def tables(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """Whom it did not serve, what was served, each latency, and the decode steps: a table each, with a row for each
-        scenario."""
-        yield from _missing(rows)
-        served = {"completed": "completed", "rejected": "rejected", "preemptions": "preemptions"}
-        rates = {"request_throughput": "req/s", "output_throughput": "output tok/s"}
-        yield _metrics_table("Served (mean over seeds; lowest to highest)", served | rates, rows)
-        for latency, title in LATENCIES.items():
-            columns = {f"{statistic}_{latency}_ms": statistic for statistic in STATISTICS}
-            if any(row["metrics"][key]["mean"] is not None for row in rows for key in columns):
-                yield _metrics_table(f"{title}, ms", columns, rows)
-        yield _decode_table(rows)
+    def on(self, executor: Executor, progress: Progress, **facts: Any) -> Benchmark:
+        """The benchmark of a loaded model, with as many KV blocks as memory holds."""
+        settled = real_limits(executor, self.limits)
+        facts |= warmed_up(executor, settled, progress)
+        return Benchmark("online", HOW, facts, self._measure(executor, settled.config, progress), _tables)
+
+    def _measure(self, executor: Executor, config: ServingConfig, progress: Progress) -> Iterator[Row]:
+        """Yields a scenario's row after each of its runs."""
+        options = RunOptions(overwrite=self.overwrite)
+        with TemporaryDirectory() as scratch:
+            folder = self.keep or Path(scratch)
+            for scenario in self.scenarios:
+                runs: dict[str, RunRecords] = {}
+                for name, trace in scenario.traces.items():
+                    progress.note(f"{name}:")
+                    runs[name] = real_run(trace, executor, config, folder / name, progress, options)
+                    yield _row(scenario, runs)
 
 
-def _online_row(scenario: Scenario, runs: Mapping[str, RunRecords]) -> Row:
+def _row(scenario: Scenario, runs: Mapping[str, RunRecords]) -> Row:
     summaries = {name: metrics(run) for name, run in runs.items()}
     steps = [run.tables["steps"] for run in runs.values()]
     return {
@@ -170,6 +149,34 @@ def _online_row(scenario: Scenario, runs: Mapping[str, RunRecords]) -> Row:
     }
 
 
+def _over_runs(summaries: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Mean and range of each metric over the runs that have it."""
+    spread: dict[str, dict[str, float | None]] = {}
+    for name in summaries[0]:
+        values = [value for each in summaries if (value := each[name]) is not None]
+        some = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else {}
+        spread[name] = dict.fromkeys(("mean", "min", "max")) | some
+    return spread
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
+    """Requests that did not complete, counts and rates, each latency, and the decode steps."""
+    if missing := "\n".join(_missing(rows)):
+        yield TextTable(missing, "Latencies are of the requests that completed.", (), ())
+    yield _metrics_table("Served (mean over seeds; lowest to highest)", COUNTS, rows)
+    for latency, title in LATENCIES.items():
+        columns = {f"{statistic}_{latency}_ms": statistic for statistic in STATISTICS}
+        if any(row["metrics"][key]["mean"] is not None for row in rows for key in columns):
+            yield _metrics_table(f"{title}, ms", columns, rows)
+    batches = [(batch, key) for batch in DECODE_BATCHES for key in STEP_TIMES]
+    heads = [f"~{batch}: {key}" if key == "steps" else STEP_TIMES[key] for batch, key in batches]
+    cells = [(row["row"], *(amount(row["decode_steps"][str(batch)][key]) for batch, key in batches)) for row in rows]
+    yield TextTable("Steps that decode about 64 and about 256 sequences, µs", "", ("", *heads), cells)
+
+
 def _missing(rows: Sequence[Row]) -> Iterator[str]:
     """Requests that did not complete, by run; nothing where all did."""
     for row in rows:
@@ -177,37 +184,18 @@ def _missing(rows: Sequence[Row]) -> Iterator[str]:
             yield from (f"{run}: {sentence}" for sentence in missing_sentences(groups, row["requests"]))
             if not row["runs"][run]["completed"]:
                 yield f"{run}: {NOTHING_COMPLETED}"
-    if any(groups for row in rows for groups in row["not_completed"].values()):
-        yield "Latencies are of the requests that completed."
 
 
-def _over_runs(summaries: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
-    """Mean and range of each metric over the runs that have it."""
-    spread: dict[str, dict[str, float | None]] = {}
-    for name in summaries[0]:
-        values = [value for each in summaries if (value := each[name]) is not None]
-        some = {"mean": float(np.mean(values)), "min": min(values), "max": max(values)} if values else {}
-        spread[name] = dict.fromkeys(("mean", "min", "max")) | some
-    return spread
-
-
-def _metrics_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> Table:
+def _metrics_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> TextTable:
     cells = [(row["row"], *(_spread(row["metrics"][key]) for key in columns)) for row in rows]
-    return table(title, ("", *columns.values()), cells)
-
-
-def _decode_table(rows: Sequence[Row]) -> Table:
-    keys = {"steps": "steps", "p50_host_us": "host p50", "p99_host_us": "p99", "p50_device_us": "device p50"}
-    columns = [
-        f"~{batch}: {name}" if key == "steps" else name for batch in DECODE_BATCHES for key, name in keys.items()
-    ]
-    cells = [
-        (row["row"], *(number(row["decode_steps"][str(batch)][key]) for batch in DECODE_BATCHES for key in keys))
-        for row in rows
-    ]
-    return table("Steps that decode about 64 and about 256 sequences, µs", ("", *columns), cells)
+    return TextTable(title, "", ("", *columns.values()), cells)
 
 
 def _spread(of: Mapping[str, float | None]) -> str:
-    mean, low, high = (number(of[name]) for name in ("mean", "min", "max"))
+    mean, low, high = (_whole(of[name]) for name in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def _whole(value: float | None) -> str:
+    """As `amount`, and whole numbers whole."""
+    return amount(int(value) if value is not None and value == int(value) else value)

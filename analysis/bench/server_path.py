@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ import numpy as np
 import psutil
 import uvloop
 
+from analysis.bench.common import Benchmark, Row
 from analysis.client.load_client import Reply, Target, find_target, send_all
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
@@ -31,6 +31,7 @@ from analysis.jobs.serve import SimService
 from analysis.metrics.summary import Ints, token_times
 from analysis.report.tables import TextTable
 from engine.model.config import load_model_config
+from engine.records import manifest
 from engine.records.run_folder import RunRecords, read_run
 from engine.server.app import ServerLimits
 from engine.server.serve import serve
@@ -42,6 +43,13 @@ from traces.request import TraceRequest
 PROMPT, BLOCK = 8, 16
 RAMP_SHARE = 0.4  # of a stream's life, over which the streams begin
 NAP_S = 0.001
+STATISTICS = ("mean", "p50", "p99", "max")
+PROCESSES = ("api", "engine", "client")
+COLUMNS = ("streams", "tokens/s each", "tokens/s", "whole", *STATISTICS, "API", "engine", "client")
+HOW = (
+    "Tokens/s: while all streams ran. Whole: streams that had exactly their text, their count and one end. Mean to "
+    "max: ms from the engine's notice of a token to the client's. API, engine, client: processors kept busy."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class Offered:
         )
 
 
-def read_load(text: str) -> tuple[int, float]:
+def read_streams(text: str) -> tuple[int, float]:
     """Read STREAMSxRATE. Raises ValueError if it is not a number of 1 or more and one above 0, to 1,000."""
     streams, _, rate = text.partition("x")
     read = int(streams), float(rate)
@@ -85,16 +93,14 @@ def read_load(text: str) -> tuple[int, float]:
     return read
 
 
-def measure_load(offered: Offered, model: str, progress: Progress) -> dict[str, Any]:
-    """Serve the load and account for every token.
+def server_path(offered: Sequence[Offered], model: str, progress: Progress) -> Benchmark:
+    """The benchmark of several loads; `model` gives the tokenizer. Raises TandemError if the server does not start."""
+    facts = {"model": model} | manifest.compose(device="a device of even steps", backend="simulator")
+    return Benchmark("serve", HOW, facts, (_measure(each, model, progress) for each in offered), _tables)
 
-    Returns:
-        `streams`, `tokens`, `tokens_per_s`; `complete`: streams with exactly their text and one end; and of the added
-        latency in milliseconds its mean, p50, p99 and maximum; the CPU seconds a second of each of the processes.
 
-    Raises:
-        TandemError: the server did not start.
-    """
+def _measure(offered: Offered, model: str, progress: Progress) -> Row:
+    """Serve the load and account for every token."""
     text = load_text(model)
     with tempfile.TemporaryDirectory() as scratch:
         profile, out = Path(scratch) / "profile", Path(scratch) / "run"
@@ -102,49 +108,32 @@ def measure_load(offered: Offered, model: str, progress: Progress) -> dict[str, 
         service = SimService(profile, offered.limits(), text.filler(), text.vocab_size, out=out)
         pipe, theirs = multiprocessing.Pipe()
         server = multiprocessing.get_context("spawn").Process(target=_serve, args=(service, model, theirs))
-        with _client_apart(server.start):
-            theirs.close()
-            try:
-                url = pipe.recv()
-            except EOFError:
-                raise TandemError("the server did not start") from None
-            try:
-                replies, busy = _send(offered, url, server.pid or 0, progress)
-            finally:
-                os.kill(server.pid or 0, signal.SIGINT)
-                server.join()
-        return asdict(offered) | _judge(offered, text, read_run(out), replies) | busy
-
-
-@contextmanager
-def _client_apart(start_server: Callable[[], None]) -> Iterator[None]:
-    """Keep one core for this thread, and the others for the server's processes: the kernel may leave server and client
-    on one for milliseconds, with another idle. Where there is one core only, they share it."""
-    cores = os.sched_getaffinity(0)
-    *others, own = sorted(cores)
-    os.sched_setaffinity(0, others or [own])
-    start_server()
-    os.sched_setaffinity(0, [own])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
+        server.start()
+        theirs.close()
+        try:
+            url = pipe.recv()
+        except EOFError:
+            raise TandemError("the server did not start") from None
+        try:
+            replies, busy = _send(offered, url, server.pid or 0, progress)
+        finally:
+            os.kill(server.pid or 0, signal.SIGINT)
+            server.join()
+        name = {"row": f"{offered.streams}x{offered.rate:g}"}
+        return name | asdict(offered) | _judge(offered, text, read_run(out), replies) | busy
 
 
 def _serve(service: SimService, model: str, pipe: Connection) -> None:
-    limits = partial(_limits, service.limits.max_seqs or 1)
+    limits = partial(ServerLimits, max_waiting=2 * (service.limits.max_seqs or 1))
     serve(service, partial(load_text, model), limits, "127.0.0.1", 0, 10, pipe.send)
 
 
-def _limits(streams: int, model: str) -> ServerLimits:
-    return ServerLimits(model, max_waiting=2 * streams)
-
-
 def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[list[Reply], dict[str, float]]:
-    target = find_target(url, None, "trace", 1000, None)
+    """The replies, and the CPU seconds a second of each of `PROCESSES`."""
+    target = find_target(url)
     api = psutil.Process(pid)
     (engine,) = [child for child in api.children() if "spawn_main" in " ".join(child.cmdline())]
-    processes = {"api": api, "engine": engine, "client": psutil.Process()}
+    processes = dict(zip(PROCESSES, (api, engine, psutil.Process()), strict=True))
     before = {name: sum(each.cpu_times()[:2]) for name, each in processes.items()}
     with progress.bar(f"{offered.streams} streams", offered.streams) as show:
         start_ns, replies = uvloop.run(_send_and_nap(target, offered.requests(), show))
@@ -156,8 +145,11 @@ def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[lis
 async def _send_and_nap(
     target: Target, requests: Sequence[TraceRequest], show: Callable[[int], None]
 ) -> tuple[int, list[Reply]]:
-    """Send all, and read every `NAP_S` what has come: a client that is woken for each chunk costs the server, on the
-    same machine, more for waking it than for the chunk. What has come by then waits, which counts as added."""
+    """Send all, and read every `NAP_S` what has come.
+
+    A client that is woken for each chunk costs the server, on the same machine, more for waking it than for the chunk.
+    A chunk's wait until the client reads it counts as added.
+    """
 
     async def nap() -> None:
         while True:
@@ -179,7 +171,7 @@ def _judge(offered: Offered, text: Text, run: RunRecords, replies: Sequence[Repl
     lengths = np.cumsum([len(text.tokens.decode([token])) for token in ids])
     engine_ns = run.manifest["provenance"]["start_perf_ns"]
     times = token_times(run)
-    added, received, complete = [], [], 0
+    added, received, complete = [np.empty(0, np.int64)], [], 0
     for reply in replies:
         whole = "".join(reply.pieces) == expected and reply.ends == 1 and reply.error is None
         complete += whole and reply.completion_tokens == offered.tokens
@@ -193,7 +185,7 @@ def _judge(offered: Offered, text: Text, run: RunRecords, replies: Sequence[Repl
         "complete": int(complete),
         "chunks": sum(len(reply.chunk_ns) for reply in replies),
         "tokens_per_s": _plateau(received),
-    } | _milliseconds(np.concatenate(added) if added else np.empty(0, np.int64))
+    } | _milliseconds(np.concatenate(added))
 
 
 def _received(reply: Reply, lengths: Ints) -> Ints:
@@ -212,11 +204,10 @@ def _plateau(received: Sequence[Ints]) -> float | None:
 
 
 def _milliseconds(added_ns: Ints) -> dict[str, float | None]:
-    if not len(added_ns):
-        return dict.fromkeys(("added_mean_ms", "added_p50_ms", "added_p99_ms", "added_max_ms"))
-    p50, p99 = np.percentile(added_ns, [50, 99])
-    values = {"mean": added_ns.mean(), "p50": p50, "p99": p99, "max": added_ns.max()}
-    return {f"added_{name}_ms": float(value) / 1e6 for name, value in values.items()}
+    values = [None] * len(STATISTICS)
+    if len(added_ns):
+        values = [added_ns.mean() / 1e6, *np.percentile(added_ns, [50, 99]) / 1e6, added_ns.max() / 1e6]
+    return {f"added_{name}_ms": value for name, value in zip(STATISTICS, values, strict=True)}
 
 
 def steady_profile(step_us: float) -> Profile:
@@ -225,44 +216,38 @@ def steady_profile(step_us: float) -> Profile:
     def row(time_us: float, **keys: Any) -> dict[str, Any]:
         return keys | {"time_us": time_us, "spread": 0.0}
 
-    shape = load_model_config(Path("llama-3-8b"))
-    return Profile(
-        {
-            "device": "a device of even steps",
-            "model": asdict(shape),
-            "dtype": "float16",
-            "source": "invented: every step takes the same time",
-            "kv_blocks": 1,
-            "block_size": BLOCK,
-        },
-        {
-            "dense": [row(step_us, op="all", tokens=1), row(step_us, op="all", tokens=2**20)],
-            "prefill_attention": [row(0.0, chunk=c, context=x) for c in (1, 2**20) for x in (0, 2**20)],
-            "decode_attention": [
-                row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in (1, 2**20)
-            ],
-            "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
-            "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
-        },
-    )
+    meta = {
+        "device": "a device of even steps",
+        "model": asdict(load_model_config(Path("llama-3-8b"))),
+        "dtype": "float16",
+        "source": "invented: every step takes the same time",
+        "kv_blocks": 1,
+        "block_size": BLOCK,
+    }
+    few_and_many = (1, 2**20)
+    tables = {
+        "dense": [row(step_us, op="all", tokens=tokens) for tokens in few_and_many],
+        "prefill_attention": [row(0.0, chunk=c, context=x) for c in few_and_many for x in (0, 2**20)],
+        "decode_attention": [
+            row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in few_and_many
+        ],
+        "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
+        "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
+    }
+    return Profile(meta, tables)
 
 
-def load_table(measured: Sequence[dict[str, Any]]) -> TextTable:
+def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
     """One line a load."""
-    columns = ["streams", "tokens/s each", "tokens/s", "whole", "mean", "p50", "p99", "max", "API", "engine", "client"]
-    rows = [
-        [
+    cells = [
+        (
             f"{row['streams']:,}",
             f"{row['rate']:g}",
             f"{row['tokens_per_s'] or 0:,.0f}",
             f"{row['complete']:,}",
-            *(f"{row[f'added_{name}_ms'] or 0:.1f}" for name in ("mean", "p50", "p99", "max")),
-            *(f"{row[f'{name}_cpu']:.2f}" for name in ("api", "engine", "client")),
-        ]
-        for row in measured
+            *(f"{row[f'added_{name}_ms'] or 0:.1f}" for name in STATISTICS),
+            *(f"{row[f'{name}_cpu']:.2f}" for name in PROCESSES),
+        )
+        for row in rows
     ]
-    note = (
-        "Tokens/s: while all streams ran. Whole: streams that had exactly their text, their count and one end. Mean to "
-        "max: ms from the engine's notice of a token to the client's. API, engine, client: processors kept busy."
-    )
-    return TextTable("What the server's path adds", note, columns, rows)
+    yield TextTable("What the server's path adds", HOW, COLUMNS, cells)

@@ -1,20 +1,23 @@
-"""`tandem bench`: this machine's engine, simulator and server, timed."""
+"""`tandem bench`: this machine's engine, simulator, server and kernels, timed."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import listed, read_count, read_rate, read_seed
-from analysis.cli.output import print_json, print_result, progress, say_notes
-from analysis.jobs.options import Limits, Loading
-from traces.trace import read_trace
+from analysis.cli.options import listed, option, read_rate, read_whole
+from analysis.cli.output import print_result, progress, read_noted
+from analysis.jobs.files import check_new_file, write_json
+from analysis.jobs.options import Limits, Loading, Output
 
 if TYPE_CHECKING:
     from analysis.bench.common import Benchmark
+    from analysis.bench.forward import Forward
+    from analysis.bench.online import Online
 
 app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
 
@@ -23,114 +26,132 @@ ROWS = (
     "128x128,64x256,32x512,16x1024,8x2048,4x4096,2x8192,2x16384,2x32700,1x65336,"
     "1x128,1x1024,8x128,8x1024,32x128,64x1024,128x512,256x128,256x512,256x1024"
 )
-BenchOut = Annotated[Path | None, typer.Option("--out", "-o", help="A file that gets the JSON as well.")]
+WIDTH = 160
+Rates = Annotated[str, option("Requests a second, with commas between; '' for none.")]
 
 
 @app.command("serve")
+@options.takes(Output)
 def bench_serve(
-    loads: Annotated[
-        str, typer.Option(help="STREAMSxRATE: at once, and tokens a second of each.")
-    ] = "2000x10,1000x10,2000x5",
-    seconds: Annotated[float, typer.Option(help="How long a stream runs.", min=1)] = 15,
+    output: Output,
+    loads: Annotated[str, option("STREAMSxRATE: at once, and tokens a second of each.")] = "2000x10,1000x10,2000x5",
+    seconds: Annotated[float, option("How long a stream runs.", min=1)] = 15,
     model: options.Model = "smollm2",
-    as_json: options.AsJson = False,
 ) -> None:
     """Load the server with streams and say what its path adds to each token, and whether any was lost.
 
     The engine is a simulation of even steps; server, engine and client share this machine.
     """
-    from analysis.bench.server_path import Offered, load_table, measure_load, read_load
+    from analysis.bench.server_path import Offered, read_streams, server_path
 
-    offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_load, "2000x10,1000x10")]
-    measured = [measure_load(each, model, progress) for each in offered]
-    print_result(measured, as_json, lambda found: [load_table(found)], width=110)
+    offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_streams, "2000x10,1000x10")]
+    check_new_file(output)
+    _bench(server_path(offered, model, progress), output)
 
 
 @app.command("forward")
 @options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
 @options.takes_loading()
+@options.takes(Output)
 def bench_forward(
+    output: Output,
     limits: Limits,
     loading: Loading,
-    rows: Annotated[str, typer.Option(help="BATCHxINPUT, with commas between.")] = ROWS,
-    outputs: Annotated[int, typer.Option(help="Decode steps that are timed.", min=1)] = 64,
-    repeats: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 3,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
+    rows: Annotated[str, option("BATCHxINPUT, with commas between.")] = ROWS,
+    outputs: Annotated[int, option("Decode steps that are timed.", min=1)] = 64,
+    repeats: Annotated[int, option("Of each measurement.", min=1)] = 3,
 ) -> None:
     """Time a prefill and a decode step of batches that are handed in at once. Ctrl-C keeps what was measured."""
     from analysis.bench.common import read_batch
     from analysis.bench.forward import Forward
 
     batches = listed("--rows", rows, read_batch, "1x128,8x1024")
-    _bench(Forward(batches, outputs, repeats, limits), loading, out, overwrite, as_json)
+    _bench_executor(Forward(batches, outputs, repeats, limits), loading, output)
 
 
 @app.command("online")
 @options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
 @options.takes_loading()
+@options.takes(Output)
 def bench_online(
+    output: Output,
     limits: Limits,
     loading: Loading,
     trace: options.TracePath,
-    rates: Annotated[str, typer.Option(help="Requests a second, with commas between; '' for none.")] = "5,10,20,30,40",
-    all_at_once: Annotated[bool, typer.Option("--all-at-once", help="Also 2,000 requests at time 0.")] = False,
-    seeds: Annotated[str, typer.Option(help="Of the arrivals, with commas between: a run each.")] = "0,1,2",
-    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=0)] = 40,
-    keep: Annotated[Path | None, typer.Option(help="A folder that gets the records of every run.")] = None,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
+    rates: Rates = "5,10,20,30,40",
+    all_at_once: Annotated[bool, option("Also 2,000 requests at time 0.", "--all-at-once")] = False,
+    seeds: Annotated[str, option("Of the arrivals, with commas between: a run each.")] = "0,1,2",
+    seconds: Annotated[float, option("How long requests arrive.", min=0)] = 40,
+    keep: Annotated[Path | None, option("A folder that gets the records of every run.")] = None,
 ) -> None:
     """Serve a trace's requests, in its order, at Poisson arrivals of several rates. Ctrl-C keeps what was measured."""
     from analysis.bench.online import Online, scenarios
 
-    wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_seed, "0,1,2")
-    requests = read_trace(trace)
-    say_notes(requests)
-    benchmark = Online(scenarios(requests, *wanted, seconds, all_at_once), limits, keep, overwrite)
-    _bench(benchmark, loading, out, overwrite, as_json)
+    wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_whole, "0,1,2")
+    found = scenarios(read_noted(trace), *wanted, seconds, all_at_once)
+    _bench_executor(Online(found, limits, keep, output.overwrite), loading, output)
 
 
 @app.command("simulate")
 @options.takes_limits(max_seqs=256, pipeline_depth=1)
+@options.takes(Output)
 def bench_simulate(
+    output: Output,
     limits: Limits,
     trace: options.TracePath,
     profile: options.ProfilePath = Path("a100-80gb/llama-3-8b"),
-    rates: Annotated[str, typer.Option(help="Requests a second, with commas between.")] = "6,2",
+    rates: Rates = "6,2",
     requests: options.Requests = 2000,
-    scale: Annotated[str, typer.Option(help="Numbers of requests, a row each at the highest rate.")] = "",
-    repeats: Annotated[int, typer.Option(help="Of each measurement; the best counts.", min=2)] = 3,
-    out: BenchOut = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
+    scale: Annotated[str, option("Numbers of requests, a row each at the highest rate.")] = "",
+    repeats: Annotated[int, option("Of each measurement; the best counts.", min=2)] = 3,
 ) -> None:
     """Time the simulator: steps a second, their cost in bare SimPy timeouts, where it goes, memory, start."""
-    from analysis.bench.common import check_out_file
-    from analysis.bench.simulator import SimulateBench, print_simulate
-    from analysis.jobs.run import write_json
+    from analysis.bench.simulator import SimulateBench
     from sim.profile.format import find_profile
 
     each_rate = listed("--rates", rates, read_rate, "6,2")
-    counts = listed("--scale", scale, read_count, "10000,100000")
+    counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
-    check_out_file(out, overwrite)
-    document = bench.run(progress)
-    if out:
-        write_json(out, document)
-    if as_json:
-        print_json(document)
-    else:
-        print_simulate(document)
+    check_new_file(output)
+    _bench(bench.on(progress), output)
 
 
-def _bench(benchmark: Benchmark, loading: Loading, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    from analysis.bench.common import check_benchmark, run_benchmark
-    from analysis.jobs.run import load_executor
+@app.command("kernels")
+@options.takes(Output)
+def bench_kernels(
+    output: Output,
+    dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
+    block_size: options.BlockSize = 16,
+    head_dim: Annotated[int, option("With --tune: of the heads.", min=1)] = 128,
+    tune: Annotated[bool, option("Time tile shapes instead, best first.", "--tune")] = False,
+) -> None:
+    """Time each kernel on this GPU against the ceiling that bounds it. Ctrl-C keeps what was measured."""
+    from analysis.bench.kernels import kernels
 
-    check_benchmark(benchmark, out, overwrite)
+    check_new_file(output)
+    _bench(kernels(dtype, block_size, head_dim, tune, progress), output)
+
+
+def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -> None:
+    """Check all that can be checked, then load the model."""
+    from analysis.jobs.limits import config_to_check
+    from analysis.jobs.run import check_before, load_executor
+
+    bench.check()
+    check_before(config_to_check(bench.limits))
+    check_new_file(output)
     executor = load_executor(loading, progress)
-    run_benchmark(benchmark, executor, out, as_json, progress, load_format=loading.load_format)
+    _bench(bench.on(executor, progress, load_format=loading.load_format), output)
+
+
+def _bench(benchmark: Benchmark, output: Output) -> None:
+    """Run, print and write it. An error that ended it early is raised then."""
+    from analysis.bench.common import document_tables, run_benchmark
+
+    document, failure = run_benchmark(benchmark)
+    print_result(document, output.as_json, partial(document_tables, benchmark), WIDTH)
+    if output.out:
+        write_json(output.out, document)
+    if failure:
+        raise failure

@@ -13,6 +13,7 @@ from rich.console import Console
 from analysis.cli import options
 from analysis.cli.output import print_json, print_result, progress
 from analysis.comparison.compare import RIDERS, check_once, check_roles, is_met, rider
+from analysis.jobs.files import check_new, write_json
 from analysis.jobs.options import Limits, Loading
 from engine.records.run_folder import RunRecords, read_run
 from traces.errors import TandemError
@@ -58,7 +59,7 @@ def compare(
     """
     allowed = allow_different or ()
     if out:
-        options.check_new(out / ("ranking.json" if rank else "compare.json"), overwrite)
+        check_new(out / ("ranking.json" if rank else "compare.json"), overwrite)
     if rank:
         if profile or repeat or ablate:
             raise TandemError("--rank takes runs alone: no --profile, --repeat or --ablate")
@@ -90,7 +91,6 @@ def _compare_simulations(
     runs: Mapping[Path, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool
 ) -> int:
     from analysis.comparison.simulations import compare_simulations, simulation_tables, write_simulation_page
-    from analysis.jobs.run import write_json
 
     named = {str(path): run for path, run in runs.items()}
     first, second = named.items()
@@ -115,7 +115,7 @@ def _compare(
     as_json: bool,
 ) -> int:
     from analysis.comparison.ablation import read_terms
-    from analysis.jobs.run import compare_runs
+    from analysis.jobs.compare import compare_runs
     from analysis.report.comparison_page import print_comparison
     from sim.profile.format import find_profile, read_profile
 
@@ -139,7 +139,6 @@ def _compare(
 
 def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_json: bool) -> int:
     from analysis.comparison.ranking import rank, ranking_tables
-    from analysis.jobs.run import write_json
 
     ranking = rank({str(path): run for path, run in _read(runs, ()).items()}, allowed)
     if out:

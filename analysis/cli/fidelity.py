@@ -32,8 +32,8 @@ def fidelity_measure(
     seed: options.Seed = 0,
 ) -> None:
     """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
-    from analysis.jobs.limits import config_to_check, real_limits
-    from analysis.jobs.run import load_executor
+    from analysis.jobs.limits import config_to_check
+    from analysis.jobs.run import load_within
     from analysis.jobs.study import Study, measure_study
 
     shares = [
@@ -43,9 +43,7 @@ def fidelity_measure(
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
     study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
-    executor = load_executor(loading, progress)
-    settled = real_limits(executor, limits)
-    settled.say(progress)
+    executor, settled = load_within(loading, limits, progress)
     measure_study(study, executor, settled.config, out, progress)
 
 

@@ -12,7 +12,7 @@ from traces.errors import TandemError, UnmetError
 
 app = typer.Typer(
     name="tandem",
-    help="One scheduler, two riders: try an LLM serving policy in simulation, then on the real engine, and compare.",
+    help="One scheduler, two backends: try an LLM serving policy in simulation, then on the real engine, and compare.",
     no_args_is_help=True,
     add_completion=False,
     epilog="Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request "
@@ -27,7 +27,7 @@ app.add_typer(fidelity.app, name="fidelity")
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend becomes one line and exit status 2, and 1 what was not met."""
+    """Entry point. An error that the user can mend becomes one line and exit status 2, or 1 if not met."""
     try:
         status = app(standalone_mode=False)
     except UnmetError as error:

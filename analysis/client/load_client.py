@@ -1,7 +1,7 @@
 """An open-loop client: sends a trace's requests when the trace says, whatever comes back.
 
-To any OpenAI-compatible server. A connection a request. A client that is slower than the server would measure itself,
-so that what comes is taken from all connections, with the time, and understood once nothing more is there.
+It speaks to any OpenAI-compatible server, on a connection a request. A client that is slower than the server would
+measure itself. So bytes are first taken from all connections, with the time, and parsed once no more are there.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import asyncio
 import gc
 import json
 import time
-import urllib.error
 import urllib.request
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -26,9 +25,9 @@ import numpy as np
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
-WAIT_S = 10  # for what is said of the model
+WAIT_S = 10  # for the server's list of models
 PROGRESS_S = 0.2
-PARSED_A_TURN = 64  # pieces of what has come, which takes about half a millisecond
+PARSED_A_TURN = 64  # pieces, which takes about half a millisecond
 MOST_UNPARSED = 4096
 
 
@@ -38,7 +37,7 @@ class Target:
 
     Attributes:
         url: its base, without `/v1`.
-        model: what it calls its model.
+        model: the server's name for its model.
         extended: whether it is Tandem's, and knows `output_len` and `predicted_length`.
         stops: `trace`: outputs are as long as the trace's; `model`: the model may end them sooner.
         vocab_size: prompts that the trace has only lengths of are random ids below it.
@@ -52,8 +51,27 @@ class Target:
     vocab_size: int = 1000
     api_key: str | None = None
 
-    def body(self, source: TraceRequest) -> dict[str, Any]:
-        """The request's JSON."""
+    def encode(self, source: TraceRequest) -> bytes:
+        """The request as HTTP."""
+        body = json.dumps(self._body(source)).encode()
+        parts = urlsplit(self.url)
+        lines = [
+            f"POST {parts.path}/v1/completions HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Accept: text/event-stream",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in self.headers.items()),
+        ]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Further headers of every request."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def _body(self, source: TraceRequest) -> dict[str, Any]:
         asked: dict[str, Any] = {"ignore_eos": True} if self.stops == "trace" else {}
         asked["max_tokens"] = source.max_tokens
         if self.stops == "trace" and source.output_len < source.max_tokens:
@@ -74,30 +92,29 @@ class Target:
         return drawn
 
 
-def find_target(url: str, model: str | None, stops: str, vocab_size: int, api_key: str | None) -> Target:
-    """Ask a server for its model. Raises TandemError if there is none that answers."""
-    base = url.rstrip("/").removesuffix("/v1")
-    parts = urlsplit(base)
+def find_target(
+    url: str, model: str | None = None, stops: str = "trace", vocab_size: int = 1000, api_key: str | None = None
+) -> Target:
+    """Ask a server for its model; arguments as in `Target`. Raises TandemError if there is none that answers."""
+    asked = Target(url.rstrip("/").removesuffix("/v1"), model or "", False, stops, vocab_size, api_key)
+    parts = urlsplit(asked.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TandemError(f"--url is '{url}': give something like http://127.0.0.1:8000")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{asked.url}/v1/models", headers=asked.headers)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{base}/v1/models", headers=headers), timeout=WAIT_S
-        ) as got:
-            cards = json.load(got)["data"]
-        known = {card["id"]: card for card in cards}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TandemError(f"{base}/v1/models: no answer that could be used ({error}); is a server there?") from None
-    name = model or next(iter(known), "")
-    if name not in known:
-        raise TandemError(f"{base} has no model '{name}': it has {', '.join(known) or 'none'}")
-    return Target(base, name, known[name].get("owned_by") == "tandem", stops, vocab_size, api_key)
+        with urllib.request.urlopen(request, timeout=WAIT_S) as got:
+            owners = {each["id"]: each.get("owned_by") for each in json.load(got)["data"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TandemError(f"{request.full_url}: no answer that could be used ({error}); is a server there?") from None
+    name = model or next(iter(owners), "")
+    if name not in owners:
+        raise TandemError(f"{asked.url} has no model '{name}': it has {', '.join(owners) or 'none'}")
+    return replace(asked, model=name, extended=owners[name] == "tandem")
 
 
 @dataclass(slots=True)
 class Reply:
-    """What came back, and when. Times are by `time.perf_counter_ns`.
+    """A server's answer, and when it came. Times are by `time.perf_counter_ns`.
 
     Attributes:
         sent_ns: when the request was written; 0 until then.
@@ -123,9 +140,14 @@ class Reply:
 
 
 class _Inbox:
-    """What has come on any connection and has not been parsed."""
+    """Bytes that have come on any connection and are not parsed.
+
+    Attributes:
+        ended: exchanges that are over.
+    """
 
     def __init__(self) -> None:
+        self.ended = 0
         self._pieces: deque[tuple[_Exchange, int, bytes | Exception | None]] = deque()
         self._turn: asyncio.Handle | None = None
         self._left = 0  # at the end of the last turn
@@ -165,8 +187,7 @@ class _Exchange(asyncio.Protocol):
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
         self._transport.write(self._request)
         self._reply.sent_ns = time.perf_counter_ns()
 
@@ -245,20 +266,16 @@ async def send_all(
         The start (`perf_counter_ns`), from which arrivals count, and the replies in the order of requests.
     """
     replies = [Reply() for _ in requests]
-    encoded = [_encode(target, source) for source in requests]  # beforehand: it takes longer than sending
+    encoded = [target.encode(source) for source in requests]  # beforehand: it takes longer than sending
+    inbox = _Inbox()
     with _frozen():
         start_ns = time.perf_counter_ns() + 10_000_000
-        inbox = _Inbox()
-        open_ones: set[asyncio.Task[None]] = set()
-        watch = asyncio.create_task(_watch(len(requests), open_ones, progress, sent := []))
-        for source, reply, request in zip(requests, replies, encoded, strict=True):
-            if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
-                await asyncio.sleep(ahead / 1e9)
-            task = asyncio.create_task(_exchange(target, source, request, reply, inbox, start_ns))
-            open_ones.add(task)
-            task.add_done_callback(open_ones.discard)
-            sent.append(source.id)
-        await watch
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_watch(inbox, len(requests), progress))
+            for source, reply, request in zip(requests, replies, encoded, strict=True):
+                await _until(start_ns + source.arrival_ns)
+                cancel_ns = None if source.cancel_ns is None else start_ns + source.cancel_ns
+                group.create_task(_exchange(target, request, reply, inbox, cancel_ns))
         await inbox.emptied()
     return start_ns, replies
 
@@ -274,49 +291,31 @@ def _frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-async def _watch(
-    total: int, open_ones: set[asyncio.Task[None]], progress: Callable[[int], None], sent: list[int]
-) -> None:
+async def _watch(inbox: _Inbox, total: int, progress: Callable[[int], None]) -> None:
     """Say how many are over, until all are."""
-    while (done := len(sent) - len(open_ones)) < total:
-        progress(done)
+    while inbox.ended < total:
+        progress(inbox.ended)
         await asyncio.sleep(PROGRESS_S)
     progress(total)
 
 
-async def _exchange(
-    target: Target, source: TraceRequest, request: bytes, reply: Reply, inbox: _Inbox, start_ns: int
-) -> None:
-    parts = urlsplit(target.url)
+async def _until(time_ns: int) -> None:
+    if (ahead := time_ns - time.perf_counter_ns()) > 0:
+        await asyncio.sleep(ahead / 1e9)
+
+
+async def _exchange(target: Target, request: bytes, reply: Reply, inbox: _Inbox, cancel_ns: int | None) -> None:
+    parts, loop = urlsplit(target.url), asyncio.get_running_loop()
     secure = parts.scheme == "https"
-    loop = asyncio.get_running_loop()
+    port = parts.port or (443 if secure else 80)
     try:
         _, exchange = await loop.create_connection(
-            lambda: _Exchange(request, reply, inbox),
-            parts.hostname or "",
-            parts.port or (443 if secure else 80),
-            ssl=secure or None,
+            lambda: _Exchange(request, reply, inbox), parts.hostname or "", port, ssl=secure or None
         )
     except OSError as error:
         reply.error = f"no connection: {error}"
-        return
-    if source.cancel_ns is not None:
-        ahead_s = (start_ns + source.cancel_ns - time.perf_counter_ns()) / 1e9
-        loop.call_later(max(0.0, ahead_s), exchange.hang_up)
-    await exchange.over
-
-
-def _encode(target: Target, source: TraceRequest) -> bytes:
-    body = json.dumps(target.body(source)).encode()
-    parts = urlsplit(target.url)
-    lines = [
-        f"POST {parts.path}/v1/completions HTTP/1.1",
-        f"Host: {parts.netloc}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "Accept: text/event-stream",
-        "Connection: close",
-    ]
-    if target.api_key:
-        lines.append(f"Authorization: Bearer {target.api_key}")
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    else:
+        if cancel_ns is not None:
+            loop.call_later(max(0.0, (cancel_ns - time.perf_counter_ns()) / 1e9), exchange.hang_up)
+        await exchange.over
+    inbox.ended += 1

@@ -76,7 +76,7 @@ def _shown(config: ServingConfig) -> Iterator[tuple[str, str]]:
 
 def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = None) -> Settled:
     """The limits of a simulated run: as the user said, else those of the run `like`, else the profile's; what it does
-    not say, the model, the memory of its card, or what a GPU serves with.
+    not say, the model, the memory of its GPU, or what a GPU serves with.
 
     Raises:
         TandemError: a limit is out of range, or not even one request fits.
@@ -110,8 +110,8 @@ def real_limits(executor: Executor, said: Limits) -> Settled:
     return settled if said.num_blocks is not None else _held(settled, executor.measure_blocks)
 
 
-def card_limits(model: ModelConfig, said: Limits) -> Settled:
-    """The limits on a card of which nothing but its memory is known; one KV block stands for those that it holds.
+def gpu_limits(model: ModelConfig, said: Limits) -> Settled:
+    """The limits on a GPU of which nothing but its memory is known. One KV block stands for those that it holds.
 
     Raises:
         TandemError: a limit is out of range.

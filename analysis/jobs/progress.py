@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Event, Thread
 from typing import Protocol
 
@@ -23,6 +23,21 @@ class Progress(Protocol):
 
     def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show how much of `total` is done, within the context. It yields the function that takes that number."""
+
+
+class Silent:
+    """A `Progress` that nobody watches."""
+
+    def note(self, text: str) -> None:
+        """As in `Progress`."""
+
+    def status(self, what: str) -> AbstractContextManager[object]:
+        """As in `Progress`."""
+        return nullcontext()
+
+    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """As in `Progress`."""
+        return nullcontext(lambda _: None)
 
 
 @contextmanager

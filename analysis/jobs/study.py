@@ -18,17 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from analysis.comparison.attribution import LATENCIES
 from analysis.comparison.compare import STATISTICS
 from analysis.comparison.ranking import rank, ranking_tables
+from analysis.jobs.compare import compare_runs
+from analysis.jobs.files import write_json
+from analysis.jobs.options import RunOptions
+from analysis.jobs.profile import check_profile, drift_since, measure
 from analysis.jobs.progress import Progress
-from analysis.jobs.run import (
-    check_before,
-    check_profile,
-    compare_runs,
-    drift_since,
-    measure,
-    real_run,
-    simulate_run,
-    write_json,
-)
+from analysis.jobs.run import check_before, real_run, simulate_run
 from analysis.report.caveats import beyond_sentence, sentences_by_run
 from analysis.report.tables import TextTable, number, percent, signed
 from engine.records import manifest
@@ -138,7 +133,8 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(folder / "trace.parquet", trace)
         progress.note(f"{case.name}/{name}:")
-        real_run(trace, executor, replace(config, scheduler=case.policy), folder / name, progress, overwrite=True)
+        limits, options = replace(config, scheduler=case.policy), RunOptions(overwrite=True)
+        real_run(trace, executor, limits, folder / name, progress, options)
     if not (out / "drift.json").exists():
         write_json(out / "drift.json", drift_since(profile, executor, progress))
 
@@ -157,7 +153,7 @@ def _capacity(study: Study, executor: Executor, config: ServingConfig, folder: P
         count = min(BURST, len(study.trace.requests))
         trace = assign_arrivals(replace(study.trace, requests=study.trace.requests[:count]), "all_at_once")
         progress.note("capacity:")
-        real_run(trace, executor, config, folder, progress, overwrite=True)
+        real_run(trace, executor, config, folder, progress, RunOptions(overwrite=True))
     return float(read_run(folder).summary["request_throughput"])
 
 
@@ -201,7 +197,7 @@ def _judge_case(
     real, *repeats = (read_run(path) for path in [folder / "real", *sorted(folder.glob("repeat-*"))])
     config = manifest.config_of(real.manifest)
     trace = read_trace(folder / "trace.parquet")
-    simulate_run(trace, profile, config, folder / "sim", progress, real, overwrite=True)
+    simulate_run(trace, profile, config, folder / "sim", progress, real, RunOptions(overwrite=True))
     sim = read_run(folder / "sim")
     comparison = compare_runs(sim, real, repeats, profile, folder, progress, drift=drift)
     policy, _, load = folder.name.rpartition("-")

@@ -12,21 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis.cli.options import check_new
 from analysis.comparison.compare import is_met
+from analysis.jobs.compare import compare_runs
+from analysis.jobs.files import check_new
 from analysis.jobs.limits import real_limits
-from analysis.jobs.options import Limits, Loading
+from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.profile import check_profile, drift_since, measure
 from analysis.jobs.progress import Progress
-from analysis.jobs.run import (
-    check_profile,
-    compare_runs,
-    drift_since,
-    load_executor,
-    measure,
-    real_run,
-    sharegpt_trace,
-    simulate_run,
-)
+from analysis.jobs.run import load_executor, load_within, real_run, simulate_run
+from analysis.jobs.trace import sharegpt_trace
 from analysis.report.comparison_page import print_comparison
 from engine.config import ServingConfig
 from engine.records.run_folder import check_out
@@ -72,15 +66,13 @@ def validate_one(job: Job, progress: Progress) -> int:
     """Run the job; returns the exit status: 0, or 1 where decisions differ or an error is outside."""
     names = ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
     job.check_new(("sim", *names))
-    executor = load_executor(job.loading, progress)
-    settled = real_limits(executor, job.limits)
-    settled.say(progress)
+    executor, settled = load_within(job.loading, job.limits, progress)
     trace = _trace(job, progress)
     profile = _profile(job, executor, settled.config, progress)
-    known: dict[str, Any] = {"overwrite": job.overwrite, "facts": settled.facts}
+    options = RunOptions(overwrite=job.overwrite, facts=settled.facts)
     # Before the real run: it is a prediction.
-    sim = simulate_run(trace, profile, settled.config, job.out / "sim", progress, **known)
-    real, *repeats = [real_run(trace, executor, settled.config, job.out / name, progress, **known) for name in names]
+    sim = simulate_run(trace, profile, settled.config, job.out / "sim", progress, options=options)
+    real, *repeats = [real_run(trace, executor, settled.config, job.out / name, progress, options) for name in names]
     drift = drift_since(profile, executor, progress)
     comparison = compare_runs(sim, real, repeats, profile, job.out, progress, drift=drift)
     print_comparison(comparison, Console())
@@ -127,10 +119,10 @@ def _cell(
     stop_rule: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    out = job.out / name
+    out, options = job.out / name, RunOptions(stop_rule, overwrite=job.overwrite)
     progress.note(f"{name}:")
-    real = real_run(trace, executor, config, out / "real", progress, stop_rule, overwrite=job.overwrite)
-    sim = simulate_run(trace, profile, config, out / "sim", progress, real, overwrite=job.overwrite)
+    real = real_run(trace, executor, config, out / "real", progress, options)
+    sim = simulate_run(trace, profile, config, out / "sim", progress, real, options)
     decisions = compare_runs(sim, real, (), profile, out, progress)["decisions"]
     return {
         "run": name,
@@ -156,7 +148,7 @@ def _print_matrix(rows: list[dict[str, Any]]) -> None:
 
 def _trace(job: Job, progress: Progress) -> Trace:
     lengths = LengthFilter(max_total=job.max_total)
-    trace = sharegpt_trace(job.loading.model, job.requests, job.seed, lengths, progress)
+    trace = sharegpt_trace(job.loading.model, job.requests, job.seed, progress, lengths=lengths)
     for note in trace.notes:
         progress.note(f"note: {note}")
     trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)

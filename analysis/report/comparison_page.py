@@ -22,9 +22,14 @@ from analysis.comparison.compare import (
     WITHIN,
     flatten_manifest,
 )
-from analysis.jobs.machine_watch import seen_sentences
 from analysis.metrics.summary import LATENCIES, TOTALS
-from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
+from analysis.report.caveats import (
+    NOTHING_COMPLETED,
+    beyond_sentence,
+    p99_sentence,
+    seen_sentences,
+    sentences_by_run,
+)
 from analysis.report.figures import LATENCY_NAMES, html_figures
 from analysis.report.html import write_page
 from analysis.report.tables import TextTable, amount, html_table, number, percent, print_tables, signed

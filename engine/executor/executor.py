@@ -151,7 +151,7 @@ class Executor:
         A request with a token that the model lacks is rejected.
 
         Args:
-            stop_rule: as in `engine.records.manifest.workload`.
+            stop_rule: as in `engine.records.manifest.compose`.
             check: whether `engine.checks.step_checker` looks at every step before it runs.
 
         Raises:

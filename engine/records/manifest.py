@@ -1,4 +1,4 @@
-"""What a run is: `workload` and `system` must match for two runs to be compared, `provenance` is for people."""
+"""The manifest of a run. `workload` and `system` must match for two runs to be compared; `provenance` is for people."""
 
 from __future__ import annotations
 
@@ -21,25 +21,48 @@ Manifest = dict[str, Any]
 STOP_RULES = ("trace", "model")
 
 
-def workload(trace: Trace, model: ModelConfig, dtype: str, stop_rule: str) -> dict[str, Any]:
-    """The first part of a manifest.
+def compose(
+    *,
+    device: str,
+    config: ServingConfig | None = None,
+    trace: Trace | None = None,
+    model: ModelConfig | str = "",
+    dtype: str | None = None,
+    stop_rule: str = "trace",
+    **facts: Any,
+) -> Manifest:
+    """The manifest of a run: `workload`, `system`, `provenance`. A None is unknown, and left out.
 
     Args:
+        device: the machine, or a server's address.
+        config: limits and policy.
+        trace: the workload. Without one, the manifest has no `workload`.
+        model: its shape, or its name alone.
+        dtype: of weights and cache.
         stop_rule: `trace`: a request stops at its trace's output_len; `model`: where the model says so.
+        facts: of `provenance`, beside versions, machine and date.
     """
-    shape = {key: value for key, value in asdict(model).items() if key != "name"}
-    return {
+    workload = {"workload": _workload(trace, model, dtype, stop_rule)} if trace else {}
+    return workload | {"system": system(device, config), "provenance": _provenance() | facts}
+
+
+def _workload(trace: Trace, model: ModelConfig | str, dtype: str | None, stop_rule: str) -> dict[str, Any]:
+    shape = None if isinstance(model, str) else {key: of for key, of in asdict(model).items() if key != "name"}
+    known = {
         "trace": trace.digest,
         "requests": len(trace.requests),
-        "model": model.name,
+        "model": model if isinstance(model, str) else model.name,
         "model_shape": shape,
         "dtype": dtype,
         "stop_rule": stop_rule,
     }
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def system(device: str, config: ServingConfig) -> dict[str, Any]:
-    """The second part of a manifest; of the policy it has all parameters and a digest of each source file."""
+def system(device: str, config: ServingConfig | None) -> dict[str, Any]:
+    """The second part of a manifest. Of the policy it has all parameters and a digest of each source file."""
+    if config is None:
+        return {"device": device}
     policy, values = find_policy(config.scheduler)
     plain = {name: value for name, value in values.items() if isinstance(value, PARAMETER_TYPES)}
     of_policy = {"scheduler_parameters": plain, "scheduler_source": source_digests(policy)}
@@ -47,7 +70,7 @@ def system(device: str, config: ServingConfig) -> dict[str, Any]:
 
 
 def changed_sources(manifest: Manifest) -> list[str]:
-    """The source files of a recorded run's policy that are not what they were, as far as the manifest tells.
+    """The source files of a recorded run's policy that have changed since, as far as the manifest tells.
 
     Raises:
         TandemError: the policy cannot be found.
@@ -67,8 +90,8 @@ def config_of(manifest: Manifest) -> ServingConfig:
         raise TandemError(f"manifest.json: no {error} in system; it was written by another version") from error
 
 
-def provenance(**facts: Any) -> dict[str, Any]:
-    """The third part: versions, machine, date, and whatever else the caller knows."""
+def _provenance() -> dict[str, Any]:
+    """Versions, machine and date."""
     versions = {name: _version(name) for name in ("tandem-llm", "numpy", "simpy", "torch", "transformers")}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,7 +101,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-    } | facts
+    }
 
 
 def _version(distribution: str) -> str | None:

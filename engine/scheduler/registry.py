@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,19 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
         raise
     except TandemError as error:
         raise TandemError(f"scheduler '{config.scheduler}': {error}") from None
+
+
+def check_scheduler(config: ServingConfig) -> None:
+    """Check a policy's name, parameters and `__init__` on the smallest pools of KV blocks.
+
+    Raises:
+        TandemError: as `load_scheduler`.
+    """
+    small = replace(config, num_blocks=1, num_cpu_blocks=min(config.num_cpu_blocks, 1))
+    try:
+        load_scheduler(small)
+    except TandemError:
+        load_scheduler(config)  # the policy may refuse nothing but the few blocks
 
 
 def _make(policy: type[Scheduler], config: ServingConfig, values: Mapping[str, Any]) -> Scheduler:

@@ -1,4 +1,4 @@
-"""Tile shapes per GPU, measured offline by `analysis.bench.kernels`; nothing is tuned while serving.
+"""Tile shapes per GPU, measured offline by `tandem bench kernels --tune`; nothing is tuned while serving.
 
 Knows GPUs, element sizes and head_dims; does not know the kernels.
 """

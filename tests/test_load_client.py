@@ -1,4 +1,4 @@
-"""`tandem replay --url`: an open-loop client whose records stand beside those of any run."""
+"""`tandem load --url`: an open-loop client whose records stand beside those of any run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def replayed(workload, tmp_path_factory):
     run_tandem("simulate", "--trace", "t.parquet", "--profile", PROFILE, "--out", "sim", cwd=folder)
     with serving(*sim(), "--out", folder / "served") as server:
         options = ("--trace", "t.parquet", "--out", "client", "--against", "sim")
-        (folder / "said").write_text(run_tandem("replay", "--url", server.url, *options, cwd=folder).stdout)
+        (folder / "said").write_text(run_tandem("load", "--url", server.url, *options, cwd=folder).stdout)
         eventually(lambda: server.status()["open"] == 0)
         assert server.stop() == 0
     return folder
@@ -112,7 +112,7 @@ def test_it_is_an_open_loop_requests_are_sent_on_time_however_slow_the_server_is
     write_trace(tmp_path / "t.parquet", Trace(burst))
     with serving(*sim(), "--max-seqs", 1) as server:
         begin = time.perf_counter()
-        run_tandem("replay", "--url", server.url, "--trace", "t.parquet", "--out", "client", cwd=tmp_path)
+        run_tandem("load", "--url", server.url, "--trace", "t.parquet", "--out", "client", cwd=tmp_path)
         assert time.perf_counter() - begin > 3, "one after the other"
     rows = read_run(tmp_path / "client").tables["requests"].to_pylist()
     assert max(row["delivered_ns"] - row["arrival_ns"] for row in rows) < 100 * MS
@@ -150,7 +150,7 @@ def test_requests_that_are_turned_away_are_recorded_with_the_reason(workload, tm
     write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 8, 2, 2), TraceRequest(1, 0, 9000, 2, 2)]))
     with serving(*sim()) as server:
         done = run_tandem(
-            "replay", "--url", server.url, "--trace", "t.parquet", "--out", "client", "--json", cwd=tmp_path
+            "load", "--url", server.url, "--trace", "t.parquet", "--out", "client", "--json", cwd=tmp_path
         )
     assert json.loads(done.stdout)["rejected"] == 1
     _, refused = read_run(tmp_path / "client").tables["requests"].to_pylist()
@@ -165,7 +165,7 @@ def test_where_all_are_turned_away_the_client_says_why_has_no_latencies_and_exit
     write_trace(tmp_path / "t.parquet", Trace([TraceRequest(0, 0, 9000, 2, 2), TraceRequest(1, 0, 9000, 2, 2)]))
     with serving(*sim()) as server:
         options = ("--trace", "t.parquet", "--out", "client")
-        said = run_tandem("replay", "--url", server.url, *options, cwd=tmp_path, status=1).stdout
+        said = run_tandem("load", "--url", server.url, *options, cwd=tmp_path, status=1).stdout
     assert said.startswith("2 of 2 requests were rejected: ") and "the longest here" in said
     assert "No request completed: there are no latencies." in said and "ttft" not in said
 
@@ -185,7 +185,7 @@ def test_latencies_of_runs_that_completed_different_requests_are_labelled(replay
 )
 def test_a_url_without_a_server_is_one_clear_line(tmp_path, workload, url, says):
     write_trace(tmp_path / "t.parquet", workload)
-    done = run_tandem("replay", "--url", url, "--trace", "t.parquet", "--out", "o", cwd=tmp_path, status=2)
+    done = run_tandem("load", "--url", url, "--trace", "t.parquet", "--out", "o", cwd=tmp_path, status=2)
     assert says in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
@@ -193,6 +193,6 @@ def test_the_bench_accounts_for_every_token(tmp_path):
     done = run_tandem(
         "bench", "serve", "--model", tokenizer(), "--loads", "40x20", "--seconds", 2, "--json", cwd=tmp_path
     )
-    (row,) = json.loads(done.stdout)
+    (row,) = json.loads(done.stdout)["rows"]
     assert (row["complete"], row["tokens"], row["chunks"]) == (40, 1600, 1600)
     assert 0 < row["added_p50_ms"] < row["added_p99_ms"] < 1000

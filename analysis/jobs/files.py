@@ -1,0 +1,37 @@
+"""Files that jobs write: whether they may, and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from analysis.jobs.options import Output
+from traces.errors import TandemError
+from traces.trace import atomic_file
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raises TandemError if a file is there that is to stay."""
+    if path.exists() and not overwrite:
+        raise TandemError(f"{path} is there already: choose another --out, or add --overwrite to replace it")
+
+
+def check_new_file(output: Output) -> None:
+    """Raises TandemError if its file, if any, could not be written, or is there and is to stay."""
+    path = output.out
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise TandemError(f"cannot write {path}: give --out a file in a folder that exists")
+    if path:
+        check_new(path, output.overwrite)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file, and its folder if there is none. Raises TandemError if that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TandemError(f"cannot write {path}: {error.strerror or error}; nothing was written") from error
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")

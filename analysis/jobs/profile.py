@@ -1,0 +1,66 @@
+"""Measure a profile, and see whether an older one is still true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.jobs.options import RunOptions
+from analysis.jobs.progress import Progress
+from analysis.jobs.run import check_before, real_run
+from engine.config import ServingConfig
+from sim.profile.format import Profile, check_profile_out, write_profile
+from sim.profiling.calibration import calibrate, levels
+from sim.profiling.drift import DriftCheck, check_same, drift_report
+from sim.profiling.profiler import count_drift, count_work, measure_drift, measure_profile
+from traces.errors import TandemError
+
+if TYPE_CHECKING:
+    from engine.executor.executor import Executor
+
+
+def measure(
+    executor: Executor, config: ServingConfig, out: Path, progress: Progress, overwrite: bool = False
+) -> Profile:
+    """Profile the executor and write the profile to `out`, with a progress bar.
+
+    Where steps are captured, the executor serves a calibration load besides. That run stays beside `out`, as
+    `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
+    there. A profile that is there already is refused, unless `overwrite` is set.
+    """
+    notes, calibration = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
+    check_profile_out(out, overwrite)
+    options = RunOptions(overwrite=overwrite or notes.exists())
+    check_before(config, calibration, options.overwrite)
+    with progress.bar("profile", count_work(executor, config)) as show:
+        profile = measure_profile(executor, config, show, notes)
+    if executor.captures:
+        run = real_run(levels(profile, config), executor, config, calibration, progress, options)
+        profile = calibrate(profile, [(run, config)])
+    write_profile(profile, out, overwrite)
+    notes.unlink(missing_ok=True)
+    return profile
+
+
+def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
+    """How far the machine has moved since it was profiled, with a progress bar."""
+    with progress.bar("drift", count_drift(executor, profile)) as show:
+        return measure_drift(executor, profile, show)
+
+
+def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
+    with progress.status("getting ready"):
+        check = DriftCheck(executor, profile)
+    with progress.bar("check", check.total) as show:
+        found = check.run(show)
+    return drift_report(executor, profile, found)
+
+
+def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
+    """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
+    check_same(profile, executor, ("device", "dtype", "model shape"))
+    for limit, measured in profile.meta.get("limits", {}).items():
+        wanted = getattr(config, limit)
+        if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:
+            raise TandemError(f"the profile was measured for a {limit} of {measured}, not {wanted}")
