@@ -82,7 +82,7 @@ class PacedRider:
         self.config = config
         self.facts: dict[str, Any] = {
             "backend": "sim",
-            "device": profile.meta["device"],
+            "device": profile.meta.device,
             "model": profile.model.name,
             "vocab_size": vocab_size,
         }

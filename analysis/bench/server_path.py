@@ -36,6 +36,7 @@ from engine.server.app import Manners
 from engine.server.serve import serve
 from engine.server.tokenization import Text, load_text
 from sim.profile.format import HOST_TERMS, Profile, write_profile
+from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -225,16 +226,15 @@ def steady_profile(step_us: float) -> Profile:
     def row(time_us: float, **keys: Any) -> dict[str, Any]:
         return keys | {"time_us": time_us, "spread": 0.0}
 
-    shape = load_model_config(Path("llama-3-8b"))
     return Profile(
-        {
-            "device": "a device of even steps",
-            "model": asdict(shape),
-            "dtype": "float16",
-            "source": "invented: every step takes the same time",
-            "kv_blocks": 1,
-            "block_size": BLOCK,
-        },
+        ProfileMeta(
+            device="a device of even steps",
+            model=load_model_config(Path("llama-3-8b")),
+            dtype="float16",
+            source="invented: every step takes the same time",
+            kv_blocks=1,
+            block_size=BLOCK,
+        ),
         {
             "dense": [row(step_us, op="all", tokens=1), row(step_us, op="all", tokens=2**20)],
             "prefill_attention": [row(0.0, chunk=c, context=x) for c in (1, 2**20) for x in (0, 2**20)],

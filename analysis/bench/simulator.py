@@ -142,8 +142,8 @@ class SimulateBench:
             "benchmark": "simulate",
             "how": HOW,
             "profile": times.name,
-            "system": manifest.system(times.meta["device"], self.config(times)),
-            "provenance": manifest.provenance(backend="simulator", source=times.meta["source"]),
+            "system": manifest.system(times.meta.device, self.config(times)),
+            "provenance": manifest.provenance(backend="simulator", source=times.meta.source),
             "start_s": start_s,
             "rows": rows,
         }

@@ -96,7 +96,7 @@ def profile_import(
 
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
     write_profile(made, out, overwrite)
-    for table, origin in made.meta["tables"].items():
+    for table, origin in (made.meta.tables or {}).items():
         progress.note(f"{table}: {origin['how']} {origin.get('source', '')}".rstrip())
     progress.note(f"{out}: profile written")
 
@@ -119,7 +119,7 @@ def profile_derive(
 
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
     write_profile(made, out, overwrite)
-    for table, origin in made.meta["tables"].items():
+    for table, origin in (made.meta.tables or {}).items():
         for rule in origin["rules"]:
             progress.note(f"{table} {origin['how']}: {rule}")
     progress.note(f"{out}: profile written")
@@ -175,12 +175,12 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
 
 
 def _print_plan(executor: Executor, config: ServingConfig) -> None:
-    from sim.profiling.calibration import LEVEL_S, LEVELS
+    from sim.profiling.calibration import LOAD_S, LOADS
     from sim.profiling.profiler import estimate
 
     with progress.status("timing a few measurements"):
         points, seconds = estimate(executor, config)
-    seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the run that is served
+    seconds += len(LOADS) * LOAD_S * executor.captures  # of the run that is served
     facts = {f"points of {table}": count for table, count in points.items()}
     print_facts(
         facts | {"about_minutes": seconds / 60}, False, f"Profile of {executor.model.name} on {executor.device}"

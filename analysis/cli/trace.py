@@ -72,13 +72,12 @@ def trace_levels(profile: options.ProfilePath, out: options.Out, overwrite: opti
 
     Served on your own card (tandem run), they tell tandem profile calibrate what captured steps take on it.
     """
-    from engine.config import ServingConfig
     from sim.profile.format import find_profile, read_profile
-    from sim.profiling.calibration import check_captured, levels
+    from sim.profiling.calibration import calibration_load, check_captured
 
     of_card = read_profile(find_profile(profile))
     check_captured(of_card)
-    _write(out, overwrite, levels(of_card, ServingConfig(**of_card.meta["limits"])))
+    _write(out, overwrite, calibration_load(of_card, of_card.meta.measured_within))
 
 
 @app.command("convert")

@@ -29,12 +29,14 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler import load_scheduler
 from engine.scheduler.registry import is_own
+from sim.memory_model import MEMORY_LIMITS
 from sim.negative_controls import negative_controls
 from sim.profile.format import Profile, check_profile_out, write_profile
-from sim.profiling.calibration import calibrate, levels
-from sim.profiling.drift import DriftCheck, check_same, drift_report
-from sim.profiling.profiler import count_drift, count_work, measure_drift, measure_profile
-from sim.simulate import predict, recorded_requests, refusals, replay_predicted
+from sim.profiling.calibration import calibrate, calibration_load
+from sim.profiling.drift import DriftCheck, check_same, count_drift, drift_report, measure_drift
+from sim.profiling.profiler import count_work, measure_profile
+from sim.replay import recorded_requests, refusals, replay
+from sim.simulate import predict
 from traces.errors import TandemError, UnmetError
 from traces.request import TraceRequest
 from traces.sharegpt import LengthFilter, sample_requests, sharegpt_path
@@ -101,7 +103,9 @@ def measure(
     with progress.bar("profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        run = real_run(levels(profile, config), executor, config, served, progress, overwrite=overwrite_served)
+        run = real_run(
+            calibration_load(profile, config), executor, config, served, progress, overwrite=overwrite_served
+        )
         profile = calibrate(profile, [(run, config)])
     write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
@@ -110,7 +114,7 @@ def measure(
 
 def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
     """How far the machine has moved since it was profiled, with a progress bar."""
-    with progress.bar("drift", count_drift(executor, profile)) as show:
+    with progress.bar("drift", count_drift(profile)) as show:
         return measure_drift(executor, profile, show)
 
 
@@ -173,10 +177,10 @@ def simulate_run(
     stop_rule = like.manifest["workload"]["stop_rule"] if like else "trace"
     requests = _stopping_like(trace, like) if like else trace.requests
     parts = {
-        "workload": manifest.workload(trace, profile.model, profile.meta["dtype"], stop_rule),
-        "system": manifest.system(profile.meta["device"], config),
+        "workload": manifest.workload(trace, profile.model, profile.meta.dtype, stop_rule),
+        "system": manifest.system(profile.meta.device, config),
         "provenance": manifest.provenance(
-            backend="simulator", profile=profile.name, source=profile.meta["source"], **facts or {}
+            backend="simulator", profile=profile.name, source=profile.meta.source, **facts or {}
         ),
     }
     with RunWriter(out, overwrite) as writer:
@@ -361,12 +365,12 @@ def compare_runs(
     if changed:
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
         progress.note(note)
-    replayed, parts, coverage = replay_predicted(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts, coverage=coverage)
+    replayed = replay(real, config, profile)
+    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift)
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress.bar("ablate", len(terms) + 1) as show:
-            comparison["ablation"] = ablate(real, profile, terms, show)
+            comparison["ablation"] = ablate(real, replayed, profile, terms, show)
     write_json(out / "compare.json", comparison)
     title = f"{config.scheduler} at depth {config.pipeline_depth}: simulated and real"
     write_report(comparison, sim, real, replayed, out / "report.html", title=title)
@@ -386,7 +390,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
     """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
     check_same(profile, executor, ("device", "dtype", "model shape"))
-    for limit, measured in profile.meta.get("limits", {}).items():
-        wanted = getattr(config, limit)
-        if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:
+    for limit in MEMORY_LIMITS if profile.meta.limits else ():
+        measured, wanted = getattr(profile.meta.limits, limit), getattr(config, limit)
+        if measured < wanted:
             raise TandemError(f"the profile was measured for a {limit} of {measured}, not {wanted}")

@@ -22,7 +22,7 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from sim.profile.format import find_profile, read_profile
 from sim.realtime import PacedRider
-from sim.simulate import recorded_requests
+from sim.replay import recorded_requests
 from traces.synthetic import draw_length
 from traces.trace import Trace, write_trace
 
@@ -89,18 +89,18 @@ class SimService:
         """As in `Service`."""
         profile, lag_ms = self._profile, self._rider.lag_ns / 1e6
         parts = {
-            "system": manifest.system(profile.meta["device"], self._rider.config),
+            "system": manifest.system(profile.meta.device, self._rider.config),
             "provenance": manifest.provenance(
                 backend="simulator",
                 profile=profile.name,
-                source=profile.meta["source"],
+                source=profile.meta.source,
                 start_perf_ns=start_ns,
                 **self._settled.facts,
             ),
         }
 
         def workload(trace: Trace) -> dict[str, Any]:
-            return manifest.workload(trace, profile.model, profile.meta["dtype"], "trace")
+            return manifest.workload(trace, profile.model, profile.meta.dtype, "trace")
 
         assert self.out
         summary, prompts = {"pacing_lag_ms": lag_ms}, self._rider.prompts
