@@ -15,7 +15,7 @@ from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
 from engine.prefix_hash import Content, with_output
 from engine.step import Step
-from sim.device_timing import Timing
+from sim.device_timing import DeviceTiming
 from traces.request import TraceRequest
 
 
@@ -30,7 +30,7 @@ class SimBackend:
         self,
         env: simpy.Environment,
         requests: Iterable[TraceRequest],
-        timing: Timing,
+        timing: DeviceTiming,
         events: EventSource | None = None,
         block_size: int = 0,
     ) -> None:

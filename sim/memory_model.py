@@ -120,10 +120,10 @@ def card_blocks(profile: Profile, config: ServingConfig) -> int:
     measured = measured_blocks(profile, config)
     if measured is not None:
         return measured
-    card = _card_gib(profile)
+    card = _gpu_gib(profile)
     if card is None:
         raise TandemError("the profile does not say what memory its card has: give --kv-blocks")
-    memory = Memory.of(card, profile.model, profile.meta["dtype"], config)
+    memory = Memory.of(card, profile.model, profile.meta.dtype, config)
     check_fits(memory, profile.name, config)
     return memory.blocks
 
@@ -136,24 +136,25 @@ def measured_blocks(profile: Profile, config: ServingConfig) -> int | None:
         None if none were measured, or `config` is beyond the limits that they were measured within, and what the card's
         memory holds then is known.
     """
-    found = profile.meta.get("kv_blocks")
-    if found is None or (beyond_measured(profile, config) and _card_gib(profile) is not None):
+    found = profile.meta.kv_blocks
+    if found is None or (beyond_measured(profile, config) and _gpu_gib(profile) is not None):
         return None
-    measured_size = profile.meta.get("block_size", config.block_size)
+    measured_size = profile.meta.block_size or config.block_size
     longest = -(-config.max_model_len // config.block_size)
-    return int(min(found * measured_size // config.block_size, config.max_seqs * longest))
+    return min(found * measured_size // config.block_size, config.max_seqs * longest)
 
 
 def beyond_measured(profile: Profile, config: ServingConfig) -> bool:
     """Whether a limit that takes memory is above the one that a profile was measured within."""
-    limits = profile.meta.get("limits", {})
-    return any(name in limits and getattr(config, name) > limits[name] for name in MEMORY_LIMITS)
+    limits = profile.meta.limits
+    return limits is not None and any(getattr(config, name) > getattr(limits, name) for name in MEMORY_LIMITS)
 
 
-def _card_gib(profile: Profile) -> float | None:
+def _gpu_gib(profile: Profile) -> float | None:
     """The memory of a profile's card, by its data sheet or as it was measured; None where neither says."""
-    sheet, memory = (profile.meta.get(name, {}) for name in ("data_sheet", "memory"))
-    return sheet.get("memory_gib") or (memory["usable"] / MEMORY_FRACTION / 2**30 if "usable" in memory else None)
+    if profile.meta.data_sheet:
+        return profile.meta.data_sheet.memory_gib
+    return profile.meta.memory.usable / MEMORY_FRACTION / 2**30 if profile.meta.memory else None
 
 
 def check_fits(memory: Memory, what: str, config: ServingConfig) -> None:

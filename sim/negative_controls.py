@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
-from sim.simulate import replay
+from sim.replay import replay
 
 TRIES = 20
 TIMES = ("now_ns", "planned_ns", "launched_ns", "completed_ns")
@@ -78,4 +78,4 @@ def _with_columns(run: RunRecords, name: str, columns: dict[str, list[int | None
 
 
 def _differs(run: RunRecords, falsified: RunRecords, config: ServingConfig) -> bool:
-    return not replay(falsified, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    return not replay(falsified, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])

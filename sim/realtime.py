@@ -83,7 +83,7 @@ class RealtimeDriver:
         self.config = config
         self.facts: dict[str, Any] = {
             "backend": "sim",
-            "device": profile.meta["device"],
+            "device": profile.meta.device,
             "model": profile.model.name,
             "vocab_size": vocab_size,
         }

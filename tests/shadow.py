@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import simpy
 
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
 from engine.instance import Instance
+from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
 from sim.backend import SimBackend
-from sim.device_timing import ProfiledTiming, Timing
+from sim.device_timing import DeviceTiming, ProfiledTiming
 from sim.profile.format import HOST_TERMS, Profile
+from sim.profile.meta import ProfileMeta
 from traces.request import TraceRequest
+
+SMALL = replace(load_model_config("llama-3.2-1b"), name="small", vocab_size=100)
 
 
 def serve(
     requests: list[TraceRequest],
     config: ServingConfig,
-    timing: Timing | None = None,
+    timing: DeviceTiming | None = None,
     scheduler: Scheduler | None = None,
 ) -> tuple[Recorder, list[Request]]:
     """Serve in checked simulation; returns the records and the scheduler's requests in order of id."""
@@ -64,4 +70,4 @@ def small_profile(scale: float = 1.0) -> Profile:
         "host": host,
         "swap": [row | {"direction": "out"} for row in swap] + [row | {"direction": "in"} for row in swap],
     }
-    return Profile({"device": "test", "model": {"name": "small"}, "dtype": "float32", "source": "invented"}, tables)
+    return Profile(ProfileMeta("test", SMALL, "float32", "invented"), tables)

@@ -11,17 +11,20 @@ from shadow import small_profile
 from test_attribution import run_on, sparse
 from test_compare import CONFIG, MS, with_manifest
 
-from analysis.comparison.ablation import TERMS, ablate, ablation_tables, read_terms
+from analysis.comparison.ablation import TERMS, ablation_tables, read_terms
+from analysis.comparison.ablation import ablate as ablate_replayed
 from analysis.metrics.summary import step_kinds
 from engine.config import ServingConfig
-from engine.records.manifest import system
+from engine.model.graph_sizes import GraphSizes
+from engine.records.manifest import config_of, system
 from engine.records.run_folder import RunRecords
 from sim.profile.format import Profile
-from sim.simulate import replay_parts
+from sim.profile.meta import MemoryFacts
+from sim.replay import replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
-MEMORY = {"usable": 1000, "weights": 360, "block": 10}
+MEMORY = MemoryFacts(usable=1000, weights=360, block=10)
 
 
 def detailed_profile() -> Profile:
@@ -34,8 +37,12 @@ def detailed_profile() -> Profile:
     ]
     uneven = [row | {"unevenness": 2, "time_us": row["time_us"] * 2} for row in profile.tables["decode_attention"]]
     tables = profile.tables | {"graph": rows, "decode_attention": profile.tables["decode_attention"] + uneven}
-    graphs = {"decode": (8,), "mixed": (64,), "max_seqs": 8, "max_prefills": 8}
-    return Profile(profile.meta | {"graphs": graphs, "memory": MEMORY}, tables)
+    graphs = GraphSizes(decode=(8,), mixed=(64,), max_seqs=8, max_prefills=8)
+    return Profile(replace(profile.meta, graphs=graphs, memory=MEMORY), tables)
+
+
+def ablate(real: RunRecords, profile: Profile, *args: object) -> dict:
+    return ablate_replayed(real, replay(real, config_of(real.manifest), profile), profile, *args)
 
 
 def real_run(profile: Profile, requests: list[TraceRequest], config: ServingConfig = CONFIG) -> RunRecords:
@@ -82,7 +89,7 @@ def test_without_a_term_the_steps_that_it_lengthens_are_too_short(term, kind):
     uneven = [TraceRequest(i, i * MS, 10 + 120 * (i % 2), 30, 30) for i in range(4)]  # the first prefills 10 alone
     profile = detailed_profile()
     real = real_run(profile, uneven)
-    parts, kinds = replay_parts(real, CONFIG, profile), step_kinds(real.tables["steps"])
+    parts, kinds = replay(real, CONFIG, profile).parts_us, step_kinds(real.tables["steps"])
     part = {"graph-padding": "padding", "skew": "skew"}[term]
     shares = [of[part] / sum(of.values()) for of, its in zip(parts, kinds, strict=True) if its == kind]
     errors = ablate(real, profile, [term])[term]["latency_model"]
@@ -99,7 +106,7 @@ def test_a_naive_model_of_memory_has_blocks_for_requests_that_in_truth_had_to_wa
     crowd = [TraceRequest(i, 0, 60, 30, 30) for i in range(8)]
     result = ablate(real_run(small_profile(), crowd, scarce), detailed_profile(), ["kv-blocks"])
     assert [each["num_blocks"] for each in result.values()] == [12, (1000 - 360) // 10]
-    profile = replace(small_profile(), meta=small_profile().meta | {"memory": MEMORY})
+    profile = replace(small_profile(), meta=replace(small_profile().meta, memory=MEMORY))
     result = ablate(real_run(small_profile(), crowd, scarce), profile, ["kv-blocks"])
     assert result["full"]["closed_loop"]["ttft"] == 0
     assert result["kv-blocks"]["closed_loop"]["ttft"] < -0.3

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from shadow import small_profile
-from test_compare import CONFIG, MS, serve, with_column, workload
+from test_compare import CONFIG, MS, as_replay, serve, with_column, workload
 
 from analysis.comparison.compare import compare
 from analysis.metrics.summary import step_kinds
@@ -17,7 +17,8 @@ from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from sim.profile.format import Profile
-from sim.simulate import predict, replay, replay_parts
+from sim.replay import replay
+from sim.simulate import predict
 from traces.request import TraceRequest
 
 KERNELS = ("dense", "head", "decode_attention")  # whose times `small_profile` has for any step
@@ -42,12 +43,7 @@ def run_on(profile: Profile, requests: Sequence[TraceRequest], config: ServingCo
 
 def attribution(machine: Profile, model: Profile, requests: Sequence[TraceRequest], config: ServingConfig = CONFIG):
     real = run_on(machine, requests, config)
-    sim, replayed, parts = (
-        run_on(model, requests, config),
-        replay(real, config, model),
-        replay_parts(real, config, model),
-    )
-    return compare(sim, real, replayed, parts=parts)["attribution"]
+    return compare(run_on(model, requests, config), real, replay(real, config, model))["attribution"]
 
 
 def sparse(count: int = 40) -> list[TraceRequest]:
@@ -139,7 +135,7 @@ def test_a_request_is_charged_with_the_steps_it_waited_for(gap_ms):
     requests = [replace(each, arrival_ns=(each.id + 1) * gap_ms * MS) for each in workload()]
     real = run_on(scaled(dense=1.1), requests)
     replayed = replay(real, CONFIG, small_profile())
-    predicted, measured = (run.tables["steps"]["device_ns"].to_numpy() for run in (replayed, real))
+    predicted, measured = replayed.predicted_ns, real.tables["steps"]["device_ns"].to_numpy()
     found = compare(real, real, replayed)["attribution"]["latencies"]
     kinds = step_kinds(real.tables["steps"])
     for kind in np.unique(kinds):
@@ -190,8 +186,7 @@ def test_noise_hides_no_large_error_and_makes_none_up(seed):
     real = noisy(run_on(small_profile(), workload()), seed)
     for factor, largest in ((1.1, "dense"), (1.0, None)):
         model = scaled(dense=factor)
-        replayed, parts = replay(real, CONFIG, model), replay_parts(real, CONFIG, model)
-        fit = compare(real, real, replayed, parts=parts)["attribution"]["kernels"]
+        fit = compare(real, real, replay(real, CONFIG, model))["attribution"]["kernels"]
         assert fit["largest"] == largest
         off = fit["kernels"]["dense"]
         assert abs(off["error"] - (factor - 1)) < 4 * off["uncertainty"]
@@ -203,8 +198,7 @@ def test_the_uncertainty_of_an_error_is_how_much_that_error_differs_between_nois
     fits = []
     for seed in range(30):
         real = noisy(run, seed)
-        parts = replay_parts(real, CONFIG, model)
-        fits.append(compare(real, real, replay(real, CONFIG, model), parts=parts)["attribution"]["kernels"]["kernels"])
+        fits.append(compare(real, real, replay(real, CONFIG, model))["attribution"]["kernels"]["kernels"])
     for error, uncertainty in (("error", "uncertainty"), ("ms_per_step", "ms_uncertainty")):
         spread = np.std([fit["dense"][error] for fit in fits], ddof=1)
         assert np.mean([fit["dense"][uncertainty] for fit in fits]) == pytest.approx(spread, rel=0.35)
@@ -213,9 +207,9 @@ def test_the_uncertainty_of_an_error_is_how_much_that_error_differs_between_nois
 def test_what_a_kernel_costs_a_step_is_its_error_in_the_mean_step():
     real = run_on(small_profile(), workload())
     model = scaled(dense=1.1)
-    replayed, parts = replay(real, CONFIG, model), replay_parts(real, CONFIG, model)
-    kernels = compare(real, real, replayed, parts=parts)["attribution"]["kernels"]["kernels"]
-    whole_ns = replayed.tables["steps"]["device_ns"].to_numpy() - real.tables["steps"]["device_ns"].to_numpy()
+    replayed = replay(real, CONFIG, model)
+    kernels = compare(real, real, replayed)["attribution"]["kernels"]["kernels"]
+    whole_ns = replayed.predicted_ns - real.tables["steps"]["device_ns"].to_numpy()
     assert sum(kernel["ms_per_step"] for kernel in kernels.values()) == pytest.approx(whole_ns.mean() / MS, rel=1e-3)
 
 
@@ -231,11 +225,12 @@ def test_of_a_kernel_in_few_of_many_steps_nothing_is_claimed():
         run = run_on(small_profile(), sparse(count))
         prefills = step_kinds(run.tables["steps"]) == "prefill"
         real = with_column(run, "steps", "device_ns", run.tables["steps"]["device_ns"].to_numpy() + prefills * MS // 2)
+        replayed = replay(run, CONFIG, small_profile())
         parts = [
             part | {"prefill_attention": 1000.0 * prefill}  # it takes half of that
-            for part, prefill in zip(replay_parts(run, CONFIG, small_profile()), prefills, strict=True)
+            for part, prefill in zip(replayed.parts_us, prefills, strict=True)
         ]
-        fit = compare(run, real, replay(run, CONFIG, small_profile()), parts=parts)["attribution"]["kernels"]
+        fit = compare(run, real, replace(replayed, parts_us=parts))["attribution"]["kernels"]
         kernel = fit["kernels"]["prefill_attention"]
         assert (kernel["steps"], kernel["certain"]) == (count, certain)
         assert kernel["error"] == pytest.approx(1, rel=0.01)
@@ -244,8 +239,8 @@ def test_of_a_kernel_in_few_of_many_steps_nothing_is_claimed():
 def test_kernels_that_grow_alike_cannot_be_told_apart():
     real = run_on(small_profile(), workload())
     replayed = replay(real, CONFIG, small_profile())
-    alike = [{"dense": ns / 2e3, "head": ns / 1e3} for ns in replayed.tables["steps"]["device_ns"].to_pylist()]
-    found = compare(real, real, replayed, parts=alike)["attribution"]
+    alike = [{"dense": ns / 2e3, "head": ns / 1e3} for ns in replayed.predicted_ns.tolist()]
+    found = compare(real, real, replace(replayed, parts_us=alike))["attribution"]
     assert found["kernels"]["largest"] is None
     assert {kernel["uncertainty"] for kernel in found["kernels"]["kernels"].values()} == {None}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -268,4 +263,4 @@ def test_the_sentence_names_the_largest_term_of_each_latency():
 def test_where_decisions_differ_the_error_is_not_broken_down():
     real = run_on(small_profile(), workload())
     late = replace(real, tables=real.tables | {"steps": real.tables["steps"].slice(0, 10)})
-    assert compare(real, real, late)["attribution"] is None
+    assert compare(real, real, as_replay(late))["attribution"] is None

@@ -17,10 +17,12 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
 from engine.step import Chunk, Step
 from sim.latency_model import LatencyModel
-from sim.power_state import Load
+from sim.power_state import PowerState
 from sim.profile.format import Profile, read_profile, shipped_profiles, write_profile
-from sim.profiling.calibration import LEVELS, calibrate, levels, without_served
-from sim.simulate import predict, replay
+from sim.profile.meta import PowerCalibration
+from sim.profiling.calibration import LOADS, calibrate, calibration_load, without_in_service
+from sim.replay import replay
+from sim.simulate import predict
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.synthetic import synthetic
@@ -34,7 +36,7 @@ SLOWED = {"decode": 0.1, "mixed": 0.3}  # what a load of 1 beyond the limit adds
 @pytest.fixture(scope="module")
 def measured() -> Profile:
     """As it comes from measuring step by step."""
-    return without_served(read_profile(shipped_profiles()["h100-80gb/llama-3-8b"]))
+    return without_in_service(read_profile(shipped_profiles()["h100-80gb/llama-3-8b"]))
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +49,25 @@ def truth(measured) -> Profile:
     ]
     return replace(
         measured,
-        meta=measured.meta | {"load": {"memory_us": MEMORY_US, "row_us": ROW_US, "limit": LIMIT}},
+        meta=replace(measured.meta, power=PowerCalibration(MEMORY_US, ROW_US, LIMIT)),
         tables=measured.tables | {"served": served},
     )
 
 
 @pytest.fixture(scope="module")
 def config(measured) -> ServingConfig:
-    return ServingConfig(**measured.meta["limits"])
+    return measured.meta.limits
 
 
 @pytest.fixture(scope="module")
 def calibrated(measured, truth, config) -> Profile:
     recorder = Recorder()
-    predict(levels(measured, config).requests, config, truth, recorder)
+    predict(calibration_load(measured, config).requests, config, truth, recorder)
     return calibrate(measured, [(RunRecords({}, recorder.tables()), config)])
 
 
 def test_time_and_slowdown_of_every_captured_size_are_found(calibrated, truth):
-    assert calibrated.meta["load"] == {"memory_us": MEMORY_US, "row_us": pytest.approx(ROW_US, rel=0.1), "limit": LIMIT}
+    assert calibrated.meta.power == PowerCalibration(MEMORY_US, pytest.approx(ROW_US, rel=0.1), LIMIT)
     for found, true in zip(calibrated.tables["served"], truth.tables["served"], strict=True):
         assert (found["kind"], found["rows"]) == (true["kind"], true["rows"])
         assert found["time_us"] == pytest.approx(true["time_us"], rel=0.01)
@@ -86,7 +88,7 @@ def test_a_calibrated_profile_predicts_another_policy(calibrated, truth, config,
 
 
 def test_what_was_measured_stays_as_it_was(calibrated, measured):
-    assert without_served(calibrated).tables == measured.tables
+    assert without_in_service(calibrated).tables == measured.tables
     assert calibrated.tables["graph"] == measured.tables["graph"]
 
 
@@ -110,16 +112,16 @@ def test_half_a_calibration_is_refused(calibrated, measured):
 
 
 def test_requests_arrive_at_levels_of_what_the_machine_can_do(measured, config):
-    requests = levels(measured, config).requests
-    turn_ns = requests[-1].arrival_ns / len(LEVELS)
-    counts = [sum(ceil(each.arrival_ns / turn_ns) == turn for each in requests) for turn in range(1, 1 + len(LEVELS))]
-    assert [max(LEVELS) * count / max(counts) for count in counts] == pytest.approx(LEVELS, abs=0.02)
+    requests = calibration_load(measured, config).requests
+    turn_ns = requests[-1].arrival_ns / len(LOADS)
+    counts = [sum(ceil(each.arrival_ns / turn_ns) == turn for each in requests) for turn in range(1, 1 + len(LOADS))]
+    assert [max(LOADS) * count / max(counts) for count in counts] == pytest.approx(LOADS, abs=0.02)
     assert all(each.prompt_len + each.output_len <= config.max_model_len for each in requests)
 
 
 def test_a_machine_that_can_do_much_is_asked_for_a_shorter_time(measured, config, monkeypatch):
     monkeypatch.setattr("sim.profiling.calibration.MOST", 500)
-    requests = levels(measured, config).requests
+    requests = calibration_load(measured, config).requests
     assert len(requests) == pytest.approx(500, rel=0.01) and 5e9 < requests[-1].arrival_ns < 30e9
 
 
@@ -128,7 +130,7 @@ def test_calibrated_by_command_on_one_real_run_it_predicts_another_policy_better
     done = subprocess.run([TANDEM, *command, "--out", tmp_path / "p"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     calibrated, other = read_profile(tmp_path / "p"), read_run(GOLDEN / "h100-llama-3-8b-prefill_first-90")
-    assert calibrated.meta["held_out"]["mape"] < 0.02
+    assert calibrated.meta.held_out["mape"] < 0.02
     before, after = (prediction_errors(profile, other) for profile in (measured, calibrated))
     assert after["decode"]["mape"] < 0.006 and after["prefill"]["mape"] < 0.0125
     for kind in ("decode", "prefill"):
@@ -162,7 +164,7 @@ def test_requests_that_calibrate_are_made_for_captured_steps_alone(tmp_path):
 
 def prediction_errors(profile: Profile, run: RunRecords) -> dict[str, dict[str, float]]:
     replayed = replay(run, config_of(run.manifest), profile)
-    return latency_model_errors(run, replayed, compare_decisions(run, replayed))
+    return latency_model_errors(run, replayed.predicted_ns, compare_decisions(run, replayed.records))
 
 
 def test_a_profile_without_captured_steps_cannot_be_calibrated(measured, config):
@@ -213,7 +215,7 @@ def test_the_power_limit_can_be_left_out(truth, measured):
 
 
 def test_the_load_is_the_share_of_the_recent_past():
-    load = Load(MEMORY_US)
+    load = PowerState(MEMORY_US)
     for _ in range(200):
         load.worked(10_000, 3_000)
     assert load.share == pytest.approx(0.3)

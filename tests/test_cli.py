@@ -322,8 +322,7 @@ def broken(work) -> Path:
         (work / result).write_text("{}")
     profile = read_profile(work / "a100")
     write_profile(profile, work / "nan")
-    forgetful = {key: value for key, value in profile.meta.items() if key != "memory"}
-    write_profile(replace(profile, meta=forgetful), work / "no-memory")
+    write_profile(replace(profile, meta=replace(profile.meta, memory=None)), work / "no-memory")
     table = profile.tables["head"]
     table[0]["time_us"] = float("nan")
     pq.write_table(pa.Table.from_pylist(table), work / "nan/head.parquet")

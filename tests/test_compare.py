@@ -20,7 +20,8 @@ from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from sim.latency_model import LatencyModel
-from sim.simulate import predict, replay
+from sim.replay import Replay, replay
+from sim.simulate import predict
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -44,8 +45,13 @@ def serve(scale: float = 1.0, requests: list[TraceRequest] | None = None) -> Run
     return RunRecords(manifest, recorder.tables())
 
 
-def replayed(run: RunRecords) -> RunRecords:
+def replayed(run: RunRecords) -> Replay:
     return replay(run, CONFIG, small_profile())
+
+
+def as_replay(run: RunRecords) -> Replay:
+    """A run in place of a replay that predicts its times."""
+    return Replay(run, run.tables["steps"]["device_ns"].to_numpy())
 
 
 def with_column(run: RunRecords, table: str, name: str, values: Any) -> RunRecords:
@@ -125,7 +131,7 @@ def test_latency_model_errors_are_means_over_the_steps_of_each_kind(real):
     measured = real.tables["steps"]["device_ns"].to_numpy()
     alternating = np.where(np.arange(len(kinds)) % 2, 1.3, 0.9)
     predicted = measured * np.where(kinds == "decode", 1.2, alternating)
-    result = compare(real, real, with_column(real, "steps", "device_ns", np.rint(predicted).astype(int)))
+    result = compare(real, real, Replay(real, np.rint(predicted).astype(int)))
     latency_model = result["latency_model"]
 
     counts = {kind: int(np.sum(kinds == kind)) for kind in ("prefill", "decode", "mixed")}
@@ -140,7 +146,11 @@ def test_latency_model_errors_are_means_over_the_steps_of_each_kind(real):
 
 def test_kinds_of_steps_that_never_ran_are_left_out():
     one_at_a_time = serve(requests=[TraceRequest(0, 0, 10, 5, 5)])
-    assert list(compare(one_at_a_time, one_at_a_time, one_at_a_time)["latency_model"]) == ["prefill", "decode", "all"]
+    assert list(compare(one_at_a_time, one_at_a_time, as_replay(one_at_a_time))["latency_model"]) == [
+        "prefill",
+        "decode",
+        "all",
+    ]
 
 
 def test_the_first_step_that_was_decided_differently_is_found_and_described(sim):
@@ -151,7 +161,7 @@ def test_the_first_step_that_was_decided_differently_is_found_and_described(sim)
     difference = result["decisions"]["first_difference"]
     step = difference["step"]
 
-    ours, theirs = (run.tables["steps"].to_pylist() for run in (sim, replay_of_late))
+    ours, theirs = (run.tables["steps"].to_pylist() for run in (sim, replay_of_late.records))
     assert [row["digest"] for row in ours[:step]] == [row["digest"] for row in theirs[:step]]
     assert difference["real"] == ours[step]["digest"].hex() != difference["replay"] == theirs[step]["digest"].hex()
     assert ours[step]["scheduled_ns"] == sim.tables["iterations"]["now_ns"].to_pylist()[difference["iteration"]]
@@ -164,8 +174,8 @@ def test_the_first_step_that_was_decided_differently_is_found_and_described(sim)
 @pytest.mark.parametrize("shorter", ["real", "replay"])
 def test_a_run_with_more_steps_than_the_other_differs_at_the_first_of_them(sim, shorter):
     cut = replace(sim, tables=sim.tables | {"steps": sim.tables["steps"].slice(0, 10)})
-    runs = {"real": (cut, sim), "replay": (sim, cut)}[shorter]
-    difference = compare(sim, *runs)["decisions"]["first_difference"]
+    real, replayed = {"real": (cut, sim), "replay": (sim, cut)}[shorter]
+    difference = compare(sim, real, as_replay(replayed))["decisions"]["first_difference"]
     assert difference["step"] == 10
     assert difference[shorter] is None
     assert difference["columns"]["running"][shorter] is None
@@ -266,8 +276,8 @@ def test_a_noisy_machine_never_passes(sim):
 
 def test_p99_is_given_from_200_requests_up():
     few, many = (serve(requests=workload(count)) for count in (199, 200))
-    assert compare(few, few, few)["closed_loop"]["ttft"]["p99"] == {"real": None, "sim": None, "error": None}
-    assert compare(many, many, many)["closed_loop"]["itl"]["p99"]["error"] == 0
+    assert compare(few, few, as_replay(few))["closed_loop"]["ttft"]["p99"] == {"real": None, "sim": None, "error": None}
+    assert compare(many, many, as_replay(many))["closed_loop"]["itl"]["p99"]["error"] == 0
 
 
 def test_runs_that_completed_nothing_in_common_have_nothing_to_judge():
@@ -325,7 +335,7 @@ def test_what_was_asked_for_is_met_by_equal_decisions_and_no_error_outside(sim, 
     assert is_met(compare(sim, sim, replayed(sim), [serve(2.0)])), "a machine too noisy to judge fails nobody"
     assert not is_met(compare(sim, real, replayed(real))), "errors outside"
     cut = replace(sim, tables=sim.tables | {"steps": sim.tables["steps"].slice(0, 10)})
-    assert not is_met(compare(sim, sim, cut)), "decisions differ"
+    assert not is_met(compare(sim, sim, as_replay(cut))), "decisions differ"
     rejected = serve(requests=workload(prompt_len=500))
     assert not is_met(compare(rejected, rejected, replayed(rejected))), "nothing was compared"
 
@@ -333,8 +343,8 @@ def test_what_was_asked_for_is_met_by_equal_decisions_and_no_error_outside(sim, 
 def test_one_replay_serves_the_whole_comparison(sim, real, tmp_path, monkeypatch):
     full = with_manifest(real, "system", **asdict(CONFIG))
     models = []
-    monkeypatch.setattr("sim.simulate.LatencyModel", lambda *args: models.append(LatencyModel(*args)) or models[-1])
+    monkeypatch.setattr("sim.replay.LatencyModel", lambda *args: models.append(LatencyModel(*args)) or models[-1])
     allowed = [f"system.{each.name}" for each in fields(CONFIG)]
     found = compare_runs(sim, full, (), small_profile(), tmp_path, ConsoleProgress(Console(quiet=True)), allowed)
     assert len(models) == 1
-    assert found["attribution"]["kernels"]["kernels"] and found["coverage"]["lookups"] == models[0].lookups.total()
+    assert found["attribution"]["kernels"]["kernels"] and found["coverage"] == models[0].coverage()

@@ -22,9 +22,10 @@ from engine.records.run_folder import RunRecords, read_run
 from engine.scheduler import POLICIES
 from sim.memory_model import Memory
 from sim.negative_controls import negative_controls
-from sim.profiling.calibration import calibrate, levels
+from sim.profiling.calibration import calibrate, calibration_load
 from sim.profiling.profiler import measure_profile
-from sim.simulate import predict, replay
+from sim.replay import replay
+from sim.simulate import predict
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -147,7 +148,7 @@ def test_batched_chunked_preempted_and_swapped_requests_get_the_tokens_they_get_
 def test_the_simulator_makes_the_decisions_of_a_real_run(executor, policy, depth, hidden_stops, cpu_blocks):
     config = dataclasses.replace(SCARCE, scheduler=policy, pipeline_depth=depth, num_cpu_blocks=cpu_blocks)
     run, _ = serve(executor, workload(hidden_stops=hidden_stops), config)
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
     assert negative_controls(run, config) == {"arrival_moved": True, "step_longer": True}
 
 
@@ -172,7 +173,7 @@ def test_a_server_on_the_gpu_answers_with_the_tokens_of_a_run_in_process(folder,
         for i, tokens in left.items()
     )
     run = read_run(out)
-    assert replay(run, config_of(run.manifest)).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config_of(run.manifest)).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
     assert {"cancelled", "length"} == set(run.tables["requests"]["outcome"].to_pylist())
 
 
@@ -194,7 +195,7 @@ def test_the_models_own_stop_token_ends_a_request(executor):
     assert stopped, "no request met the stop token: the test needs another seed"
     for row in stopped:
         assert outputs[row["request"]].index(2) == row["output_len"] - 1
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 def test_steps_beyond_the_captured_sizes_give_the_same_tokens(executor, monkeypatch, expected):
@@ -283,11 +284,11 @@ def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(alone, e
     assert len(kept) == 41  # and a line that says of what
     profile = measure_profile(executor, config, notes=notes)
     recorder = Recorder()
-    executor.serve(levels(profile, config).requests, config, recorder)
+    executor.serve(calibration_load(profile, config).requests, config, recorder)
     profile = calibrate(profile, [(RunRecords({}, recorder.tables()), config)])
     assert {"graph", "served", "swap"} < profile.tables.keys()
-    assert set(profile.meta["held_out"]["by_kind"]) == {"decode", "mixed"}
-    assert profile.meta["machine_state"]["before"]["driver"]
+    assert set(profile.meta.held_out["by_kind"]) == {"decode", "mixed"}
+    assert profile.meta.notes["machine_state"]["before"]["driver"]
     recorder = Recorder()
     outside = predict(workload(), config, profile, recorder)
     assert len(recorder.tables()["requests"]) == 24 and outside["lookups"] > 100

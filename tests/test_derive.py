@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_device_profilers import CONFIG, known_profile
 from test_drift import KnownExecutor
 from test_golden import CHUNKED, OF_7B, by_kind
-from test_rigs import CONFIG, known_profile
 
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig, load_model_config
@@ -45,7 +45,7 @@ def shipped(name: str = "a100-80gb/llama-3-8b") -> Profile:
 
 
 def how(profile: Profile) -> dict[str, str]:
-    return {table: origin["how"] for table, origin in profile.meta["tables"].items()}
+    return {table: origin["how"] for table, origin in profile.meta.tables.items()}
 
 
 # -- what is reused ------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_matrix_of_equal_shape_is_reused_under_whatever_name_it_was_measured()
     made = derived(shipped(), shape)
     times = {(row["op"], row["tokens"]): row["time_us"] for row in made.tables["dense"]}
     assert times["gate_up", 512] == times["o", 512]
-    assert "gate_up: as o (n 4096, k 4096) of llama-3-8b" in made.meta["tables"]["dense"]["rules"][1]
+    assert "gate_up: as o (n 4096, k 4096) of llama-3-8b" in made.meta.tables["dense"]["rules"][1]
 
 
 # -- what is estimated ---------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def test_a_least_time_stays_when_attention_gets_four_times_the_keys_and_values()
 def gpu_profile() -> Profile:
     """As `tandem profile` measures one on a GPU: captured steps of 5 ms and some."""
     profile, _ = known_profile()
-    meta = {"device": data_sheet("h100-80gb")["device"], "dtype": "float16", "model": asdict(LLAMA3), "block_size": 64}
-    return Profile(profile.meta | meta, profile.tables)
+    device = data_sheet("h100-80gb").device
+    return replace(profile, meta=replace(profile.meta, device=device, dtype="float16", model=LLAMA3))
 
 
 def test_a_captured_step_shrinks_with_its_operations():
@@ -158,7 +158,7 @@ def test_a_captured_step_shrinks_with_its_operations():
     step = Step(0, chunks={0: Chunk(0, 100, True)}, decodes=8, load=StepLoad(kv_tokens=800))
     ratio = LatencyModel(made).device_ns(step) / LatencyModel(source).device_ns(step)
     assert ratio == pytest.approx(0.5, abs=0.01)
-    assert how(made)["graph"] == "estimated" and made.meta["graphs"] == source.meta["graphs"]
+    assert how(made)["graph"] == "estimated" and made.meta.graphs == source.meta.graphs
 
 
 # -- what the data sheet says --------------------------------------------------------------------------------
@@ -166,10 +166,10 @@ def test_a_captured_step_shrinks_with_its_operations():
 
 def test_the_result_says_what_it_comes_from_and_claims_no_error_of_its_own():
     made = derived(shipped(), LLAMA2)
-    assert made.model == LLAMA2 and made.meta["derived"] == {"from": "source", "model": "llama-3-8b"}
-    assert made.meta["source"].startswith("derived from source: nothing of llama-2-7b was measured; imported")
-    assert made.meta["held_out"].keys() == {"rule"}
-    tables = made.meta["tables"]
+    assert made.model == LLAMA2 and made.meta.derived == {"from": "source", "model": "llama-3-8b"}
+    assert made.meta.source.startswith("derived from source: nothing of llama-2-7b was measured; imported")
+    assert made.meta.held_out.keys() == {"rule"}
+    tables = made.meta.tables
     assert tables["dense"]["how"] == "estimated" and tables["dense"]["of"] == "measured"
     assert tables["host"] == {"how": "reused", "rules": ["of llama-3-8b"], "of": "zero"}
     assert any(rule.startswith("o: as o (n 4096, k 4096)") for rule in tables["dense"]["rules"])
@@ -179,8 +179,8 @@ def test_the_result_says_what_it_comes_from_and_claims_no_error_of_its_own():
 def test_what_was_estimated_can_be_checked_on_the_card():
     half = replace(LLAMA3, name="half", num_layers=16)
     source = gpu_profile()
-    meta = {"kernels": "Triton", "limits": asdict(CONFIG), "device": data_sheet("h100-80gb")["device"]}
-    made = derived(Profile(source.meta | meta, source.tables), half)
+    meta = replace(source.meta, kernels="Triton", limits=CONFIG, device=data_sheet("h100-80gb").device)
+    made = derived(Profile(meta, source.tables), half)
     executor = KnownExecutor()
     executor.model = half
     found = {each.table: each for each in DriftCheck(executor, made).run()}
@@ -199,7 +199,7 @@ def test_what_cannot_be_derived_is_refused():
         derived(once, LLAMA3)
     source = gpu_profile()
     with pytest.raises(TandemError, match=r"no data sheet of abacus in sim/sources/hardware: it has NVIDIA A100"):
-        derived(replace(source, meta=source.meta | {"device": "abacus"}), LLAMA2)
+        derived(replace(source, meta=replace(source.meta, device="abacus")), LLAMA2)
     odd = [row | {"op": "router"} for row in source.tables["dense"]]
     with pytest.raises(TandemError, match="'router' is no operation that is known"):
         derived(Profile(source.meta, source.tables | {"dense": odd}), LLAMA2)

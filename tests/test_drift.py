@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_rigs import CONFIG, KnownGpu, KnownMeter, known_profile, whole_us
+from test_device_profilers import CONFIG, KnownGpu, KnownMeter, known_profile, whole_us
 from tiny_models import tiny_model
 
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from engine.step import Step
 from sim.profile.format import Profile, read_profile, write_profile
-from sim.profiling.drift import ALLOWED, DriftCheck, TableDrift, judge
+from sim.profiling.drift import ALLOWED, DriftCheck, TableDrift, count_drift, judge, measure_drift
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")
@@ -59,8 +59,8 @@ class KnownExecutor(KnownGpu):
 def known() -> Profile:
     profile, _ = known_profile()
     tables = {name: rows for name, rows in profile.tables.items() if name != "swap"}
-    meta = {"device": "known", "dtype": "float16", "kernels": "Triton", "model": asdict(LLAMA3)}
-    return Profile(profile.meta | meta | {"limits": asdict(CONFIG)}, tables)
+    meta = replace(profile.meta, device="known", dtype="float16", kernels="Triton", model=LLAMA3, limits=CONFIG)
+    return Profile(meta, tables)
 
 
 def checked(profile: Profile, **factors: float) -> dict[str, TableDrift]:
@@ -69,7 +69,7 @@ def checked(profile: Profile, **factors: float) -> dict[str, TableDrift]:
 
 def test_a_card_that_has_not_moved_is_trusted_and_every_table_was_asked(known):
     found = checked(known)
-    assert found.keys() == known.tables.keys() - {"host"} | {"held-out batches"}
+    assert found.keys() == known.tables.keys() - {"host", "held_out"} | {"held-out batches"}
     assert all(abs(each.worst) < 1e-9 for each in found.values())
     verdict, why = judge(list(found.values()))
     assert verdict == "trusted" and why.startswith("To be trusted: every table is within what is allowed")
@@ -114,13 +114,22 @@ def test_the_sample_is_spread_over_every_table_and_the_same_again(known):
     [
         ({"kernels": "vLLM 0.19.0"}, r"of other kernels \(vLLM 0.19.0, not Triton\)"),
         ({"dtype": "bfloat16"}, r"another dtype \(bfloat16, not float16\)"),
-        ({"model": asdict(load_model_config("llama-2-7b"))}, "another model shape"),
+        ({"model": load_model_config("llama-2-7b")}, "another model shape"),
     ],
 )
 def test_a_profile_of_something_else_is_refused_in_one_line(known, changes, words):
     with pytest.raises(TandemError, match=words) as refused:
-        DriftCheck(KnownExecutor(), replace(known, meta=known.meta | changes))
+        DriftCheck(KnownExecutor(), replace(known, meta=replace(known.meta, **changes)))
     assert "\n" not in str(refused.value)
+
+
+def test_the_held_out_batches_are_measured_again_as_they_were_kept(known):
+    assert measure_drift(KnownExecutor(), known) == {"mape": pytest.approx(0), "mean_error": pytest.approx(0)}
+    assert measure_drift(KnownExecutor(whole=1.25), known)["mean_error"] < -0.1
+    assert count_drift(known) == 48
+    tables = {name: rows for name, rows in known.tables.items() if name != "held_out"}
+    with pytest.raises(TandemError, match="keeps no held-out batches"):
+        measure_drift(KnownExecutor(), replace(known, tables=tables))
 
 
 # -- the verdict ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
 from sim.negative_controls import negative_controls
-from sim.simulate import replay
+from sim.replay import replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
 from traces.request_classes import RequestClass, assign_classes, predict_lengths
@@ -74,7 +74,7 @@ def test_requests_that_are_preempted_by_choice_and_swapped_get_the_tokens_they_g
     run, outputs = serve(executor, trace.requests, config)
     assert sum(run.tables["requests"]["swaps"].to_pylist()) > 0
     assert outputs == expected
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -83,7 +83,7 @@ def test_requests_that_are_preempted_by_choice_and_swapped_get_the_tokens_they_g
 def test_the_simulator_makes_the_decisions_of_a_real_run(executor, policy, depth, hidden_stops):
     config = dataclasses.replace(LIMITS, scheduler=policy, pipeline_depth=depth)
     run, _ = serve(executor, workload(hidden_stops=hidden_stops), config)
-    replayed = replay(run, config)
+    replayed = replay(run, config).records
     assert replayed.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
     assert negative_controls(run, config) == {"arrival_moved": True, "step_longer": True}
     outcomes = set(run.tables["requests"]["outcome"].to_pylist())
@@ -103,7 +103,7 @@ def test_the_models_own_stop_token_ends_a_request(executor):
         made = outputs[row["request"]]
         assert made.index(2) == row["output_len"] - 1
         assert len(made) == row["output_len"] + row["wasted_tokens"]
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -117,7 +117,7 @@ def test_a_request_that_stops_just_before_max_tokens_is_recorded_as_stopped(exec
         wasted = min(short, depth - 1)
         assert (row["outcome"], row["output_len"]) == ("stop", requests[row["request"]].output_len)
         assert row["wasted_tokens"] == wasted == len(outputs[row["request"]]) - row["output_len"]
-    again = replay(run, config).tables
+    again = replay(run, config).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
 
 
@@ -163,7 +163,7 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_rejected_and_the_others_g
         None,
         f"token id {token} is not in the model's vocabulary, which has 101",
     }
-    again = replay(run, config).tables
+    again = replay(run, config).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
 
 

@@ -24,7 +24,8 @@ from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
 from sim.profile.format import Profile, read_profile, shipped_profiles
-from sim.simulate import predict, recorded_requests, replay
+from sim.replay import recorded_requests, replay
+from sim.simulate import predict
 
 ROOT = Path(__file__).parents[1]
 RUNS = {path.parent.name: path.parent for path in sorted((ROOT / "tests/golden").glob("*/manifest.json"))}
@@ -42,12 +43,12 @@ def run(request) -> RunRecords:
 def test_the_simulator_decides_as_the_gpu_run_did(run):
     digests = run.tables["steps"]["digest"]
     assert len(digests) > 2000 and run.manifest["provenance"]["backend"] == "executor"
-    assert replay(run, config_of(run.manifest)).tables["steps"]["digest"].equals(digests)
+    assert replay(run, config_of(run.manifest)).records.tables["steps"]["digest"].equals(digests)
 
 
 def test_another_policy_decides_otherwise(run):
     config = dataclasses.replace(config_of(run.manifest), scheduler="fcfs")
-    assert not replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert not replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 def profile_for(run: RunRecords) -> Profile:
@@ -59,7 +60,7 @@ def by_kind(name: str, profile: Profile | None = None) -> dict[str, dict[str, fl
     """The latency model's errors on a golden run, with the profile that ships for it or another."""
     run = read_run(RUNS[name])
     replayed = replay(run, config_of(run.manifest), profile or profile_for(run))
-    return latency_model_errors(run, replayed, compare_decisions(run, replayed))
+    return latency_model_errors(run, replayed.predicted_ns, compare_decisions(run, replayed.records))
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_a_decode_step_costs_what_the_sources_operations_add_up_to(vllm, sequenc
     once = 2 * op_us("small", sequences) + 2 * (550 + sequences)
     expected = LAYERS * (vllm_layer_us(sequences) + decode_us(sequences, cached)) + once
     assert latency.device_ns(decodes(sequences, cached)) / 1000 == pytest.approx(expected, rel=1e-3)
-    assert not latency.outside
+    assert not latency.coverage()["beyond"]
 
 
 def test_a_prefill_costs_what_the_sources_operations_add_up_to(vllm):
@@ -193,7 +193,7 @@ def test_decodes_beside_a_prefill_cost_what_they_add_to_it_in_the_median(vllm):
     assert parts["decode_attention"] == pytest.approx(MIXED * LAYERS * decode_us(8, 1024), rel=1e-3)
     alone = latency.parts_us(decodes(8, 1024))
     assert alone["decode_attention"] == pytest.approx(LAYERS * decode_us(8, 1024), rel=1e-3)
-    assert latency.lookups["mixed_decode_attention"] == 1 and not latency.outside
+    assert latency._coverage.asked["mixed_decode_attention"] == 1 and not latency.coverage()["beyond"]
 
 
 def test_unevenness_costs_its_share_beside_a_prefill_too(vllm):
@@ -227,7 +227,7 @@ def test_without_uneven_measurements_there_is_one_level_and_the_profile_says_so(
     (vllm / "skew.csv").unlink()
     profile = import_profile([vllm], LLAMA3)
     assert {row["unevenness"] for row in profile.tables["decode_attention"]} == {1.0}
-    assert any("uneven" in rule for rule in profile.meta["tables"]["decode_attention"]["rules"])
+    assert any("uneven" in rule for rule in profile.meta.tables["decode_attention"]["rules"])
 
 
 def test_vidurs_repeats_are_averaged_and_other_degrees_of_parallelism_left_out(vidur):
@@ -239,7 +239,7 @@ def test_vidurs_repeats_are_averaged_and_other_degrees_of_parallelism_left_out(v
 
 def test_what_a_source_lacks_comes_from_the_data_sheet_and_is_labelled(vidur):
     profile = import_profile([vidur], LLAMA3, "a100-80gb")
-    how = {table: origin["how"] for table, origin in profile.meta["tables"].items()}
+    how = {table: origin["how"] for table, origin in profile.meta.tables.items()}
     assert how == {
         "dense": "measured",
         "prefill_attention": "roofline",
@@ -248,8 +248,8 @@ def test_what_a_source_lacks_comes_from_the_data_sheet_and_is_labelled(vidur):
         "host": "zero",
         "swap": "roofline",
     }
-    assert profile.meta["memory"].keys() == {"usable", "weights", "block"}
-    assert profile.meta["data_sheet"]["memory_gib"] == 79.15 and profile.meta["block_size"] == 16
+    assert profile.meta.memory
+    assert profile.meta.data_sheet.memory_gib == 79.15 and profile.meta.block_size == 16
 
 
 def test_a_gemm_that_was_not_measured_lies_between_its_neighbours_or_in_proportion_and_the_profile_says_which(
@@ -266,7 +266,7 @@ def test_a_gemm_that_was_not_measured_lies_between_its_neighbours_or_in_proporti
     assert dense["down", 64] == pytest.approx(LAYERS * weights_us(4096, 14336, 64), rel=1e-3)
     head = {row["samples"]: row["time_us"] for row in profile.tables["head"]}
     assert head[8] == pytest.approx(weights_us(128256, 4096, 8) + 8 * 128256 * 10 / 2039e3, rel=1e-3)
-    rules = profile.meta["tables"]
+    rules = profile.meta.tables
     assert "n 28672, k 4096: between n 16384 and 65536" in rules["dense"]["rules"][0]
     assert "n 65536's times 1.957" in rules["head"]["rules"][0]
 
@@ -277,18 +277,18 @@ def test_chunks_after_a_context_cost_their_share_where_none_were_measured(aiconf
     assert parts == sorted(parts)
     whole = latency.parts_us(prefill(2048))["prefill_attention"]
     assert parts[-1] == pytest.approx(whole * (1536**2 - 1024**2) / 2048**2, rel=0.15)
-    assert not latency.outside["prefill_attention"]
+    assert not latency.coverage()["beyond"]
     latency.parts_us(prefill(512, 2000))
-    assert latency.outside["prefill_attention"] == 1
+    assert latency.coverage()["beyond"]["prefill_attention"]["count"] == 1
 
 
 def test_of_several_sources_the_first_that_has_a_table_is_taken(vidur, aiconfigurator):
     profile = import_profile([vidur, aiconfigurator], LLAMA3)
-    origin = profile.meta["tables"]
+    origin = profile.meta.tables
     assert origin["dense"]["source"] == "microsoft/vidur"
     assert origin["head"]["source"] == origin["decode_attention"]["source"] == "ai-dynamo/aiconfigurator"
-    assert profile.meta["device"] == "NVIDIA A100-SXM4-80GB" and profile.meta["dtype"] == "float16"
-    assert [each["commit"] for each in profile.meta["sources"]] == ["unknown", "unknown"]  # these files are ours
+    assert profile.meta.device == "NVIDIA A100-SXM4-80GB" and profile.meta.dtype == "float16"
+    assert [each["commit"] for each in profile.meta.notes["sources"]] == ["unknown", "unknown"]  # these files are ours
 
 
 # -- between points ----------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_a_format_is_found_out_unless_there_are_two(vllm, aiconfigurator, tmp_pa
         (vllm / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TandemError, match="several formats; give --format"):
         import_profile([vllm], LLAMA3)
-    assert import_profile([vllm], LLAMA3, source_format="aiconfigurator").meta["dtype"] == "bfloat16"
+    assert import_profile([vllm], LLAMA3, source_format="aiconfigurator").meta.dtype == "bfloat16"
     with pytest.raises(TandemError, match="no format 'csv': choose llmservingsim"):
         import_profile([vllm], LLAMA3, source_format="csv")
     with pytest.raises(TandemError, match="no such file or folder"):
@@ -431,14 +431,16 @@ REACHED = {  # tables that reproduce points left out within 3 % (median) and 10 
 @pytest.mark.parametrize("name", SOURCES)
 def test_an_imported_profile_says_whose_it_is(name):
     profile = read_profile(shipped_profiles()[name])
-    assert profile.meta["source"].startswith("imported: ") and profile.model == LLAMA3
-    assert all({"source", "commit", "licence", "engine", "dtype"} <= each.keys() for each in profile.meta["sources"])
-    assert profile.meta["tables"].keys() == profile.tables.keys()
+    assert profile.meta.source.startswith("imported: ") and profile.model == LLAMA3
+    assert all(
+        {"source", "commit", "licence", "engine", "dtype"} <= each.keys() for each in profile.meta.notes["sources"]
+    )
+    assert profile.meta.tables.keys() == profile.tables.keys()
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_shipped_profile_reproduces_points_left_out_of_it(name):
-    held_out = read_profile(shipped_profiles()[name]).meta["held_out"]
+    held_out = read_profile(shipped_profiles()[name]).meta.held_out
     for table in ("dense", "head", "prefill_attention", "decode_attention"):
         found = held_out[table].get("along") or held_out[table].get("across") or held_out[table]
         assert found["median"] < 0.031 and found["p95"] < 0.19
@@ -452,8 +454,8 @@ def test_a_shipped_profile_is_what_the_importer_makes_of_the_published_files(nam
     shipped = read_profile(shipped_profiles()[name])
     made = import_profile([PUBLISHED / source for source in SOURCES[name]], LLAMA3)
     assert made.tables == shipped.tables
-    assert json.loads(json.dumps({"schema": 2} | made.meta)) == json.loads(json.dumps(shipped.meta))
-    assert all(each["commit"] != "unknown" for each in shipped.meta["sources"])
+    assert made.meta == shipped.meta
+    assert all(each["commit"] != "unknown" for each in shipped.meta.notes["sources"])
 
 
 def published_us(folder: Path, sequences: int, tokens: int, attention: tuple[int, int, int, int]) -> float:
@@ -556,7 +558,7 @@ def test_a_profile_that_is_nowhere_is_answered_with_those_that_ship():
 def test_profile_import_writes_a_profile_or_one_line(vllm, tmp_path):
     done = tandem("profile", "import", vllm, "--model", "llama-3-8b", "--out", "p", cwd=tmp_path)
     assert done.returncode == 0 and "dense: measured casys-kaist/LLMServingSim" in done.stderr
-    assert read_profile(tmp_path / "p").meta["device"] == "NVIDIA GeForce RTX 4090"
+    assert read_profile(tmp_path / "p").meta.device == "NVIDIA GeForce RTX 4090"
     done = tandem("profile", "import", vllm, "--model", "llama-9", "--out", "q", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
     assert done.stderr.startswith("tandem: llama-9: not a Hugging Face folder") and not (tmp_path / "q").exists()

@@ -31,7 +31,7 @@ def shipped(name: str) -> Profile:
     return read_profile(find_profile(Path(name)))
 
 
-MEASURED = [name for name in shipped_profiles() if "limits" in shipped(name).meta]
+MEASURED = [name for name in shipped_profiles() if shipped(name).meta.limits]
 IMPORTED = [name for name in shipped_profiles() if name not in MEASURED]
 H100 = shipped("h100-80gb/llama-3-8b")
 
@@ -41,7 +41,7 @@ def test_a_simulation_assumes_what_its_profile_was_measured_within(name):
     profile = shipped(name)
     settled = simulated_limits(profile, Limits())
     assert {limit: getattr(settled.config, limit) for limit in OF_PROFILE} == {
-        limit: profile.meta["limits"][limit] for limit in OF_PROFILE
+        limit: getattr(profile.meta.limits, limit) for limit in OF_PROFILE
     }
     assert {settled.origins[limit] for limit in OF_PROFILE} == {"profile"}
 
@@ -112,8 +112,7 @@ def test_beyond_the_limits_they_were_measured_within_memory_says_how_many_there_
 
 
 def test_where_memory_is_not_known_either_the_number_stays_and_it_says_so():
-    meta = {name: value for name, value in H100.meta.items() if name != "memory"}
-    unknown = replace(H100, meta=meta)
+    unknown = replace(H100, meta=replace(H100.meta, memory=None))
     assert not simulated_limits(unknown, Limits(max_seqs=128)).notes
     settled = simulated_limits(unknown, Limits(max_seqs=512))
     assert settled.config.num_blocks == 7032
@@ -194,7 +193,7 @@ def test_an_h100_serves_20_requests_a_second_without_queues_when_nothing_else_is
     summary, made = json.loads(done.stdout), read_run(tmp_path / "run").manifest
     assert done.stderr.startswith(f"{simulated_limits(H100, Limits()).line}\n")
     assert summary["completed"] == 300 and summary["mean_ttft_ms"] < 50
-    assert made["system"] == manifest.system(H100.meta["device"], simulated_limits(H100, Limits()).config)
+    assert made["system"] == manifest.system(H100.meta.device, simulated_limits(H100, Limits()).config)
     assert set(made["provenance"]["limits"].values()) == {"profile"}
 
 

@@ -21,7 +21,7 @@ from engine.scheduler import load_scheduler
 from engine.stop_condition import StopCondition
 from sim.backend import SimBackend
 from sim.device_timing import DeliveredTiming
-from sim.simulate import replay
+from sim.replay import replay
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -65,7 +65,7 @@ def sequences(events: Sequence[Arrival | Cancellation]) -> list[int]:
 
 
 def assert_replay_is_the_same(run: RunRecords, config: ServingConfig = CONFIG) -> None:
-    again = replay(run, config).tables
+    again = replay(run, config).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
 
 
@@ -125,7 +125,7 @@ def test_a_run_of_an_older_schema_is_replayed_in_the_order_of_its_times():
     old = requests.set_column(
         requests.column_names.index("cancel_event"), "cancel_event", pa.nulls(len(requests), pa.int64())
     )
-    again = replay(RunRecords({}, {**run.tables, "requests": old}), CONFIG).tables
+    again = replay(RunRecords({}, {**run.tables, "requests": old}), CONFIG).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
 
 

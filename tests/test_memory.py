@@ -18,12 +18,12 @@ from analysis.jobs.options import Limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
 from sim.memory_model import Memory, card_blocks, pass_bytes
-from sim.profile.format import Profile, find_profile, read_profile
+from sim.profile.format import find_profile, read_profile
 from sim.sources.roofline import data_sheet, roofline_profile
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")
-H100_GIB = data_sheet("h100-80gb")["memory_gib"]
+H100_GIB = data_sheet("h100-80gb").memory_gib
 MEASURED = {  # KV blocks that the executor found on an H100: tests/golden, and `tandem bench forward`
     ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=2048, max_model_len=2048): 7032,
     ServingConfig(1, block_size=64, max_seqs=256, max_batched_tokens=65536, max_model_len=65401): 5972,
@@ -39,14 +39,14 @@ def test_the_h100_holds_as_many_blocks_as_were_measured_there(config):
 
 def test_an_h200_holds_as_many_as_its_profile_found():
     meta = read_profile(find_profile(Path("h200/llama-3-8b"))).meta
-    predicted = Memory.of(data_sheet("h200")["memory_gib"], LLAMA3, "float16", ServingConfig(**meta["limits"])).blocks
-    assert predicted == pytest.approx(meta["kv_blocks"], rel=0.002)
+    predicted = Memory.of(data_sheet("h200").memory_gib, LLAMA3, "float16", meta.limits).blocks
+    assert predicted == pytest.approx(meta.kv_blocks, rel=0.002)
 
 
 def test_it_holds_as_many_of_a_model_without_grouped_queries_as_its_profile_found():
     meta = read_profile(find_profile(Path("h100-80gb/llama-2-7b"))).meta
-    predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", ServingConfig(**meta["limits"])).blocks
-    assert predicted == pytest.approx(meta["kv_blocks"], rel=0.002)
+    predicted = Memory.of(H100_GIB, load_model_config("llama-2-7b"), "float16", meta.limits).blocks
+    assert predicted == pytest.approx(meta.kv_blocks, rel=0.002)
 
 
 def test_what_a_larger_step_takes_follows_from_the_model_without_any_constant():
@@ -95,7 +95,7 @@ def test_a_simulation_gets_no_more_than_its_limits_can_use():
 
 def test_a_number_that_was_measured_stands():
     profile = small_profile()
-    measured = replace(profile, meta=profile.meta | {"kv_blocks": 77})
+    measured = replace(profile, meta=replace(profile.meta, kv_blocks=77))
     assert card_blocks(measured, ServingConfig(1)) == 77
 
 
@@ -104,7 +104,7 @@ def test_limits_that_leave_no_room_are_refused_with_what_takes_it():
     with pytest.raises(TandemError, match=r"llama-3-8b float16 on .* weights take 15.0 GiB, a full step .* lower"):
         card_blocks(rtx4090, ServingConfig(1, max_batched_tokens=65536))
     with pytest.raises(TandemError, match="does not say what memory its card has"):
-        card_blocks(Profile({**rtx4090.meta, "data_sheet": {}, "memory": {}}, rtx4090.tables), ServingConfig(1))
+        card_blocks(replace(rtx4090, meta=replace(rtx4090.meta, data_sheet=None, memory=None)), ServingConfig(1))
 
 
 def tandem(*args: object) -> subprocess.CompletedProcess[str]:

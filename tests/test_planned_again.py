@@ -24,7 +24,7 @@ from engine.config import ServingConfig
 from engine.planner import PolicyError
 from engine.records.run_folder import RunRecords, read_run
 from sim.profile.format import find_profile, read_profile
-from sim.simulate import replay
+from sim.replay import replay
 from traces.request import TraceRequest
 from traces.trace import Trace
 
@@ -169,8 +169,8 @@ def test_the_opening_of_a_run_can_be_planned_again_by_itself(requests, config, t
     whole = record(requests, config)
     opening = RunRecords({}, _opening(whole, turns))
     assert len(opening.tables["iterations"]) == min(turns, len(whole.tables["iterations"]))
-    assert digests(replay(opening, config))[: len(digests(opening))] == digests(opening)
-    assert len(digests(replay(opening, config))) == len(digests(opening))
+    assert digests(replay(opening, config).records)[: len(digests(opening))] == digests(opening)
+    assert len(digests(replay(opening, config).records)) == len(digests(opening))
 
 
 @pytest.mark.parametrize("turns", range(1, 12))
@@ -180,7 +180,7 @@ def test_an_opening_that_ends_while_a_policy_waits_for_the_next_is_no_fault_of_i
     config = ServingConfig(num_blocks=2000, scheduler=f"{policies}/mine.py:Patient")
     whole = record(requests, config)
     opening = RunRecords({}, _opening(whole, turns))
-    assert digests(replay(opening, config)) == digests(opening)
+    assert digests(replay(opening, config).records) == digests(opening)
 
 
 def test_a_real_run_is_planned_again_too_and_its_records_are_kept(work):

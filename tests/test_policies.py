@@ -18,7 +18,7 @@ from engine.request import CANCELLED, LENGTH
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.lazy_heap import LazyHeap
 from engine.scheduler.policies.vtc import VirtualTokenCounter
-from sim.simulate import recorded_requests, replay
+from sim.replay import recorded_requests, replay
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.request import TraceRequest
@@ -249,7 +249,7 @@ def test_a_run_is_replayed_from_its_records_alone_deadlines_clients_and_predicti
         recorded = RunRecords({}, serve(trace.requests, config)[0].tables())
         told = [replace(each, output_len=each.max_tokens) for each in recorded_requests(recorded)]
         assert sorted(told, key=lambda each: each.id) == trace.requests
-        assert replay(recorded, config).tables["steps"]["digest"].equals(recorded.tables["steps"]["digest"])
+        assert replay(recorded, config).records.tables["steps"]["digest"].equals(recorded.tables["steps"]["digest"])
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

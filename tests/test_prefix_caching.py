@@ -24,7 +24,7 @@ from engine.prefix_hash import Content
 from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
 from engine.scheduler.policies.chunked_prefill import ChunkedPrefill
-from sim.simulate import recorded_requests, replay
+from sim.replay import recorded_requests, replay
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -239,10 +239,10 @@ def test_sharers_are_preempted_swapped_cancelled_and_stopped_and_a_replay_from_t
     assert 0 < swaps < preemptions
     assert sum(request.cached_tokens > 0 for request in served if request.preemptions) > 3
     run = RunRecords({}, recorder.tables())
-    again = replay(run, config).tables
+    again = replay(run, config).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
     blind = dataclasses.replace(config, prefix_caching=False)
-    assert digests(replay(run, blind)) != digests(run)
+    assert digests(replay(run, blind).records) != digests(run)
 
 
 def test_a_request_that_lost_its_blocks_finds_those_of_its_prompt_again():
@@ -372,7 +372,7 @@ def test_a_real_run_makes_the_same_tokens_from_shared_blocks_and_the_simulator_i
     found = metrics(run)
     assert found["cached_tokens"] > 300 and found["preemptions"] > 0
     assert any(run.tables["requests"]["swaps"].to_pylist()) == (cpu_blocks > 0)
-    assert replay(run, caching).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, caching).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 def test_prompts_with_equal_hash_ids_are_given_equal_tokens(executor: Executor):

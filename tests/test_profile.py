@@ -18,15 +18,19 @@ from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.executor.batch_state import RunningBatch
 from engine.model.config import load_model_config
+from engine.model.graph_sizes import GraphSizes
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
-from sim.profile.format import Curve, Profile, Surface, read_profile, write_profile
-from sim.profiling.batches import Pass, grid, uneven_grid
-from sim.profiling.device_profiler import Sample
+from sim.profile.curves import Curve, Surface
+from sim.profile.format import Profile, read_profile, shipped_profiles, write_profile
+from sim.profiling.batches import BatchShape
+from sim.profiling.cpu import grid
 from sim.profiling.profiler import Notes
+from sim.profiling.samples import Sample
 from sim.sources.roofline import roofline_profile
+from sim.terms import DecodeAttention
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")
@@ -41,8 +45,18 @@ def a100() -> Profile:
 def test_a_profile_is_read_back_as_written(a100, tmp_path):
     write_profile(a100, tmp_path / "p")
     again = read_profile(tmp_path / "p")
-    assert again.tables == a100.tables and again.model == a100.model == LLAMA3
+    assert again == a100 and again.model == LLAMA3
     assert again.name == "llama-3-8b float16 on NVIDIA A100-SXM4-80GB"
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_what_a_shipped_profile_says_is_written_as_it_was_read(name, tmp_path):
+    folder = shipped_profiles()[name]
+    write_profile(read_profile(folder), tmp_path / "p")
+    before, after = (yaml.safe_load((path / "meta.yaml").read_text()) for path in (folder, tmp_path / "p"))
+    assert before.pop("limits", {}).items() <= after.pop("limits", {}).items()  # rules of today are written out
+    assert before == after
+    assert read_profile(tmp_path / "p") == read_profile(folder)
 
 
 def test_a_profile_replaces_only_what_it_may(a100, tmp_path):
@@ -77,6 +91,12 @@ def break_meta(folder, **changes):
     (folder / "meta.yaml").write_text(yaml.safe_dump(meta))
 
 
+def drop_meta(folder, name):
+    meta = yaml.safe_load((folder / "meta.yaml").read_text())
+    del meta[name]
+    (folder / "meta.yaml").write_text(yaml.safe_dump(meta))
+
+
 def rescale(file, factor):
     rows = [row | {"time_us": factor * row["time_us"]} for row in pq.read_table(file).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows), file)
@@ -93,6 +113,10 @@ def rename(file):
         (lambda folder: (folder / "meta.yaml").unlink(), "no meta.yaml"),
         (lambda folder: (folder / "meta.yaml").write_text("- just\n- a list"), "not profile schema"),
         (lambda folder: break_meta(folder, schema=99), "not profile schema"),
+        (lambda folder: break_meta(folder, memory={"usable": 1}), r"meta.yaml: entry 'memory' is not as .* measure it"),
+        (lambda folder: break_meta(folder, load={"memory_us": 1}), "meta.yaml: entry 'load' is not as .* calibrate"),
+        (lambda folder: break_meta(folder, model="llama"), "meta.yaml: entry 'model' is not as Tandem writes it"),
+        (lambda folder: drop_meta(folder, "dtype"), "meta.yaml: no entry 'dtype'"),
         (lambda folder: (folder / "dense.parquet").unlink(), "dense.parquet"),
         (lambda folder: (folder / "head.parquet").write_bytes(b"PAR1 torn"), "head.parquet"),
         (lambda folder: rescale(folder / "head.parquet", 1e-3), "head.parquet: .* another unit than microseconds"),
@@ -150,9 +174,9 @@ def test_beyond_its_ends_a_curve_goes_on_and_says_so():
 def test_lookups_outside_the_measured_range_are_counted(a100):
     model = LatencyModel(a100)
     model.device_ns(Step(0, decodes=4, load=StepLoad(kv_tokens=4000)))
-    assert model.lookups.total() == 3 and not model.outside
+    assert model.coverage() == {"lookups": 3, "beyond": {}}
     model.device_ns(Step(1, decodes=5000, load=StepLoad(kv_tokens=5000 * 100)))
-    assert set(model.outside) == {"head", "decode_attention"}
+    assert set(model.coverage()["beyond"]) == {"head", "decode_attention"}
 
 
 def test_more_work_never_takes_less_time(a100):
@@ -186,22 +210,22 @@ def test_a_model_that_does_not_fit_the_card_is_refused():
         roofline_profile("rtx4090", load_model_config("llama-2-13b"))
 
 
-def test_the_profilers_passes_span_what_the_config_allows():
+def test_the_batches_of_a_cpu_profiler_span_what_the_config_allows():
     config = ServingConfig(num_blocks=100, max_seqs=10, max_batched_tokens=200, max_model_len=300)
-    passes = grid(config)
-    assert max(one.tokens for one in passes) == 200
-    assert max(len(one.decodes) for one in passes) == 10
-    assert max(context + tokens for one in passes for tokens, context in one.chunks) == 300
-    for one in passes:
-        (step,) = one.steps(config.block_size)
+    shapes = grid(config)
+    assert max(shape.tokens for shape in shapes) == 200
+    assert max(len(shape.decodes) for shape in shapes) == 10
+    assert max(context + tokens for shape in shapes for tokens, context in shape.chunks) == 300
+    for shape in shapes:
+        (step,) = shape.steps(config.block_size)
         used = [block for each in step.blocks.values() for block in each]
         assert len(used) == len(set(used)) and max(used) < config.num_blocks
     smaller = grid(dataclasses.replace(config, max_seqs=2, max_batched_tokens=20))
-    assert len(smaller) < len(passes)
+    assert len(smaller) < len(shapes)
 
 
-def test_a_pass_is_run_over_and_over_by_steps_that_a_data_plane_follows():
-    one, config = Pass(((20, 0),), (30, 5)), ServingConfig(num_blocks=100, max_batched_tokens=200)
+def test_a_batch_is_run_over_and_over_by_steps_that_a_data_plane_follows():
+    one, config = BatchShape(((20, 0),), (30, 5)), ServingConfig(num_blocks=100, max_batched_tokens=200)
     running = RunningBatch(one.requests(1000, 4), None, 1000, config)
     for index, step in enumerate(one.steps(config.block_size, 4)):
         work = running.apply(step)
@@ -212,8 +236,8 @@ def test_a_pass_is_run_over_and_over_by_steps_that_a_data_plane_follows():
         assert running.note(work, [7] * len(work.samplers)).stops == []
 
 
-def test_a_pass_that_prefills_rests_while_its_decodes_go_on():
-    one, config = Pass(((20, 0),), (30, 5)), ServingConfig(num_blocks=100, max_batched_tokens=200)
+def test_a_batch_that_prefills_rests_while_its_decodes_go_on():
+    one, config = BatchShape(((20, 0),), (30, 5)), ServingConfig(num_blocks=100, max_batched_tokens=200)
     steps = one.steps(config.block_size, 2, rests=2)
     running = RunningBatch(one.requests(1000, len(steps)), None, 1000, config)
     works = [running.apply(step) for step in steps]
@@ -221,14 +245,16 @@ def test_a_pass_that_prefills_rests_while_its_decodes_go_on():
     assert [work.decodes.contexts.tolist() for work in works] == [[30 + n, 5 + n] for n in range(6)]
 
 
-def test_uneven_decodes_have_the_unevenness_they_are_filed_under():
+def test_decodes_have_the_context_imbalance_they_are_filed_under():
     config = ServingConfig(num_blocks=10_000, max_seqs=64, max_batched_tokens=200, max_model_len=4000)
-    passes = list(uneven_grid(config))
-    assert passes
-    for unevenness, one in passes:
-        count, squares = len(one.decodes), sum(context**2 for context in one.decodes)
-        assert count * squares / sum(one.decodes) ** 2 == pytest.approx(unevenness, rel=0.1)
-        assert max(one.decodes) < 4000
+    points = [(n, mean, imbalance) for n, mean, imbalance in DecodeAttention.points(config) if imbalance > 1]
+    shapes = {point: BatchShape.decoding(*point) for point in points}
+    fitting = {point: shape.decodes for point, shape in shapes.items() if shape.decodes_fit(config)}
+    assert 0 < len(fitting) < len(points)
+    for (count, _, imbalance), contexts in fitting.items():
+        squares = sum(context**2 for context in contexts)
+        assert count * squares / sum(contexts) ** 2 == pytest.approx(imbalance, rel=0.1)
+        assert len(contexts) == count and max(contexts) < 4000
 
 
 @given(st.integers(1, 400), st.floats(1, 5000))
@@ -257,9 +283,9 @@ def graph_profile() -> Profile:
         for chunk in (1, 16)
         for context in (0, 100)
     ]
-    graphs = {"decode": [1, 4, 16], "mixed": [1, 4, 16], "max_seqs": 16, "max_prefills": 4}
+    graphs = GraphSizes(decode=(1, 4, 16), mixed=(1, 4, 16), max_seqs=16, max_prefills=4)
     tables = whole.tables | {"graph": graph, "decode_attention": decode, "prefill_attention": prefill}
-    return Profile(whole.meta | {"graphs": graphs}, tables)
+    return Profile(dataclasses.replace(whole.meta, graphs=graphs), tables)
 
 
 def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
@@ -270,14 +296,14 @@ def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
     assert parts["decode_attention"] == pytest.approx(50) and parts["skew"] == pytest.approx(0)
 
 
-def test_uneven_contexts_cost_what_the_profile_says_of_them():
+def test_imbalanced_contexts_cost_what_the_profile_says_of_them():
     latency = LatencyModel(graph_profile())
     contexts = [9] * 12 + [89] * 4
     one = Step(0, decodes=16, load=StepLoad(kv_tokens=sum(contexts), kv_squares=sum(each**2 for each in contexts)))
-    unevenness = 16 * sum((each + 1) ** 2 for each in contexts) / (sum(contexts) + 16) ** 2
-    assert unevenness > 1.9
+    imbalance = 16 * sum((each + 1) ** 2 for each in contexts) / (sum(contexts) + 16) ** 2
+    assert imbalance > 1.9
     parts = latency.parts_us(one)
-    assert parts["skew"] == pytest.approx(parts["decode_attention"] * (min(unevenness, 2) - 1))
+    assert parts["skew"] == pytest.approx(parts["decode_attention"] * (min(imbalance, 2) - 1))
 
 
 def test_chunks_of_one_captured_step_attend_at_once():

@@ -91,8 +91,7 @@ def captured(profile: Profile) -> Profile:
         for kind in ("decode", "mixed")
         for rows in getattr(sizes, kind)
     ]
-    graphs = {name: getattr(sizes, name) for name in sizes.__slots__}
-    return Profile(profile.meta | {"graphs": graphs}, profile.tables | {"graph": rows})
+    return Profile(replace(profile.meta, graphs=sizes), profile.tables | {"graph": rows})
 
 
 @cache

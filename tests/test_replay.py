@@ -16,7 +16,7 @@ from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from engine.scheduler import POLICIES
 from sim.device_timing import ProfiledTiming
-from sim.simulate import replay
+from sim.replay import replay
 from traces.request import TraceRequest
 
 MS = 1_000_000
@@ -69,7 +69,7 @@ def scarce_workload(max_tokens: int) -> tuple[list[TraceRequest], dict[str, int]
 @given(workloads(), configs())
 def test_replaying_the_times_of_a_run_reproduces_every_decision(requests, config):
     run = record(requests, config)
-    again = replay(run, config)
+    again = replay(run, config).records
     assert digests(again) == digests(run)
     assert again.tables["requests"].equals(run.tables["requests"])
 
@@ -84,7 +84,7 @@ def test_so_does_replaying_a_run_that_was_cut_off_with_steps_in_flight(requests,
         "iterations": pa.Table.from_pylist(turns, run.tables["iterations"].schema),
         "steps": run.tables["steps"].slice(0, completed),
     }
-    replayed = replay(RunRecords({}, tables, partial=True), config, small_profile()) if turns else None
+    replayed = replay(RunRecords({}, tables, partial=True), config, small_profile()).records if turns else None
     assert replayed is None or digests(replayed) == digests(run)[:completed]
 
 
@@ -95,7 +95,7 @@ def test_a_replay_reproduces_all_records_of_a_run_with_preemptions_and_stop_toke
     config = ServingConfig(**limits, scheduler=policy, pipeline_depth=depth)
     run = record(requests, config)
     assert sum(run.tables["requests"]["preemptions"].to_pylist()) > 0
-    again = replay(run, config).tables
+    again = replay(run, config).records.tables
     assert all(again[name].equals(run.tables[name]) for name in again)
 
 
@@ -117,7 +117,7 @@ def test_negative_control_an_arrival_moved_across_an_admission_point_is_detected
     delivered = run.tables["requests"]["delivered_ns"].to_pylist()
     # The second request was delivered at some clock read; let it come just after.
     moved = edited(run, "requests", "delivered_ns", [delivered[0], delivered[1] + 1, *delivered[2:]])
-    assert digests(replay(moved, config)) != digests(run)
+    assert digests(replay(moved, config).records) != digests(run)
 
 
 def test_negative_control_a_step_made_longer_is_detected(recorded):
@@ -127,25 +127,21 @@ def test_negative_control_a_step_made_longer_is_detected(recorded):
         cut = run.tables["iterations"]["now_ns"].to_pylist()[10]
         longer = [time + 50 * MS if time is not None and time > cut else time for time in times]
         run = edited(run, "iterations", column, longer)
-    assert digests(replay(run, config)) != digests(recorded[0])
+    assert digests(replay(run, config).records) != digests(recorded[0])
 
 
 def test_negative_control_another_policy_is_detected(recorded):
     run, config = recorded
     other = dataclasses.replace(config, scheduler="prefill_first")
-    assert digests(replay(run, other)) != digests(run)
+    assert digests(replay(run, other).records) != digests(run)
 
 
 def test_with_a_profile_a_replay_predicts_the_device_time_of_the_recorded_batches():
     requests, limits = scarce_workload(max_tokens=40)
     config = ServingConfig(**limits)
     run = RunRecords({}, serve(requests, config)[0].tables())
-    predicted = replay(run, config, small_profile(scale=2.0)).tables["steps"]
-    ratio = [
-        new / old
-        for new, old in zip(
-            predicted["device_ns"].to_pylist(), run.tables["steps"]["device_ns"].to_pylist(), strict=True
-        )
-    ]
-    assert digests(RunRecords({}, {"steps": predicted})) == digests(run)
+    replayed = replay(run, config, small_profile(scale=2.0))
+    ratio = replayed.predicted_ns / run.tables["steps"]["device_ns"].to_numpy()
+    assert digests(replayed.records) == digests(run)
     assert 1.9 < min(ratio) <= max(ratio) < 2.1
+    assert replayed.records.tables["steps"]["device_ns"].equals(run.tables["steps"]["device_ns"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from shadow import small_profile
-from test_compare import CONFIG, MS, replayed, serve, with_column, with_manifest, workload
+from test_compare import CONFIG, MS, as_replay, replayed, serve, with_column, with_manifest, workload
 
 from analysis.comparison.ablation import ablate
 from analysis.comparison.compare import compare
@@ -22,7 +22,6 @@ from analysis.report.comparison_page import headline, print_comparison, write_re
 from analysis.report.figures import MAX_POINTS
 from engine.records.manifest import system
 from engine.records.run_folder import RunRecords
-from sim.simulate import replay_parts
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -108,9 +107,9 @@ def test_the_page_says_what_was_compared_and_shows_every_part(tmp_path, sim, rea
 
 
 def explained(sim: RunRecords, real: RunRecords) -> dict:
-    parts, replay = replay_parts(real, CONFIG, small_profile()), replayed(real)
     config = with_manifest(real, "system", **system("test", CONFIG))
-    return compare(sim, real, replay, parts=parts) | {"ablation": ablate(config, small_profile(), ["head"])}
+    ablation = ablate(config, replayed(real), small_profile(), ["head"])
+    return compare(sim, real, replayed(real)) | {"ablation": ablation}
 
 
 def test_the_page_says_where_the_error_comes_from_and_what_the_models_terms_are_worth(tmp_path, sim, real):
@@ -144,7 +143,7 @@ def test_the_console_says_where_the_error_comes_from_within_80_columns(sim, real
 
 def test_where_decisions_differ_the_page_says_that_the_error_is_not_broken_down(sim):
     cut = replace(sim, tables=sim.tables | {"steps": sim.tables["steps"].slice(0, 10)})
-    assert "Not broken down: the decisions differ" in printed(compare(sim, sim, cut))
+    assert "Not broken down: the decisions differ" in printed(compare(sim, sim, as_replay(cut)))
 
 
 def test_text_from_outside_is_escaped(tmp_path, sim, real):
@@ -249,7 +248,7 @@ def test_who_is_missing_is_said_before_any_number_and_beside_the_closed_loop(tmp
 def test_what_was_extrapolated_is_said_before_any_number(sim, real):
     beyond = {"lookups": 0.12, "device_time": 0.31, "axes": {"context": {"asked": [9, 12_000], "measured": [1, 8192]}}}
     coverage = {"lookups": 100, "beyond": {"decode_attention": beyond}}
-    comparison = compare(sim, real, replayed(real), coverage=coverage)
+    comparison = compare(sim, real, replace(replayed(real), coverage=coverage))
     line = (
         "Beyond the profile: decode attention 12 % of its look-ups, 31 % of the device time "
         "(context to 12,000, measured to 8,192)."

@@ -18,7 +18,8 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import read_run
 from sim.device_timing import DeliveredTiming
 from sim.profile.format import find_profile, read_profile
-from sim.simulate import deliveries, recorded_requests, replay, simulate
+from sim.replay import deliveries, recorded_requests, replay
+from sim.simulate import simulate
 
 FOX = " The quick brown fox jumps over the lazy dog."
 
@@ -253,7 +254,7 @@ def assert_equal_offline(folder: Path) -> None:
     simulate(requests, config, timing, offline, events=deliveries(run, requests))
     tables = offline.tables()
     assert all(tables[name].equals(run.tables[name]) for name in tables)
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 def test_under_a_burst_of_cancelled_and_preempted_requests_real_time_equals_offline(tmp_path):

@@ -12,7 +12,7 @@ from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import read_run
-from sim.simulate import replay
+from sim.replay import replay
 from traces.request import TraceRequest
 from traces.trace import read_trace
 
@@ -72,4 +72,4 @@ def test_its_records_replay_and_its_workload_is_a_trace(answers):
     run, trace = read_run(out), read_trace(out / "trace.parquet")
     assert run.manifest["workload"]["trace"] == trace.digest
     assert trace.requests[0].prompt_token_ids is not None
-    assert replay(run, config_of(run.manifest)).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config_of(run.manifest)).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])

@@ -7,12 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from engine.config import ServingConfig
 from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, read_profile, shipped_profiles
-from sim.profiling.device_profiler import Batch, burst_steps, held_out_passes
-from sim.profiling.profiler import held_out_error
+from sim.profiling.gpu import HELD_OUT as BATCHES
+from sim.profiling.held_out import held_out_batches, serving_batches, with_held_out_error
 
 CHUNKS = (256, 512, 1024, 2048)
 CONTEXTS = (0, 128, 512, 1024, 2048, 4000)
@@ -20,7 +19,7 @@ SEQUENCES = (1, 8, 32, 64, 128, 256)
 # Of batches that ran in bursts, right after the profile. Where serving takes another time than that, the profile was
 # calibrated away from them, to its served runs (tests/test_golden.py).
 HELD_OUT = {"h200/llama-3-8b": 0.025, "h100-80gb/llama-2-7b": 0.02}
-MEASURED = [name for name, folder in shipped_profiles().items() if "measured_us" in (folder / "meta.yaml").read_text()]
+MEASURED = [name for name, folder in shipped_profiles().items() if read_profile(folder).meta.limits]
 
 
 @pytest.fixture(params=shipped_profiles())
@@ -59,10 +58,8 @@ def test_it_is_small_and_loads_and_gives_its_first_step_in_less_than_100_ms(name
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_error_that_it_states_is_its_error_on_the_batches_that_were_held_out(name):
     profile = read_profile(shipped_profiles()[name])
-    config, stated = ServingConfig(**profile.meta["limits"]), profile.meta["held_out"]
-    bursts = [burst_steps(one, config.block_size) for one in held_out_passes(config)]
-    batches = [Batch(*burst, us) for burst, us in zip(bursts, stated["measured_us"], strict=True)]
-    found = held_out_error(LatencyModel(profile), batches)
+    stated, found = profile.meta.held_out, with_held_out_error(profile).meta.held_out
+    assert [batch.shape for batch in held_out_batches(profile)] == serving_batches(profile.meta.limits, BATCHES)
     assert found["by_kind"] == {kind: pytest.approx(errors) for kind, errors in stated["by_kind"].items()}
     assert found["mape"] == pytest.approx(stated["mape"])
     assert stated["mape"] < HELD_OUT.get(name, 0.01)
@@ -103,7 +100,7 @@ def test_steps_within_the_limits_are_covered_and_others_counted(h100):
     model.device_ns(
         Step(0, chunks={0: Chunk(512, 1024, True)}, decodes=100, load=StepLoad(kv_tokens=60_000, kv_squares=4 * 10**7))
     )
-    assert model.lookups.total() >= 7 and not model.outside
+    assert model.coverage()["lookups"] >= 7 and not model.coverage()["beyond"]
     model.device_ns(decodes(300, 1000))
     model.device_ns(Step(0, chunks={0: Chunk(16_000, 8, True)}))
-    assert set(model.outside) == {"head", "decode_attention", "prefill_attention"}
+    assert set(model.coverage()["beyond"]) == {"head", "decode_attention", "prefill_attention"}

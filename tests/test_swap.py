@@ -27,7 +27,7 @@ from sim.device_timing import ProfiledTiming
 from sim.latency_model import LatencyModel
 from sim.negative_controls import negative_controls
 from sim.profile.format import Profile, read_profile, write_profile
-from sim.simulate import replay
+from sim.replay import replay
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -83,7 +83,7 @@ def test_a_tier_that_is_not_used_changes_nothing(requests, config):
 def test_a_replay_makes_the_same_decisions_swaps_included(requests, config):
     recorder, _ = serve(requests, dataclasses.replace(config, num_cpu_blocks=60))
     run = RunRecords({}, recorder.tables())
-    replayed = replay(run, dataclasses.replace(config, num_cpu_blocks=60))
+    replayed = replay(run, dataclasses.replace(config, num_cpu_blocks=60)).records
     assert replayed.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
@@ -360,13 +360,13 @@ def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without
 def test_the_copies_of_a_step_are_looked_up_once(step):
     timing = ProfiledTiming(small_profile())
     timing.launch(step, 0)
-    assert timing.latency.lookups["swap"] == 1
+    assert timing.latency._coverage.asked["swap"] == 1
 
 
 def test_a_profile_without_swap_times_serves_until_somebody_swaps(tmp_path):
     whole = small_profile()
     tables = {name: rows for name, rows in whole.tables.items() if name != "swap"}
-    write_profile(Profile(whole.meta | {"model": {"name": "small"}}, tables), tmp_path / "p")
+    write_profile(Profile(whole.meta, tables), tmp_path / "p")
     latency = LatencyModel(read_profile(tmp_path / "p"))
     assert latency.device_ns(chunk_step(0)) > 0
     with pytest.raises(TandemError, match=r"no table swap.*--cpu-blocks"):

@@ -20,7 +20,7 @@ from engine.records.run_folder import RunRecords
 from engine.scheduler.base import Scheduler
 from sim.backend import SimBackend
 from sim.device_timing import ProfiledTiming
-from sim.simulate import replay
+from sim.replay import replay
 from traces.request import TraceRequest
 
 __all__ = ["executor"]  # a fixture
@@ -50,7 +50,7 @@ def test_one_request_a_second_waits_for_fifty_milliseconds_and_no_more(depth):
     config = dataclasses.replace(ROOMY, pipeline_depth=depth)
     run = RunRecords({}, serve(apart(5, 1000 * MS), config)[0].tables())
     assert all(50 <= waited < 50.1 for waited in waits_ms(run))
-    assert replay(run, config).tables["steps"].equals(run.tables["steps"])
+    assert replay(run, config).records.tables["steps"].equals(run.tables["steps"])
 
 
 def test_four_that_are_there_do_not_wait():
@@ -64,7 +64,7 @@ def test_one_request_alone_is_served_and_its_replay_has_the_turn_that_woke_for_i
         turn for turn in run.tables["iterations"].to_pylist() if turn["now_ns"] >= PATIENCE and turn["step"] == 0
     ]
     assert woken["events"] == 0
-    again = replay(run, ROOMY)
+    again = replay(run, ROOMY).records
     assert again.tables["iterations"].equals(run.tables["iterations"])
 
 
@@ -77,7 +77,7 @@ def test_on_hardware_the_policy_is_woken_too_and_the_simulator_decides_the_same(
     config = dataclasses.replace(ROOMY, num_blocks=24, block_size=8, max_seqs=6, max_model_len=120)
     run, _ = serve_for_real(executor, apart(3, 120 * MS), config)
     assert all(waited >= 50 for waited in waits_ms(run))
-    assert replay(run, config).tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
+    assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
 def test_events_that_come_live_end_the_wait_and_without_any_it_ends_in_time():

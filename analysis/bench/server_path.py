@@ -37,6 +37,7 @@ from engine.server.app import ServerLimits
 from engine.server.serve import serve
 from engine.server.tokenization import Text, load_text
 from sim.profile.format import HOST_TERMS, Profile, write_profile
+from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -216,25 +217,25 @@ def steady_profile(step_us: float) -> Profile:
     def row(time_us: float, **keys: Any) -> dict[str, Any]:
         return keys | {"time_us": time_us, "spread": 0.0}
 
-    meta = {
-        "device": "a device of even steps",
-        "model": asdict(load_model_config(Path("llama-3-8b"))),
-        "dtype": "float16",
-        "source": "invented: every step takes the same time",
-        "kv_blocks": 1,
-        "block_size": BLOCK,
-    }
-    few_and_many = (1, 2**20)
-    tables = {
-        "dense": [row(step_us, op="all", tokens=tokens) for tokens in few_and_many],
-        "prefill_attention": [row(0.0, chunk=c, context=x) for c in few_and_many for x in (0, 2**20)],
-        "decode_attention": [
-            row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in few_and_many
-        ],
-        "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
-        "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
-    }
-    return Profile(meta, tables)
+    return Profile(
+        ProfileMeta(
+            device="a device of even steps",
+            model=load_model_config(Path("llama-3-8b")),
+            dtype="float16",
+            source="invented: every step takes the same time",
+            kv_blocks=1,
+            block_size=BLOCK,
+        ),
+        {
+            "dense": [row(step_us, op="all", tokens=1), row(step_us, op="all", tokens=2**20)],
+            "prefill_attention": [row(0.0, chunk=c, context=x) for c in (1, 2**20) for x in (0, 2**20)],
+            "decode_attention": [
+                row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in (1, 2**20)
+            ],
+            "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
+            "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
+        },
+    )
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:

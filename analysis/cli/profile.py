@@ -88,7 +88,7 @@ def profile_import(
     from sim.sources.importers import import_profile
 
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
-    notes = [f"{table}: {of['how']} {of.get('source', '')}".rstrip() for table, of in made.meta["tables"].items()]
+    notes = [f"{table}: {of['how']} {of.get('source', '')}".rstrip() for table, of in (made.meta.tables or {}).items()]
     _write(made, out, overwrite, *notes)
 
 
@@ -109,7 +109,7 @@ def profile_derive(
     from sim.sources.derive import derive_profile
 
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
-    tables = made.meta["tables"].items()
+    tables = (made.meta.tables or {}).items()
     _write(made, out, overwrite, *(f"{table} {of['how']}: {rule}" for table, of in tables for rule in of["rules"]))
 
 
@@ -171,12 +171,12 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
 
 
 def _print_plan(executor: Executor, config: ServingConfig) -> None:
-    from sim.profiling.calibration import LEVEL_S, LEVELS
+    from sim.profiling.calibration import LOAD_S, LOADS
     from sim.profiling.profiler import estimate
 
     with progress.status("timing a few measurements"):
         points, seconds = estimate(executor, config)
-    seconds += len(LEVELS) * LEVEL_S * executor.captures  # of the calibration load
+    seconds += len(LOADS) * LOAD_S * executor.captures  # of the calibration load
     facts = {f"points of {table}": count for table, count in points.items()} | {"about_minutes": seconds / 60}
     title = f"Profile of {executor.model.name} on {executor.device}"
     print_result(facts, False, lambda found: facts_table(found, title))

@@ -68,13 +68,12 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
 
     Served on your own GPU (tandem run), it tells tandem profile calibrate the times of captured steps there.
     """
-    from engine.config import ServingConfig
     from sim.profile.format import find_profile, read_profile
-    from sim.profiling.calibration import check_captured, levels
+    from sim.profiling.calibration import calibration_load, check_captured
 
     of_gpu = read_profile(find_profile(profile))
     check_captured(of_gpu)
-    _write(out, overwrite, levels(of_gpu, ServingConfig(**of_gpu.meta["limits"])))
+    _write(out, overwrite, calibration_load(of_gpu, of_gpu.meta.measured_within))
 
 
 @app.command("convert")

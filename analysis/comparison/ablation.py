@@ -22,8 +22,10 @@ from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
+from sim.latency_model import PARTS
 from sim.profile.format import Profile
-from sim.simulate import predict, recorded_requests, replay
+from sim.replay import Replay, recorded_requests
+from sim.simulate import predict
 from traces.errors import TandemError
 
 KV_BLOCKS = "kv-blocks"
@@ -55,22 +57,27 @@ def naive_blocks(profile: Profile) -> int:
     Raises:
         TandemError: the profile does not say.
     """
-    memory = profile.meta.get("memory")
+    memory = profile.meta.memory
     if memory is None:
         raise TandemError(
             f"--ablate {KV_BLOCKS}: this profile does not say what memory the card has; measure it again, or leave "
             f"{KV_BLOCKS} out"
         )
-    return int((memory["usable"] - memory["weights"]) // memory["block"])
+    return (memory.usable - memory.weights) // memory.block
 
 
 def ablate(
-    real: RunRecords, profile: Profile, terms: Sequence[str], progress: Callable[[int], None] = lambda _: None
+    real: RunRecords,
+    replayed: Replay,
+    profile: Profile,
+    terms: Sequence[str],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Predict a recorded run with the full model, and again without each of `terms`.
 
     Args:
         real: the recorded run.
+        replayed: its replay on `profile`.
         profile: what the latency model is made of.
         terms: names of `TERMS`.
         progress: told how many of the `len(terms) + 1` models are done.
@@ -86,21 +93,17 @@ def ablate(
     configs = {
         term: config if term != KV_BLOCKS else replace(config, num_blocks=naive_blocks(profile)) for term in terms
     }
-    results = {}
+    results, decisions = {}, compare_decisions(real, replayed.records)
     for done, (term, limits) in enumerate({FULL: config, **configs}.items(), 1):
         ignore = [part] if (part := TERMS.get(term)) else []
+        predicted_ns = replayed.without_ns(part) if part in PARTS else replayed.predicted_ns
         results[term] = {
             "num_blocks": limits.num_blocks,
-            "latency_model": _open_loop(real, config, profile, ignore),
+            "latency_model": latency_model_errors(real, predicted_ns, decisions),
             "closed_loop": _closed_loop(real, limits, profile, ignore),
         }
         progress(done)
     return results
-
-
-def _open_loop(real: RunRecords, config: ServingConfig, profile: Profile, ignore: Sequence[str]) -> dict[str, Any]:
-    replayed = replay(real, config, profile, ignore)
-    return latency_model_errors(real, replayed, compare_decisions(real, replayed))
 
 
 def _closed_loop(

@@ -26,6 +26,7 @@ from analysis.metrics.summary import (
 )
 from analysis.report.tables import TextTable, signed
 from engine.records.run_folder import RunRecords
+from sim.replay import Replay
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 TERMS = {
@@ -41,27 +42,24 @@ CERTAIN = 3.0  # standard errors
 NEGLIGIBLE = 0.0005  # is shown as 0.0 %
 
 
-def attribute(
-    sim: RunRecords, real: RunRecords, replayed: RunRecords, ids: Ints, parts: Sequence[Mapping[str, float]] = ()
-) -> dict[str, Any]:
+def attribute(sim: RunRecords, real: RunRecords, replayed: Replay, ids: Ints) -> dict[str, Any]:
     """Break the errors of mean TTFT, TPOT and E2E down.
 
     Args:
         sim: the simulated run.
         real: the real run.
-        replayed: the real run's steps, all of them, with predicted device times.
+        replayed: the real run, replayed on a profile to its end.
         ids: the requests that completed in both runs.
-        parts: for each of the real run's steps, the microseconds that each kernel is predicted to take.
 
     Returns:
         `latencies`: {latency: {real_ms, error_ms, error, terms: {term: {ms, error}}, largest}}, errors being fractions
-        of the real mean and the terms adding up to the error; `kernels`: what `fit_kernels` says, or None without
-        `parts`; and `sentence`.
+        of the real mean and the terms adding up to the error; `kernels`: what `fit_kernels` says, or None if the
+        replay has no parts; and `sentence`.
     """
     errors = _mean_errors(sim, real, ids)
     waited = _waited_ms(sim, real, replayed, ids) if errors else {}
     found = {name: _split(*errors[name], waited[name]) for name in errors}
-    kernels = fit_kernels(real, parts) if parts else None
+    kernels = fit_kernels(real, replayed.parts_us) if replayed.parts_us else None
     return {"latencies": found, "kernels": kernels, "sentence": " ".join(_sentences(found, kernels))}
 
 
@@ -89,11 +87,12 @@ def _split(real_ms: float, error_ms: float, direct_ms: Mapping[str, float]) -> d
 # -- what requests waited for ----------------------------------------------------------------------------------
 
 
-def _step_errors_ms(sim: RunRecords, real: RunRecords, replayed: RunRecords) -> dict[str, Floats]:
+def _step_errors_ms(sim: RunRecords, real: RunRecords, replayed: Replay) -> dict[str, Floats]:
     """For each kind of step, and the host, what is predicted too much in each step of the real run, (steps,)."""
     steps = real.tables["steps"]
     kinds = step_kinds(steps)
-    wrong_ns = column(replayed.tables["steps"], "device_ns") - column(steps, "device_ns")
+    assert replayed.predicted_ns is not None, "replayed without a profile"
+    wrong_ns = replayed.predicted_ns - column(steps, "device_ns")
     device = {kind: np.where(kinds == kind, wrong_ns, 0) / NS_PER_MS for kind in TERMS if (kinds == kind).any()}
     return device | {"host": _difference_by_kind(_gaps_ns, sim, real)}
 
@@ -159,7 +158,7 @@ def _busy_ns(run: RunRecords) -> _Cumulative:
     return _Cumulative(start, end, end - start)
 
 
-def _waited_ms(sim: RunRecords, real: RunRecords, replayed: RunRecords, ids: Ints) -> dict[str, dict[str, float]]:
+def _waited_ms(sim: RunRecords, real: RunRecords, replayed: Replay, ids: Ints) -> dict[str, dict[str, float]]:
     """The mean over requests of what is wrong in the steps they waited for: latency -> cause -> ms (TPOT: ms a token).
 
     Of the step that was running when a request arrived, the share that it had left counts.

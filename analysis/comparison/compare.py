@@ -30,6 +30,7 @@ from analysis.metrics.summary import (
     step_kinds,
 )
 from engine.records.run_folder import RunRecords
+from sim.replay import Replay
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 1
@@ -72,27 +73,23 @@ DEFAULT_TARGETS = Targets()
 def compare(
     sim: RunRecords,
     real: RunRecords,
-    replayed: RunRecords,
+    replayed: Replay,
     repeats: Sequence[RunRecords] = (),
     allow_different: Collection[str] = (),
     *,
     targets: Targets = DEFAULT_TARGETS,
     drift: Mapping[str, float] | None = None,
-    parts: Sequence[Mapping[str, float]] = (),
-    coverage: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
 
     Args:
         sim: the simulated run.
         real: the real run.
-        replayed: the real run's times replayed in the simulator, `device_ns` being the latency model's prediction.
+        replayed: the real run, replayed on the profile of the simulated one.
         repeats: the same real run again, any number of times.
         allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
         targets: the errors allowed.
         drift: how far the machine has moved since it was profiled, {mean_error, mape}, if that was measured.
-        parts: for each of the real run's steps, the microseconds that each of its kernels is predicted to take.
-        coverage: how far these predictions rest on what was measured: `sim.latency_model.LatencyModel.coverage`.
 
     Returns:
         The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
@@ -108,7 +105,7 @@ def compare(
           a perfect model would show, from what twin steps of the runs differ by}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
         - `asked`: requests of the trace; `not_completed`: {run: what `analysis.metrics.summary.not_completed` says}
-        - `coverage`: as given; `machine`: {real run: what the machine did besides, or None if that is not on record}
+        - `coverage`: of the replay; `machine`: {real run: what the machine did besides, None if that is not on record}
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
     Raises:
@@ -117,8 +114,8 @@ def compare(
     others = {"sim": sim} | {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
     differences = manifest_differences(real, others, allow_different)
     ids = common_requests(sim, real)
-    decisions = compare_decisions(real, replayed)
-    latency_model = latency_model_errors(real, replayed, decisions)
+    decisions = compare_decisions(real, replayed.records)
+    latency_model = latency_model_errors(real, replayed.predicted_ns, decisions)
     closed_loop = closed_loop_errors(sim, real, ids)
     spread = _repeat_spread([real, *repeats], ids)
     verdict = _verdict(closed_loop, latency_model, spread, targets, drift or {})
@@ -129,13 +126,13 @@ def compare(
         "requests": len(ids),
         "asked": asked_for(real),
         "not_completed": {name: not_completed(run) for name, run in ({"real": real} | others).items()},
-        "coverage": coverage,
+        "coverage": replayed.coverage,
         "machine": {name: _machine(run) for name, run in ({"real": real} | others).items() if name != "sim"},
         "partial": [name for name, run in ({"real": real} | others).items() if run.partial],
         "decisions": decisions,
         "latency_model": latency_model,
         "closed_loop": closed_loop,
-        "attribution": attribute(sim, real, replayed, ids, parts) if decisions["identical"] else None,
+        "attribution": attribute(sim, real, replayed, ids) if decisions["identical"] else None,
         "repeats": len(repeats),
         "repeat_spread": spread,
         "machine_drift": drift,
@@ -291,13 +288,14 @@ def _step_row(run: RunRecords, step: int) -> dict[str, Any]:
 # -- part 2: latency model ---------------------------------------------------------------------------------
 
 
-def latency_model_errors(real: RunRecords, replayed: RunRecords, decisions: Mapping[str, Any]) -> dict[str, Any]:
+def latency_model_errors(real: RunRecords, predicted_ns: Ints | None, decisions: Mapping[str, Any]) -> dict[str, Any]:
     """The latency model's errors on the real run's own batches, by kind of step, as `compare` returns them."""
     # After the first difference the two no longer run the same batches.
     difference = decisions["first_difference"]
     equal_steps = difference["step"] if difference else decisions["steps"]
-    steps, predicted = (run.tables["steps"].slice(0, equal_steps) for run in (real, replayed))
-    errors = _errors(column(predicted, "device_ns"), column(steps, "device_ns"))
+    assert predicted_ns is not None, "replayed without a profile"
+    steps = real.tables["steps"].slice(0, equal_steps)
+    errors = _errors(predicted_ns[:equal_steps], column(steps, "device_ns"))
     kinds = step_kinds(steps)
     chosen = {kind: np.full(len(kinds), True) if kind == "all" else kinds == kind for kind in KINDS}
     return {

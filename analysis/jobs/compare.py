@@ -15,7 +15,7 @@ from engine.records import manifest
 from engine.records.run_folder import RunRecords
 from sim.negative_controls import negative_controls
 from sim.profile.format import Profile
-from sim.simulate import replay_predicted
+from sim.replay import replay
 
 
 def compare_runs(
@@ -42,12 +42,12 @@ def compare_runs(
     if changed:
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
         progress.note(note)
-    replayed, parts, coverage = replay_predicted(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts, coverage=coverage)
+    replayed = replay(real, config, profile)
+    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift)
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress.bar("ablate", len(terms) + 1) as show:
-            comparison["ablation"] = ablate(real, profile, terms, show)
+            comparison["ablation"] = ablate(real, replayed, profile, terms, show)
     write_json(out / "compare.json", comparison)
     title = f"{config.scheduler} at depth {config.pipeline_depth}: simulated and real"
     write_report(comparison, sim, real, replayed, out / "report.html", title=title)

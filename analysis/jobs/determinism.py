@@ -26,7 +26,7 @@ from engine.records.run_folder import RunRecords, StoredTables
 from engine.records.schema import COLUMNS
 from engine.scheduler.policy_error import called
 from engine.scheduler.registry import find_policy
-from sim.simulate import replay
+from sim.replay import replay
 from traces.errors import TandemError
 
 OPENING = 2000  # turns of the serving loop: some 0.1 s of planning
@@ -120,7 +120,7 @@ def _plan_again(folder: Path, of: manifest.Manifest, turns: int | None) -> dict[
     tables = StoredTables(folder)
     run = RunRecords({}, tables if turns is None else _opening(RunRecords({}, tables), turns))
     try:
-        difference = compare_decisions(run, replay(run, manifest.config_of(of)))["first_difference"]
+        difference = compare_decisions(run, replay(run, manifest.config_of(of)).records)["first_difference"]
     except PolicyError as error:
         raised = str(error)
     return {"changed": changed, "raised": raised, "difference": difference}

@@ -85,9 +85,10 @@ def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = N
     check_positions(model, said)
     if like:
         return _like(manifest.config_of(like.manifest), said)
-    measured = {name: value for name, value in profile.meta.get("limits", {}).items() if name in OF_PROFILE}
-    if "block_size" in profile.meta:
-        measured["block_size"] = profile.meta["block_size"]
+    limits = profile.meta.limits
+    measured: dict[str, int] = {name: getattr(limits, name) for name in OF_PROFILE} if limits else {}
+    if profile.meta.block_size:
+        measured["block_size"] = profile.meta.block_size
     settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, model.max_position_embeddings)
     if said.num_blocks is not None:
         return settled
@@ -180,9 +181,9 @@ def _like(run: ServingConfig, said: Limits) -> Settled:
 
 
 def _narrower(profile: Profile) -> str:
-    limits = {name: profile.meta["limits"][name] for name in MEMORY_LIMITS}
+    limits = profile.meta.measured_within
     return (
-        f"the profile's KV blocks were measured within {limits['max_seqs']:,} sequences, "
-        f"{limits['max_batched_tokens']:,} tokens a step and requests to {limits['max_model_len']:,} tokens, and it "
+        f"the profile's KV blocks were measured within {limits.max_seqs:,} sequences, "
+        f"{limits.max_batched_tokens:,} tokens a step and requests to {limits.max_model_len:,} tokens, and it "
         "does not say what memory there was: --kv-blocks says what to assume"
     )

@@ -9,10 +9,11 @@ from analysis.jobs.options import RunOptions
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import check_before, real_run
 from engine.config import ServingConfig
+from sim.memory_model import MEMORY_LIMITS
 from sim.profile.format import Profile, check_profile_out, write_profile
-from sim.profiling.calibration import calibrate, levels
-from sim.profiling.drift import DriftCheck, check_same, drift_report
-from sim.profiling.profiler import count_drift, count_work, measure_drift, measure_profile
+from sim.profiling.calibration import calibrate, calibration_load
+from sim.profiling.drift import DriftCheck, check_same, count_drift, drift_report, measure_drift
+from sim.profiling.profiler import count_work, measure_profile
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def measure(
     with progress.bar("profile", count_work(executor, config)) as show:
         profile = measure_profile(executor, config, show, notes)
     if executor.captures:
-        run = real_run(levels(profile, config), executor, config, calibration, progress, options)
+        run = real_run(calibration_load(profile, config), executor, config, calibration, progress, options)
         profile = calibrate(profile, [(run, config)])
     write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
@@ -44,7 +45,7 @@ def measure(
 
 def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
     """How far the machine has moved since it was profiled, with a progress bar."""
-    with progress.bar("drift", count_drift(executor, profile)) as show:
+    with progress.bar("drift", count_drift(profile)) as show:
         return measure_drift(executor, profile, show)
 
 
@@ -60,7 +61,7 @@ def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dic
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
     """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
     check_same(profile, executor, ("device", "dtype", "model shape"))
-    for limit, measured in profile.meta.get("limits", {}).items():
-        wanted = getattr(config, limit)
-        if limit in ("max_seqs", "max_batched_tokens", "max_model_len") and measured < wanted:
+    for limit in MEMORY_LIMITS if profile.meta.limits else ():
+        measured, wanted = getattr(profile.meta.limits, limit), getattr(config, limit)
+        if measured < wanted:
             raise TandemError(f"the profile was measured for a {limit} of {measured}, not {wanted}")

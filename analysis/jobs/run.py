@@ -21,7 +21,8 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, RunWriter, StoredTables, check_out
 from engine.scheduler.registry import check_scheduler, is_own
 from sim.profile.format import Profile
-from sim.simulate import predict, recorded_requests, refusals
+from sim.replay import recorded_requests, refusals
+from sim.simulate import predict
 from traces.errors import TandemError, UnmetError
 from traces.request import TraceRequest
 from traces.trace import Trace
@@ -56,7 +57,7 @@ def of_simulator(profile: Profile) -> dict[str, Any]:
     """Keywords of `engine.records.manifest.compose`."""
     names = ("dtype", "device", "source")
     of_profile = {"backend": "simulator", "model": profile.model, "profile": profile.name}
-    return of_profile | {name: profile.meta[name] for name in names}
+    return of_profile | {name: getattr(profile.meta, name) for name in names}
 
 
 def check_before(config: ServingConfig, out: Path | None = None, overwrite: bool = False) -> None:

@@ -19,7 +19,7 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from sim.profile.format import Profile, find_profile, read_profile
 from sim.realtime import RealtimeDriver
-from sim.simulate import recorded_requests
+from sim.replay import recorded_requests
 from traces.synthetic import draw_length
 from traces.trace import Trace, write_trace
 

@@ -181,7 +181,7 @@ def judge_study(out: Path, progress: Progress) -> dict[str, Any]:
     drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
     cases = {path.parent.name: _judge_case(path.parent, profile, drift, progress) for path in found}
     study = {
-        "profile": {name: profile.meta.get(name) for name in ("device", "dtype", "held_out")},
+        "profile": {name: getattr(profile.meta, name) for name in ("device", "dtype", "held_out")},
         "drift": drift,
         "cases": cases,
         "rankings": _rankings(out, cases),

@@ -34,6 +34,7 @@ from analysis.report.figures import LATENCY_NAMES, html_figures
 from analysis.report.html import write_page
 from analysis.report.tables import TextTable, amount, html_table, number, percent, print_tables, signed
 from engine.records.run_folder import RunRecords
+from sim.replay import Replay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +59,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
 
 
 def write_report(
-    comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: RunRecords, path: Path, *, title: str
+    comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: Replay, path: Path, *, title: str
 ) -> None:
     """Write a comparison as one self-contained HTML page, or nothing.
 

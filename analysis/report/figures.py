@@ -13,6 +13,7 @@ import numpy as np
 from analysis.comparison.compare import CLOSED_LOOP, common_requests
 from analysis.metrics.summary import NS_PER_MS, NS_PER_S, Floats, Ints, column, latencies, step_kinds, waits_ns
 from engine.records.run_folder import RunRecords
+from sim.replay import Replay
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,9 +26,7 @@ LOG_AXIS = {"type": "log", "minorloglabels": "complete", "exponentformat": "none
 MAX_POINTS = 5000  # of one curve: more of them only make the page heavy
 
 
-def html_figures(
-    comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: RunRecords
-) -> dict[str, str]:
+def html_figures(comparison: Mapping[str, Any], sim: RunRecords, real: RunRecords, replayed: Replay) -> dict[str, str]:
     """The page's figures as HTML by name; the first one brings plotly.js for all."""
     difference = comparison["decisions"]["first_difference"]
     equal_steps = difference["step"] if difference else comparison["decisions"]["steps"]
@@ -90,13 +89,13 @@ def _thin(points: int) -> Ints:
     return np.unique(np.linspace(0, points - 1, min(points, MAX_POINTS)).astype(np.int64))
 
 
-def _steps_figure(real: RunRecords, replayed: RunRecords, equal_steps: int) -> Figure:
+def _steps_figure(real: RunRecords, replayed: Replay, equal_steps: int) -> Figure:
     from plotly.graph_objects import Figure
 
     steps = real.tables["steps"].slice(0, equal_steps)
-    measured, predicted = (
-        column(run.tables["steps"], "device_ns")[:equal_steps] / NS_PER_MS for run in (real, replayed)
-    )
+    measured = column(steps, "device_ns") / NS_PER_MS
+    assert replayed.predicted_ns is not None, "replayed without a profile"
+    predicted = replayed.predicted_ns[:equal_steps] / NS_PER_MS
     kinds = step_kinds(steps)
     figure = Figure()
     for kind, colour in KIND_COLOURS.items():

@@ -28,8 +28,8 @@ def card_memory(hardware: str, model: ModelConfig, dtype: str, config: ServingCo
         TandemError: no such card, or not even one request fits.
     """
     sheet = data_sheet(hardware)
-    memory = Memory.of(sheet["memory_gib"], model, dtype, config)
-    check_fits(memory, f"{model.name} {dtype} on {sheet['device']}", config)
+    memory = Memory.of(sheet.memory_gib, model, dtype, config)
+    check_fits(memory, f"{model.name} {dtype} on {sheet.device}", config)
     return asdict(memory) | {"room": memory.room, "kv_blocks": memory.blocks}
 
 

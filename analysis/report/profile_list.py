@@ -20,12 +20,12 @@ def _row(name: str, folder: Path) -> dict[str, Any]:
     meta = read_meta(folder / "meta.yaml")
     return {
         "profile": name,
-        "gpu": meta["device"],
-        "model": meta["model"]["name"],
-        "dtype": meta["dtype"],
-        "kernels": meta.get("kernels", "none"),
-        "source": meta["source"],
-        "held_out": meta.get("held_out", {}),
+        "gpu": meta.device,
+        "model": meta.model.name,
+        "dtype": meta.dtype,
+        "kernels": meta.kernels or "none",
+        "source": meta.source,
+        "held_out": meta.held_out or {},
         "kib": round(sum(file.stat().st_size for file in folder.iterdir()) / 1024, 1),
     }
 

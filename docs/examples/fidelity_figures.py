@@ -149,13 +149,13 @@ def draw(study: Path, out: Path) -> None:
     """Write the figures. The distributions are those of the heaviest load that was repeated."""
     judged = json.loads((study / "fidelity.json").read_text())
     repeated = [(case["load"], name) for name, case in judged["cases"].items() if case["result"]["repeats"]]
-    graphs = read_profile(study / "profile").meta.get("graphs")
+    graphs = read_profile(study / "profile").meta.graphs
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figures = {
             "loads": loads_figure(judged),
             "cdf": cdf_figure(study / max(repeated)[1]),
-            "residuals": residuals_figure(study_steps(study), GraphSizes(**graphs) if graphs else None),
+            "residuals": residuals_figure(study_steps(study), graphs),
         }
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=110)

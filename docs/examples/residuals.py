@@ -26,7 +26,7 @@ from engine.model.graph_sizes import GraphSizes
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
 from sim.profile.format import Profile, read_profile
-from sim.simulate import replay
+from sim.replay import replay
 
 MEMORIES_MS = (5, 10, 20, 40, 80, 160, 320, 640)
 COMPUTE_BOUND = (500, 1100)  # tokens of steps that prefill; most such steps of a run have about as many
@@ -58,7 +58,7 @@ class Steps(NamedTuple):
 def read_steps(folder: Path, profile: Profile) -> Steps:
     """Replay a real run. Returns its steps that compute."""
     run = read_run(folder)
-    steps, replayed = run.tables["steps"], replay(run, config_of(run.manifest), profile).tables["steps"]
+    steps, replayed = run.tables["steps"], replay(run, config_of(run.manifest), profile)
     computes = step_kinds(steps) != "swap"
 
     def us(name: str) -> Floats:
@@ -68,7 +68,7 @@ def read_steps(folder: Path, profile: Profile) -> Steps:
     return Steps(
         start=us("device_start_ns"),
         measured=us("device_ns"),
-        predicted=column(replayed, "device_ns")[computes] / 1000,
+        predicted=replayed.predicted_ns[computes] / 1000,
         launch=us("launched_ns") - us("planned_ns"),
         tokens=decodes + prefill_tokens,
         decodes=decodes,
@@ -176,11 +176,11 @@ def _host_table(cases: dict[str, Steps]) -> TextTable:
 
 
 def tables(study: Path) -> Iterator[TextTable]:
-    """All tables. The table by captured size exists only if the profile is of captured steps."""
-    cases, graphs = study_steps(study), read_profile(study / "profile").meta.get("graphs")
+    """All of them; that by captured size if the profile is of captured steps."""
+    cases, graphs = study_steps(study), read_profile(study / "profile").meta.graphs
     yield from (_error_table(cases), _memory_table(cases))
     if graphs:
-        yield _size_table(cases, GraphSizes(**graphs))
+        yield _size_table(cases, graphs)
     yield _host_table(cases)
 
 

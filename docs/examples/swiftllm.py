@@ -85,7 +85,7 @@ class Experiment:
             scheduler="swiftllm",
             num_cpu_blocks=2048,
         )
-        memory = Memory.of(profile.meta["data_sheet"]["memory_gib"], profile.model, profile.meta["dtype"], limits)
+        memory = Memory.of(profile.meta.data_sheet.memory_gib, profile.model, profile.meta.dtype, limits)
         blocks = memory.blocks if self.graphs else swiftllm_blocks(profile, memory, self.step_tokens)
         return replace(limits, num_blocks=blocks)
 
@@ -112,12 +112,13 @@ class Experiment:
 def swiftllm_blocks(profile: Profile, memory: Memory, step_tokens: int) -> int:
     """KV blocks as swiftLLM counts them, without graphs, beside context, weights and its largest forward.
 
-    The largest forward needs five hidden states (input, residual, q, attended values, attention's output), k, v, up and gate.
+    The largest forward needs five hidden states (input, residual, q, attended values,
+    attention's output), k, v, up and gate.
     """
     model = profile.model
     widths = 5 * model.hidden_size + 2 * model.num_kv_heads * model.head_dim + 2 * model.intermediate_size
-    touched = step_tokens * widths * DTYPE_BYTES[profile.meta["dtype"]]
-    usable = int(MEMORY_FRACTION * profile.meta["data_sheet"]["memory_gib"] * 2**30)
+    touched = step_tokens * widths * DTYPE_BYTES[profile.meta.dtype]
+    usable = int(MEMORY_FRACTION * profile.meta.data_sheet.memory_gib * 2**30)
     return (usable - memory.context - memory.weights - touched) // memory.block
 
 

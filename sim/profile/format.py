@@ -1,4 +1,4 @@
-"""Latency profiles: the format, reading and writing, and interpolation.
+"""Latency profiles: the format, reading and writing.
 
 A profile is one hardware x model shape x dtype: a folder of Parquet tables of measured times, and a `meta.yaml`
 that says what was measured, where, how, and how well the tables predict points that were held out of them.
@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, first_line
+from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 
 SCHEMA_VERSION = 2
@@ -30,20 +29,22 @@ SHIPPED = Path(__file__).parents[1] / "profiles"  # hardware/model
 TABLES: dict[str, tuple[str, ...]] = {
     "dense": ("op", "tokens"),  # everything whose cost depends on the number of tokens in the step alone
     "prefill_attention": ("chunk", "context"),  # one request's chunk over `context` earlier tokens
-    # All decodes of a step; kv_tokens is their sum, unevenness the mean square of their contexts over the squared mean.
+    # All decodes of a step. `kv_tokens` is the sum of their contexts, `unevenness` their context imbalance: mean square
+    # over squared mean.
     "decode_attention": ("sequences", "kv_tokens", "unevenness"),
     "head": ("samples",),  # final norm, language-model head and sampling
     # By kind of step: decode, prefill (mixed too), or any. The sequences of a prefill are those with a chunk in it: the
     # others cost the host little.
     "host": ("term", "kind", "sequences"),
 }
+IN_SERVICE = "served"  # the name on disk of the table of in-service times
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
-    # The same while serving: at no load, and in a further column `slowed_us` what full load adds.
-    "served": ("kind", "rows"),
+    IN_SERVICE: ("kind", "rows"),  # the same in service: at no load, and in a column `slowed_us` what full load adds
     "swap": ("direction", "blocks"),  # copies of KV blocks between the tiers, `out` to host memory and back `in`
-    # What decodes add to the attention of a step that prefills too, for kernels that attend to both in one launch.
+    # The part of decodes in the attention of a step that prefills too, for kernels that attend to both in one launch.
     "mixed_decode_attention": ("sequences", "kv_tokens"),
+    "held_out": ("chunks", "decodes"),  # batches that are in no other table: (tokens, context) of chunks, contexts
 }
 KEYS = TABLES | OPTIONAL_TABLES
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
@@ -51,22 +52,21 @@ HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
 HOST_TERMS_BY_KIND = ("plan", "launch")  # the others do not depend on what a step runs
 
 Row = dict[str, Any]
+Points = dict[tuple[Any, ...], float]  # time (us, all layers) by a table's keys
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile in memory: `meta` as in meta.yaml, and rows by table."""
+    """A profile in memory: what it says of itself, and rows by table."""
 
-    meta: dict[str, Any]
+    meta: ProfileMeta
     tables: dict[str, list[Row]]
 
     def __post_init__(self) -> None:
-        for table, keys in TABLES.items():
-            _check_table(table, keys, self.tables.get(table, []))
-        for table, keys in OPTIONAL_TABLES.items():
-            if table in self.tables:
-                _check_table(table, keys, self.tables[table])
-        _check_served(self.tables.get("served"), self.meta.get("load"))
+        for table, keys in KEYS.items():
+            if table in TABLES or table in self.tables:
+                _check_table(table, keys, self.tables.get(table, []))
+        _check_in_service(self.tables.get(IN_SERVICE), self.meta)
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
@@ -74,18 +74,17 @@ class Profile:
     @property
     def name(self) -> str:
         """What was measured, for people."""
-        return f"{self.meta['model']['name']} {self.meta['dtype']} on {self.meta['device']}"
+        return f"{self.model.name} {self.meta.dtype} on {self.meta.device}"
 
     @property
     def model(self) -> ModelConfig:
         """The shape that was measured."""
-        return ModelConfig.from_dict(self.meta["model"])
+        return self.meta.model
 
-    def host(self, term: str, kind: str) -> Curve:
-        """The host's time (µs) for one of `HOST_TERMS` by sequences; `kind` is decode or prefill."""
-        rows = [row for row in self.tables["host"] if row["term"] == term]
-        own = [row for row in rows if row["kind"] == kind] or [row for row in rows if row["kind"] == "any"]
-        return Curve({row["sequences"]: row["time_us"] for row in own or rows})
+
+def rows_of(table: str, points: Points) -> list[Row]:
+    """A table's rows from times without a spread."""
+    return [dict(zip(KEYS[table], key, strict=True)) | {"time_us": us, "spread": 0.0} for key, us in points.items()]
 
 
 def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
@@ -97,28 +96,32 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
             raise TandemError(
                 f"profile table {table}: no column {absent[0]}, only {', '.join(row)}; times are microseconds"
             )
-        time_us = row["time_us"]
-        if not isinstance(time_us, int | float) or not math.isfinite(time_us) or time_us < 0:
-            raise TandemError(f"profile table {table}, row {number}: time_us is {time_us}; times are microseconds >= 0")
-
-
-def _check_served(rows: Sequence[Row] | None, load: Mapping[str, float] | None) -> None:
-    again = "calibrate the profile again (tandem profile calibrate)"
-    if (rows is None) != (load is None) or (load and load.keys() != {"memory_us", "row_us", "limit"}):
-        raise TandemError(f"profile table served and the entry load (memory_us, row_us, limit) go together: {again}")
-    for number, row in enumerate(rows or ()):
-        slowed_us = row.get("slowed_us")
-        if not isinstance(slowed_us, int | float) or not math.isfinite(slowed_us) or slowed_us < 0:
+        if not _is_time(row["time_us"]):
             raise TandemError(
-                f"profile table served, row {number}: slowed_us is {slowed_us}, not microseconds >= 0: {again}"
+                f"profile table {table}, row {number}: time_us is {row['time_us']}; times are microseconds >= 0"
+            )
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _check_in_service(rows: Sequence[Row] | None, meta: ProfileMeta) -> None:
+    again = "calibrate the profile again (tandem profile calibrate)"
+    if (rows is None) != (meta.power is None):
+        raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {again}")
+    for number, row in enumerate(rows or ()):
+        if not _is_time(row.get("slowed_us")):
+            raise TandemError(
+                f"profile table {IN_SERVICE}, row {number}: slowed_us is {row.get('slowed_us')}, "
+                f"not microseconds >= 0: {again}"
             )
 
 
 def _check_units(folder: Path, profile: Profile) -> None:
     """Refuse times that are too short for any machine, as milliseconds and seconds are when taken for microseconds."""
     head = min(profile.tables["head"], key=lambda row: row["samples"])
-    model = profile.meta["model"]
-    weights = 2 * model.get("vocab_size", 0) * model.get("hidden_size", 0)  # bytes, at least
+    weights = 2 * profile.model.vocab_size * profile.model.hidden_size  # bytes, at least
     if 0 < head["time_us"] * FASTEST_BYTES_PER_US < weights:  # 0: left out
         raise TandemError(
             f"{folder}/head.parquet: in {head['time_us']:.3g} µs, for {head['samples']} samples, no machine reads the "
@@ -158,7 +161,7 @@ def read_profile(folder: Path) -> Profile:
 
     meta = read_meta(folder / "meta.yaml")
     tables = {}
-    for table in (*TABLES, *OPTIONAL_TABLES):
+    for table in KEYS:
         path = folder / f"{table}.parquet"
         if table in OPTIONAL_TABLES and not path.exists():
             continue
@@ -166,26 +169,31 @@ def read_profile(folder: Path) -> Profile:
             with pq.ParquetFile(path) as file:  # `read_table` would import what reads many files, in 50 ms or more
                 tables[table] = file.read().to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
-            raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+            raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
     profile = Profile(meta, tables)
     _check_units(folder, profile)
     return profile
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> ProfileMeta:
     """Read a profile's meta.yaml. Raises TandemError if it is missing, damaged, or of another schema version."""
-    try:
-        meta = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA_VERSION:
+    if not path.exists():
+        raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml")
+    entries = read_yaml(path)
+    if not isinstance(entries, dict) or entries.pop("schema", None) != SCHEMA_VERSION:
         raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; measure the profile again")
-    missing = [key for key in ("device", "model", "dtype", "source") if key not in meta]
-    if missing:
-        raise TandemError(f"{path}: no entry '{missing[0]}'")
-    return meta
+    try:
+        return ProfileMeta.from_dict(entries)
+    except TandemError as error:
+        raise TandemError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The contents of a YAML file. Raises TandemError if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def check_profile_out(folder: Path, overwrite: bool = False) -> None:
@@ -213,7 +221,7 @@ def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> No
         draft.mkdir(parents=True)
         for table, rows in profile.tables.items():
             pq.write_table(pa.Table.from_pylist(rows), draft / f"{table}.parquet", compression="zstd")
-        meta = {"schema": SCHEMA_VERSION} | profile.meta
+        meta = {"schema": SCHEMA_VERSION} | profile.meta.to_dict()
         (draft / "meta.yaml").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -221,73 +229,3 @@ def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> No
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise TandemError(f"cannot write profile {folder}: {error.strerror or error}") from error
-
-
-class Curve:
-    """Piecewise-linear time over one axis. Beyond its ends it goes on along its last (first) piece."""
-
-    __slots__ = ("_bends", "_pieces", "xs")
-
-    def __init__(self, points: Mapping[float, float]) -> None:
-        self.xs = sorted(points)
-        corners = [(x, points[x]) for x in self.xs]
-        self._bends = self.xs[1:-1]  # where one piece ends and the next begins
-        self._pieces = [(x0, y0, y1 - y0, x1 - x0) for (x0, y0), (x1, y1) in pairwise(corners)] or [(*corners[0], 0, 1)]
-
-    def __call__(self, x: float) -> float:
-        """Time at `x`, at least 0."""
-        x0, y0, rise, run = self._pieces[bisect_right(self._bends, x)]
-        time = y0 + (x - x0) * rise / run
-        return time if time > 0.0 else 0.0
-
-    def covers(self, x: float) -> bool:
-        """Whether `x` lies in the measured range."""
-        return self.xs[0] <= x <= self.xs[-1]
-
-
-class Surface:
-    """Piecewise-linear time over two axes: a curve over the second axis at each measured value of the first."""
-
-    __slots__ = ("_curves", "_measured", "xs")
-
-    def __init__(self, points: Mapping[tuple[float, float], float]) -> None:
-        rows: dict[float, dict[float, float]] = {}
-        for (x, y), time in points.items():
-            rows.setdefault(x, {})[y] = time
-        self.xs = sorted(rows)
-        self._curves = [Curve(rows[x]) for x in self.xs]
-        ranges = [(curve.xs[0], curve.xs[-1]) for curve in self._curves]
-        self._measured = [sorted(set(beside)) for beside in pairwise(ranges)] or [ranges]  # from each x to the next
-
-    def __call__(self, x: float, y: float) -> float:
-        """Time at (x, y), at least 0."""
-        left, right, weight = self._beside(x)
-        low = left(y)
-        return max(0.0, low + weight * (right(y) - low))
-
-    def at(self, x: float) -> Curve:
-        """Time over the second axis at `x`: what calls with this `x` return."""
-        left, right, weight = self._beside(x)
-        points = {}
-        for y in {*left.xs, *right.xs}:
-            low = left(y)
-            points[y] = low + weight * (right(y) - low)
-        return Curve(points)
-
-    def _beside(self, x: float) -> tuple[Curve, Curve, float]:
-        """The measured curves on both sides of `x` (or at the end it lies beyond), and how far it is from the first."""
-        xs, curves = self.xs, self._curves
-        if len(xs) == 1:
-            return curves[0], curves[0], 0.0
-        right = bisect_right(xs, x, 1, len(xs) - 1)
-        return curves[right - 1], curves[right], (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-
-    def covers(self, x: float, y: float) -> bool:
-        """Whether (x, y) lies in the measured range."""
-        return any(low <= y <= high for low, high in self.measured(x))
-
-    def measured(self, x: float) -> list[tuple[float, float]]:
-        """The ranges of the second axis that were measured beside `x`: a point in any of them is covered."""
-        if not self.xs[0] <= x <= self.xs[-1]:
-            return []
-        return self._measured[bisect_right(self.xs, x, 1, len(self._measured)) - 1]

@@ -1,4 +1,4 @@
-"""Has a card moved away from its profile? Measures a sample of a profile's points again, as its own rig measured them.
+"""Has a machine moved away from its profile? Measures a sample of the profile's points again, as they were measured.
 
 What is compared is what a step takes: attention, of most steps the smaller part, and the host's times are set beside
 the step that they are part of.
@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.config import ServingConfig
-from engine.step import Chunk, Step, StepLoad
+from engine.step import Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
-from sim.profiling.device_profiler import rig_for
-from sim.profiling.profiler import measure_host
+from sim.profiling.batches import BatchShape
+from sim.profiling.device_profiler import profiler_for
+from sim.profiling.held_out import errors, held_out_batches
+from sim.profiling.host import measure_host
 from sim.profiling.samples import Sample, typical
+from sim.terms import Host
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
@@ -31,20 +33,50 @@ TURN_LIMIT_S = 40  # no further turn begins after so long
 ALLOWED = 0.03  # the median drift of a table that is still the profile's
 # What the host takes part in varies more: 5 minutes after an H200's profile copies took 6.6 % less, the host 1.9 %.
 HOST_ALLOWED = {"host": 0.05, "swap": 0.10}
+HELD_OUT = "held-out batches"
 
-Times = dict[tuple[Any, ...], float]  # microseconds by a point's key
+Key = tuple[Any, ...]
+Times = dict[Key, float]  # microseconds by a point's key
 Verdict = Literal["trusted", "unclear", "replace"]
 
 
 def check_same(profile: Profile, executor: Executor, facets: Sequence[str]) -> None:
     """Raises TandemError unless profile and machine agree in `facets`: device, dtype, kernels, model shape."""
-    has = {name: profile.meta.get(name, "unknown") for name in ("device", "dtype", "kernels")}
+    meta = profile.meta
+    has: dict[str, Any] = {"device": meta.device, "dtype": meta.dtype, "kernels": meta.kernels or "unknown"}
     wanted = {name: getattr(executor, name) for name in has}
-    has["model shape"], wanted["model shape"] = (replace(each, name="") for each in (profile.model, executor.model))
+    has["model shape"], wanted["model shape"] = (replace(each, name="") for each in (meta.model, executor.model))
     for facet in facets:
         if has[facet] != wanted[facet]:
             other = "other kernels" if facet == "kernels" else f"another {facet}"
             raise TandemError(f"the profile is of {other} ({has[facet]}, not {wanted[facet]})")
+
+
+def count_drift(profile: Profile) -> int:
+    """How many measurements `measure_drift` makes."""
+    return len(held_out_batches(profile))
+
+
+def measure_drift(
+    executor: Executor, profile: Profile, show: Callable[[int], None] = lambda done: None
+) -> dict[str, float]:
+    """How far the machine has moved since it was profiled: the held-out batches, measured again.
+
+    Returns:
+        `mean_error`, `mape`: of the old times against the new ones, as if those had been a prediction.
+
+    Raises:
+        TandemError: the profile keeps no held-out batches.
+    """
+    batches = held_out_batches(profile)
+    if not batches:
+        raise TandemError("the profile keeps no held-out batches to measure again: measure it again (tandem profile)")
+    now = []
+    with profiler_for(executor, profile.meta.measured_within) as device:
+        for done, batch in enumerate(batches, start=1):
+            now.append(device.batch_us(batch.shape))
+            show(done)
+    return errors([batch.time_us for batch in batches], now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +99,7 @@ class TableDrift:
     at: dict[str, Any]
 
     @classmethod
-    def of(cls, table: str, keys: Sequence[str], drifts: Mapping[tuple[Any, ...], float]) -> TableDrift:
+    def of(cls, table: str, keys: Sequence[str], drifts: Mapping[Key, float]) -> TableDrift:
         """Sum up the drifts of some points."""
         middle = median(drifts.values())
         # 1.4826 times the median deviation is a standard deviation; the median's is 1.25 times the mean's.
@@ -99,22 +131,20 @@ class DriftCheck:
     def __init__(self, executor: Executor, profile: Profile, seed: int = 0) -> None:
         """Raises TandemError if the profile is of another model, dtype or kernels, or was not measured by Tandem."""
         check_same(profile, executor, ("kernels", "dtype", "model shape"))
-        if "limits" not in profile.meta:
-            raise TandemError("the profile was not measured by tandem profile: there are no points to measure again")
+        limits = profile.meta.measured_within
         self._executor, self._profile = executor, profile
-        limits = ServingConfig(**profile.meta["limits"])
         self._config = replace(limits, num_blocks=min(limits.num_blocks, executor.measure_blocks(limits)))
-        self._rig = rig_for(executor, self._config)
+        self._latency = LatencyModel(profile)
+        self._device = profiler_for(executor, self._config)
         self._sample = list(self._spread(random.Random(seed)))
-        held_out = profile.meta.get("held_out", {}).get("measured_us", ())
-        self._held_out = held_out if self._config == limits else ()  # within other limits they are other batches
+        self._held_out = held_out_batches(profile) if self._config == limits else []  # others may not fit
         self.total = TURNS * len(self._sample) + len(self._held_out)
 
     def _spread(self, generator: random.Random) -> Iterator[Any]:
         """Of each table's work one item in every stretch of equal length, from small to large."""
         by_table: defaultdict[str, list[Any]] = defaultdict(list)
-        for item in sorted(set(self._rig.work)):
-            by_table[self._rig.table_of(item)].append(item)
+        for item in sorted(set(self._device.work)):
+            by_table[self._device.table_of(item)].append(item)
         for items in by_table.values():
             count = min(POINTS, len(items))
             edges = [len(items) * part // count for part in range(count + 1)]
@@ -126,10 +156,18 @@ class DriftCheck:
         Raises:
             TandemError: the machine is in no state to be measured.
         """
-        with self._rig:
-            self._rig.state()
-            found = [*self._device(self._measure(show)), *self._steps(show)]
-        return [*found, *self._copies(), *self._host()]
+        with self._device as device:
+            device.state()
+            tables = device.tables(self._measure(show))
+            held_out = {}
+            for number, (shape, then_us) in enumerate(self._held_out, start=1):
+                prefill_tokens = sum(tokens for tokens, _ in shape.chunks)
+                held_out[number, len(shape.decodes), prefill_tokens] = device.batch_us(shape) / then_us - 1
+                show(TURNS * len(self._sample) + number)
+        found = [(table, _axes(table), self._table(table, rows)) for table, rows in tables.items()]
+        found.append((HELD_OUT, ("batch", "decodes", "prefill_tokens"), held_out))
+        found += [("swap", KEYS["swap"], self._copies()), ("host", ("kind", "sequences"), self._host())]
+        return [TableDrift.of(*each) for each in found if each[-1]]
 
     def _measure(self, show: Callable[[int], None]) -> list[Sample]:
         samples: list[Sample] = []
@@ -138,58 +176,43 @@ class DriftCheck:
             if turn and time.perf_counter() - start > TURN_LIMIT_S:
                 break
             for item in self._sample:
-                samples += self._rig.measure(item)
+                samples += self._device.measure(item)
                 show(done := done + 1)
         return samples
 
-    def _device(self, samples: Sequence[Sample]) -> Iterator[TableDrift]:
-        latency = LatencyModel(self._profile)
-        for table, rows in self._rig.tables(samples).items():
-            then, now = _times(table, self._profile.tables[table]), _times(table, rows)
-            drifts = {
-                key: (now[key] - then[key]) / (_step_us(latency, table, key) or then[key])
-                for key in now.keys() & then.keys()
-            }
-            if drifts:
-                yield TableDrift.of(table, _axes(table), drifts)
+    def _table(self, table: str, rows: Sequence[Row]) -> Times:
+        then, now = _times(table, self._profile.tables[table]), _times(table, rows)
+        return {
+            key: (now[key] - then[key]) / (_step_us(self._latency, table, key) or then[key])
+            for key in now.keys() & then.keys()
+        }
 
-    def _steps(self, show: Callable[[int], None]) -> Iterator[TableDrift]:
-        """Whole batches that are in no table, as they were measured when the profile was."""
-        if not self._held_out:
-            return
-        drifts = {}
-        for number, (batch, then) in enumerate(zip(self._rig.held_out(), self._held_out, strict=True), start=1):
-            drifts[number, batch.steps[0].decodes, batch.steps[0].prefill_tokens] = batch.time_us / then - 1
-            show(TURNS * len(self._sample) + number)
-        yield TableDrift.of("held-out batches", ("batch", "decodes", "prefill_tokens"), drifts)
-
-    def _copies(self) -> Iterator[TableDrift]:
+    def _copies(self) -> Times:
         if "swap" not in self._profile.tables:
-            return
+            return {}
         then = _times("swap", self._profile.tables["swap"])
         now = {(where, blocks): typical(of) for where, blocks, of in self._executor.measure_swap(self._config)}
-        drifts = {key: now[key] / then[key] - 1 for key in now.keys() & then.keys()}
-        if drifts:
-            yield TableDrift.of("swap", KEYS["swap"], drifts)
+        return {key: now[key] / then[key] - 1 for key in now.keys() & then.keys()}
 
-    def _host(self) -> Iterator[TableDrift]:
+    def _host(self) -> Times:
         """All that the host does around a step, as a share of a decode step of so many sequences."""
         points = {(row["kind"], row["sequences"]) for row in self._profile.tables["host"] if row["kind"] != "any"}
         if not points:
-            return
-        now = replace(self._profile, tables=self._profile.tables | {"host": measure_host(self._executor, self._config)})
-        latency = LatencyModel(self._profile)
+            return {}
+        tables = self._profile.tables | {"host": measure_host(self._executor, self._config)}
+        then, now = Host(self._profile), Host(replace(self._profile, tables=tables))
+        self._latency.rest()
         drifts = {}
         for kind, count in sorted(points):
-            then_us, now_us = (_host_us(each, kind, count) for each in (self._profile, now))
-            step_us = latency.device_ns(Step(0, decodes=count, load=StepLoad(8 * count))) / 1000
+            then_us, now_us = (_around_us(host, kind, count) for host in (then, now))
+            step_us = self._latency.device_ns(Step(0, decodes=count, load=StepLoad(kv_tokens=8 * count))) / 1000
             drifts[kind, count] = (now_us - then_us) / (step_us + then_us)
-        yield TableDrift.of("host", ("kind", "sequences"), drifts)
+        return drifts
 
 
-def _host_us(profile: Profile, kind: str, sequences: int) -> float:
-    curves = (profile.host(term, kind) for term in ("plan", "launch", "notice", "turn"))
-    return sum(curve(min(max(sequences, curve.xs[0]), curve.xs[-1])) for curve in curves)
+def _around_us(host: Host, kind: str, sequences: int) -> float:
+    chunks = sequences if kind == "prefill" else 0
+    return sum(host.us(term, chunks, sequences) for term in ("plan", "launch", "notice", "turn"))
 
 
 def _axes(table: str) -> tuple[str, ...]:
@@ -198,22 +221,23 @@ def _axes(table: str) -> tuple[str, ...]:
 
 
 def _times(table: str, rows: Sequence[Row]) -> Times:
-    times: defaultdict[tuple[Any, ...], float] = defaultdict(float)
+    times: defaultdict[Key, float] = defaultdict(float)
     for row in rows:
         times[tuple(row[key] for key in _axes(table))] += row["time_us"]
     return dict(times)
 
 
-def _step_us(latency: LatencyModel, table: str, key: tuple[Any, ...]) -> float | None:
+def _step_us(latency: LatencyModel, table: str, key: Key) -> float | None:
     """A whole step of the batch that a point of attention stands for."""
     if table == "prefill_attention":
-        chunk, context = key
-        return latency.device_ns(Step(0, chunks={0: Chunk(context, chunk, True)})) / 1000
-    if table == "decode_attention":
-        sequences, kv_tokens, unevenness = key
-        squares = round(unevenness * kv_tokens**2 / sequences)
-        return latency.device_ns(Step(0, decodes=sequences, load=StepLoad(kv_tokens - sequences, squares))) / 1000
-    return None
+        (step,) = BatchShape((key,), ()).steps(1)
+    elif table == "decode_attention":
+        sequences, kv_tokens, imbalance = key
+        squares = round(imbalance * kv_tokens**2 / sequences)
+        step = Step(0, decodes=sequences, load=StepLoad(kv_tokens=kv_tokens - sequences, kv_squares=squares))
+    else:
+        return None
+    return latency.device_ns(step) / 1000
 
 
 def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:
@@ -224,7 +248,7 @@ def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:
     said = f"{worst.table} takes {abs(worst.median):.1%} {'longer' if worst.median > 0 else 'less'} in the median"
     said += f" of {worst.points} points (± {worst.error:.1%})"
     if drifted:
-        return "replace", f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this card anew."
+        return "replace", f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this machine again."
     if unclear:
         return "unclear", f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed."
     return "trusted", f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}."
@@ -237,6 +261,6 @@ def drift_report(executor: Executor, profile: Profile, found: Sequence[TableDrif
         "verdict": verdict,
         "why": why,
         "device": executor.device,
-        "profiled": profile.meta["device"],
+        "profiled": profile.meta.device,
         "tables": [asdict(each) | {"verdict": each.verdict} for each in found],
     }

@@ -20,19 +20,20 @@ class Sample(NamedTuple):
     time_us: float
 
 
-def rows_of(samples: Iterable[Sample]) -> dict[str, list[Row]]:
-    """The rows of each table, sorted by their keys; `attended` is what a rig takes away from `graph`."""
+def rows_of_samples(samples: Iterable[Sample]) -> dict[str, list[Row]]:
+    """The rows of each table, sorted by their keys; a GPU profiler takes `attended` away from `graph`."""
     times: defaultdict[str, defaultdict[tuple[Any, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for table, key, time_us in samples:
         times[table][tuple(key)].append(time_us)
     return {
-        table: [
-            dict(zip(KEYS.get(table, KEYS["graph"]), key, strict=True))
-            | {"time_us": typical(of_key), "spread": spread(of_key)}
-            for key, of_key in sorted(points.items())
-        ]
+        table: [row_of_repeats(KEYS.get(table, KEYS["graph"]), key, of_key) for key, of_key in sorted(points.items())]
         for table, points in times.items()
     }
+
+
+def row_of_repeats(columns: Sequence[str], key: Sequence[Any], times: Sequence[float]) -> Row:
+    """A row of a table, from the repeats of its point."""
+    return dict(zip(columns, key, strict=True)) | {"time_us": typical(times), "spread": spread(times)}
 
 
 def typical(times: Sequence[float]) -> float:

@@ -11,21 +11,22 @@ the line through all products at the fewest tokens. Of attention and small kerne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from engine.config import MEMORY_FRACTION
 from engine.model.config import ModelConfig
 from sim.memory_model import DTYPE_BYTES
-from sim.profile.format import Curve, Profile, Row
-from sim.sources.roofline import Floor, gemm_shapes, sheet_of, small_kernels
+from sim.profile.curves import Curve
+from sim.profile.format import Profile, Row
+from sim.sources.roofline import Floor, gemm_shapes, memory_facts, sheet_of, small_kernels
+from sim.terms import curves
 from traces.errors import TandemError
 
 REUSED, SCALED, ESTIMATED = ORDER = ("reused", "scaled", "estimated")  # of a table: as its weakest part
-KEPT = ("device", "dtype", "kernels", "sources", "block_size", "statistic", "graphs", "limits")
+KEPT = ("sources", "statistic")  # of the notes
 
 
 def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
@@ -37,41 +38,30 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
     Raises:
         TandemError: the source is itself derived, its card has no data sheet, or an operation is not known.
     """
-    if "derived" in source.meta:
+    if source.meta.derived:
         raise TandemError(f"{name} is itself derived: derive from the profile that was measured")
-    sheet = sheet_of(source.meta["device"])
-    item = DTYPE_BYTES[source.meta["dtype"]]
+    sheet, item, block_size = sheet_of(source.meta.device), DTYPE_BYTES[source.meta.dtype], source.meta.block_size
+    if block_size is None:
+        raise TandemError(f"{name} does not say its block size: derive from a profile that was measured or imported")
     made = _Derivation(source, Floor.of(sheet, source.model, item), Floor.of(sheet, model, item))
-    dense, origin = made.dense()
-    tables, origins = {"dense": dense}, {"dense": origin}
-    for table, derive in (
-        ("prefill_attention", made.prefill),
-        ("decode_attention", made.decode),
-        ("mixed_decode_attention", made.decode),
-        ("head", made.head),
-        ("host", made.host),
-        ("swap", made.swap),
-    ):
-        if table in source.tables:
-            tables[table], origins[table] = derive(source.tables[table])
-    if "graph" in source.tables:
-        tables["graph"], origins["graph"] = made.graph(tables)
+    found = {table: derive(source.tables[table]) for table, derive in made.ways().items() if table in source.tables}
+    origins = {table: origin for table, (_, origin) in found.items()}
     for table, origin in origins.items():
-        origin["of"] = source.meta.get("tables", {}).get(table, {}).get("how", "measured")
-    return Profile(_meta(source, model, name, sheet, item) | {"tables": origins}, tables)
-
-
-def _meta(source: Profile, model: ModelConfig, name: str, sheet: dict[str, Any], item: int) -> dict[str, Any]:
-    block = source.meta["block_size"] * model.kv_bytes_per_token(item)
-    usable = int(MEMORY_FRACTION * sheet["memory_gib"] * 2**30)
-    return {key: source.meta[key] for key in KEPT if key in source.meta} | {
-        "model": asdict(model),
-        "source": f"derived from {name}: nothing of {model.name} was measured; {source.meta['source']}",
-        "derived": {"from": name, "model": source.model.name},
-        "data_sheet": sheet,
-        "memory": {"usable": usable, "weights": item * model.num_parameters, "block": block},
-        "held_out": {"rule": f"none: nothing of {model.name} was measured"},
-    }
+        origin["of"] = (source.meta.tables or {}).get(table, {}).get("how", "measured")
+    meta = replace(
+        source.meta,
+        model=model,
+        source=f"derived from {name}: nothing of {model.name} was measured; {source.meta.source}",
+        kv_blocks=None,
+        power=None,
+        memory=memory_facts(sheet, model, item, block_size),
+        data_sheet=sheet,
+        held_out={"rule": f"none: nothing of {model.name} was measured"},
+        tables=origins,
+        derived={"from": name, "model": source.model.name},
+        notes={note: source.meta.notes[note] for note in KEPT if note in source.meta.notes},
+    )
+    return Profile(meta, {table: rows for table, (rows, _) in found.items()})
 
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
@@ -83,6 +73,7 @@ KERNELS = {  # operations that only move memory -> kernels of a layer
 }
 ONCE = ("embed", "plan", "finish")  # not in every layer; the first moves rows of the model's width, the others none
 Origin = dict[str, Any]  # `how` of `ORDER`, and rules
+Derived = tuple[list[Row], Origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +91,30 @@ class _Derivation:
         """What a table is whose shape is the same in both models."""
         return REUSED if self._layers == 1 else SCALED
 
-    def dense(self) -> tuple[list[Row], Origin]:
+    def ways(self) -> dict[str, Callable[[list[Row]], Derived]]:
+        """By table, what derives its rows."""
+        return {
+            "dense": self.dense,
+            "prefill_attention": self.prefill,
+            "decode_attention": self.decode,
+            "mixed_decode_attention": self.decode,
+            "head": self.head,
+            "host": self.host,
+            "swap": self.swap,
+            "graph": self.graph,
+        }
+
+    def dense(self, rows: list[Row]) -> Derived:
         """By operation."""
         by_op: dict[str, list[Row]] = {}
-        for row in self.source.tables["dense"]:
+        for row in rows:
             by_op.setdefault(row["op"], []).append(row)
         found = {op: self._product(op, by_op) if op in PRODUCTS else self._small(op, by_op[op]) for op in by_op}
         rules = [f"{op}: {origin['rules'][0]}" for op, (_, origin) in found.items()]
         how = max((origin["how"] for _, origin in found.values()), key=ORDER.index)
         return [row for rows, _ in found.values() for row in rows], {"how": how, "rules": rules}
 
-    def _product(self, op: str, by_op: dict[str, list[Row]]) -> tuple[list[Row], Origin]:
+    def _product(self, op: str, by_op: dict[str, list[Row]]) -> Derived:
         old, new = gemm_shapes(self.old.model), gemm_shapes(self.new.model)[op]
         measured = [each for each in PRODUCTS if each in by_op]
         near = min(measured, key=lambda each: (old[each] != new, abs(math.log(_weights(old[each]) / _weights(new)))))
@@ -139,7 +143,7 @@ class _Derivation:
     def _gemm_ratio(self, tokens: int, new: tuple[int, int], old: tuple[int, int]) -> float:
         return self.new.gemm_us(tokens, *new) / self.old.gemm_us(tokens, *old)
 
-    def _small(self, op: str, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def _small(self, op: str, rows: list[Row]) -> Derived:
         """Kernels that only move memory, or host work."""
         old, new = (_traffic(op, floor.model) for floor in (self.old, self.new))
         fixed = 1.0 if op in ONCE else self._layers
@@ -148,22 +152,22 @@ class _Derivation:
             return scaled, self._origin(self._same if fixed != 1 else REUSED, f"as {op} of {self.old.model.name}")
         return scaled, self._origin(ESTIMATED, f"beyond its least time, by memory traffic ({new / old:.3f} times)")
 
-    def prefill(self, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def prefill(self, rows: list[Row]) -> Derived:
         """By heads."""
         return self._attention(rows, lambda floor, row: floor.prefill_us(row["chunk"], row["context"]))
 
-    def decode(self, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def decode(self, rows: list[Row]) -> Derived:
         """By heads."""
         return self._attention(rows, lambda floor, row: floor.decode_us(row["sequences"], row["kv_tokens"]))
 
-    def _attention(self, rows: list[Row], time_us: Callable[[Floor, Row], float]) -> tuple[list[Row], Origin]:
+    def _attention(self, rows: list[Row], time_us: Callable[[Floor, Row], float]) -> Derived:
         old, new = (_heads(floor.model) for floor in (self.old, self.new))
         scaled = _fixed_and_rest(rows, self._layers, lambda row: time_us(self.new, row) / time_us(self.old, row))
         if old == new:
             return scaled, self._origin(self._same, f"as {old} of {self.old.model.name}")
         return scaled, self._origin(ESTIMATED, f"{new}: beyond its least time, by the roofline; from {old}")
 
-    def head(self, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def head(self, rows: list[Row]) -> Derived:
         """By vocabulary and width."""
         old, new = ((floor.model.vocab_size, floor.model.hidden_size) for floor in (self.old, self.new))
         scaled = [row | {"time_us": row["time_us"] * self._gemm_ratio(row["samples"], new, old)} for row in rows]
@@ -172,23 +176,24 @@ class _Derivation:
             return scaled, self._origin(REUSED, f"as {of}")
         return scaled, self._origin(ESTIMATED, f"n {new[0]}, k {new[1]}: the roofline over the efficiency of {of}")
 
-    def host(self, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def host(self, rows: list[Row]) -> Derived:
         """The loop's own work does not depend on the model; a launch, kernel by kernel, would on its layers."""
         return rows, self._origin(REUSED, f"of {self.old.model.name}")
 
-    def swap(self, rows: list[Row]) -> tuple[list[Row], Origin]:
+    def swap(self, rows: list[Row]) -> Derived:
         """By the bytes of a block."""
         ratio = self.new.model.kv_bytes_per_token(1) / self.old.model.kv_bytes_per_token(1)
         origin = self._origin(REUSED if ratio == 1 else ESTIMATED, f"{ratio:.3f} times the bytes of a block")
         return _fixed_and_rest(rows, 1.0, lambda row: ratio), origin
 
-    def graph(self, tables: dict[str, list[Row]]) -> tuple[list[Row], Origin]:
+    def graph(self, rows: list[Row]) -> Derived:
         """A whole captured step, in proportion to its operations."""
-        most = self.source.meta["graphs"]["max_seqs"]
-        old, new = (_operations(each["dense"], each["head"], most) for each in (self.source.tables, tables))
-        graph = self.source.tables["graph"]
-        rows = [row | {"time_us": row["time_us"] * new(row["rows"]) / old(row["rows"])} for row in graph]
-        return rows, self._origin(ESTIMATED, "in proportion to the sum of its operations and head")
+        assert self.source.meta.graphs, "has table graph"
+        dense, head = (self.source.tables[table] for table in ("dense", "head"))
+        most = self.source.meta.graphs.max_seqs
+        old, new = _operations(dense, head, most), _operations(self.dense(dense)[0], self.head(head)[0], most)
+        scaled = [row | {"time_us": row["time_us"] * new(row["rows"]) / old(row["rows"])} for row in rows]
+        return scaled, self._origin(ESTIMATED, "in proportion to the sum of its operations and head")
 
     def _origin(self, how: str, rule: str) -> Origin:
         layers = f", {self._layers:g} times the layers" if how == SCALED else ""
@@ -221,9 +226,6 @@ def _fixed_and_rest(
     return [row | {"time_us": least * fixed + (row["time_us"] - least) * ratio(row)} for row in rows]
 
 
-def _operations(dense: Iterable[Row], head: Iterable[Row], most: int) -> Callable[[int], float]:
-    by_op: dict[str, dict[float, float]] = {}
-    for row in dense:
-        by_op.setdefault(row["op"], {})[row["tokens"]] = row["time_us"]
-    curves, of_head = [Curve(points) for points in by_op.values()], Curve({r["samples"]: r["time_us"] for r in head})
-    return lambda rows: sum(curve(rows) for curve in curves) + of_head(min(rows, most))
+def _operations(dense: list[Row], head: list[Row], most: int) -> Callable[[int], float]:
+    operations, of_head = curves(dense, "op", "tokens"), Curve({row["samples"]: row["time_us"] for row in head})
+    return lambda rows: sum(curve(rows) for curve in operations.values()) + of_head(min(rows, most))

@@ -7,22 +7,21 @@ trying things out before anything was measured; a profile made here says so in i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from engine.config import MEMORY_FRACTION
 from engine.model.config import ModelConfig
-from sim.profile.format import HOST_TERMS, Profile, Row
+from sim.profile.format import HOST_TERMS, Points, Profile, read_yaml, rows_of
+from sim.profile.meta import DataSheet, MemoryFacts, ProfileMeta
 from traces.errors import TandemError
 
 DATA_SHEETS = Path(__file__).parent / "hardware"
 BYTES = 2  # fp16
 TOKENS = [2**power for power in range(14)]
 LENGTHS = [0, *(2**power for power in range(4, 18))]
+SEQUENCES = TOKENS[:11]
 
 
 def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) -> Profile:
@@ -32,48 +31,43 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         TandemError: no such card, or the model does not fit it.
     """
     sheet = data_sheet(hardware)
-    usable, weights = int(MEMORY_FRACTION * sheet["memory_gib"] * 2**30), BYTES * model.num_parameters
-    if weights > usable:
-        raise TandemError(f"{model.name} needs {weights / 1e9:.0f} GB for weights alone: too big for {sheet['device']}")
+    memory = memory_facts(sheet, model, BYTES, block_size)
+    if memory.weights > memory.usable:
+        raise TandemError(
+            f"{model.name} needs {memory.weights / 1e9:.0f} GB for weights alone: too big for {sheet.device}"
+        )
     floor = Floor.of(sheet, model)
 
-    def row(time_us: float) -> Row:
-        return {"time_us": time_us, "spread": 0.0}
-
-    dense = [
-        {"op": op, "tokens": m} | row(model.num_layers * floor.gemm_us(m, n, k))
-        for op, (n, k) in gemm_shapes(model).items()
-        for m in TOKENS
-    ]
-    prefill = [{"chunk": c, "context": x} | row(floor.prefill_us(c, x)) for c in TOKENS for x in LENGTHS]
-    decode = [
-        {"sequences": n, "kv_tokens": n * x, "unevenness": 1.0} | row(floor.decode_us(n, n * x))
-        for n in TOKENS[:11]
-        for x in LENGTHS[1:]
-    ]
-    head = [{"samples": n} | row(floor.gemm_us(n, model.vocab_size, model.hidden_size)) for n in TOKENS[:11]]
-    block_bytes = block_size * model.kv_bytes_per_token(BYTES)
-    swap = [
-        {"direction": direction, "blocks": n, "time_us": n * block_bytes / (sheet["bus_gb_per_s"] * 1e3), "spread": 0.0}
-        for direction in ("out", "in")
-        for n in TOKENS[:9]
-    ]
-    host = [{"term": term, "kind": "any", "sequences": 1, "time_us": 0.0, "spread": 0.0} for term in HOST_TERMS]
-    meta = {
-        "device": sheet["device"],
-        "model": asdict(model),
-        "dtype": "float16",
-        "source": "roofline of the data sheet: a floor, nothing was measured",
-        "data_sheet": sheet,
-        "memory": {
-            "usable": usable,
-            "weights": weights,
-            "block": block_size * model.kv_bytes_per_token(BYTES),
+    points: dict[str, Points] = {
+        "dense": {
+            (op, m): model.num_layers * floor.gemm_us(m, n, k)
+            for op, (n, k) in gemm_shapes(model).items()
+            for m in TOKENS
         },
-        "block_size": block_size,
+        "prefill_attention": {(c, x): floor.prefill_us(c, x) for c, x in product(TOKENS, LENGTHS)},
+        "decode_attention": {(n, n * x, 1.0): floor.decode_us(n, n * x) for n, x in product(SEQUENCES, LENGTHS[1:])},
+        "head": {(n,): floor.gemm_us(n, model.vocab_size, model.hidden_size) for n in SEQUENCES},
+        "host": {(term, "any", 1): 0.0 for term in HOST_TERMS},
+        "swap": {
+            (way, n): n * memory.block / (sheet.bus_gb_per_s * 1e3) for way, n in product(("out", "in"), TOKENS[:9])
+        },
     }
-    tables = {"dense": dense, "prefill_attention": prefill, "decode_attention": decode, "head": head, "host": host}
-    return Profile(meta, tables | {"swap": swap})
+    meta = ProfileMeta(
+        device=sheet.device,
+        model=model,
+        dtype="float16",
+        source="roofline of the data sheet: a floor, nothing was measured",
+        data_sheet=sheet,
+        memory=memory,
+        block_size=block_size,
+    )
+    return Profile(meta, {table: rows_of(table, of_table) for table, of_table in points.items()})
+
+
+def memory_facts(sheet: DataSheet, model: ModelConfig, item: int, block_size: int) -> MemoryFacts:
+    """Bytes on a GPU, by its data sheet, of a model whose numbers take `item` bytes."""
+    usable = int(MEMORY_FRACTION * sheet.memory_gib * 2**30)
+    return MemoryFacts(usable, item * model.num_parameters, block_size * model.kv_bytes_per_token(item))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +80,9 @@ class Floor:
     item: int  # bytes of a number
 
     @classmethod
-    def of(cls, sheet: Mapping[str, Any], model: ModelConfig, item: int = BYTES) -> Floor:
+    def of(cls, sheet: DataSheet, model: ModelConfig, item: int = BYTES) -> Floor:
         """By a card's data sheet."""
-        return cls(sheet["tflops"] * 1e6, sheet["memory_gb_per_s"] * 1e3, model, item)
+        return cls(sheet.tflops * 1e6, sheet.memory_gb_per_s * 1e3, model, item)
 
     def us(self, flops: float, traffic: float) -> float:
         """The longer of arithmetic and traffic (bytes)."""
@@ -140,25 +134,22 @@ def _widths(model: ModelConfig) -> tuple[int, int]:
     return model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
 
 
-def data_sheet(hardware: str) -> dict[str, Any]:
-    """A card's device name, rates and memory. Raises TandemError if there is no such card in `sim/sources/hardware`."""
+def data_sheet(hardware: str) -> DataSheet:
+    """A GPU's data sheet. Raises TandemError if there is none in `sim/sources/hardware`."""
     path = DATA_SHEETS / f"{hardware}.yaml"
     if not path.exists():
         raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(known_hardware())}")
-    return dict(yaml.safe_load(path.read_text()))
+    return DataSheet(**read_yaml(path))
 
 
-def sheet_of(device: str) -> dict[str, Any]:
+def sheet_of(device: str) -> DataSheet:
     """The data sheet of a device, by its name. Raises TandemError if `sim/sources/hardware` has none."""
-    sheets = [data_sheet(hardware) for hardware in known_hardware()]
-    found = next((sheet for sheet in sheets if sheet["device"] == device), None)
-    if found is None:
-        raise TandemError(
-            f"no data sheet of {device} in sim/sources/hardware: it has {', '.join(s['device'] for s in sheets)}"
-        )
-    return found
+    sheets = {sheet.device: sheet for sheet in map(data_sheet, known_hardware())}
+    if device not in sheets:
+        raise TandemError(f"no data sheet of {device} in sim/sources/hardware: it has {', '.join(sheets)}")
+    return sheets[device]
 
 
 def known_hardware() -> list[str]:
-    """The cards of `sim/sources/hardware`."""
+    """The GPUs of `sim/sources/hardware`."""
     return sorted(each.stem for each in DATA_SHEETS.glob("*.yaml"))

@@ -7,15 +7,18 @@ data sheet or by a rule; `meta.yaml` says so too, table by table.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from engine.model.config import ModelConfig
-from sim.profile.format import KEYS, TABLES, Profile, Row, Surface
+from sim.profile.curves import Surface
+from sim.profile.format import KEYS, TABLES, Points, Profile, Row
+from sim.profile.meta import DataSheet
 from sim.sources.importers import aiconfigurator, llmservingsim, vidur
 from sim.sources.importers.points import RULES, complete, cross_check, plane, rows
-from sim.sources.importers.source import Measured, Points
+from sim.sources.importers.source import Measured
 from sim.sources.roofline import BYTES, data_sheet, known_hardware, roofline_profile, small_kernels
 from traces.errors import TandemError
 
@@ -56,10 +59,24 @@ def import_profile(
             _check_unit(of, table, floor)
         origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
         held_out[table] = cross_check(table, of.tables[table])
-        tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta["data_sheet"]))
+        tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta.data_sheet))
     for each in found:
         held_out |= each.checks
-    return Profile(floor.meta | _meta(found) | {"tables": origin, "held_out": held_out}, tables)
+    published = [f"{each.about['source']} {each.about['commit']} ({each.about['licence']})" for each in found]
+    notes = {
+        "sources": [{name: value for name, value in each.about.items() if value is not None} for each in found],
+        "spread": "not published: 0 throughout",
+    }
+    meta = replace(
+        floor.meta,
+        dtype=found[0].about["dtype"],
+        source=f"imported: {', '.join(published)}; kernels of another engine",
+        kernels=", ".join(dict.fromkeys(each.about["engine"] for each in found)),
+        held_out=held_out,
+        tables=origin,
+        notes=notes,
+    )
+    return Profile(meta, tables)
 
 
 def _reader(source: Path, source_format: str | None) -> Any:
@@ -80,7 +97,7 @@ def _reader(source: Path, source_format: str | None) -> Any:
 
 
 def _hardware(found: Sequence[Measured], said: str | None) -> str:
-    devices = {name: data_sheet(name)["device"] for name in known_hardware()}
+    devices = {name: data_sheet(name).device for name in known_hardware()}
     if said is not None:
         data_sheet(said)
     stated = {each.about["device"]: each.path for each in found if each.about["device"]}
@@ -108,9 +125,10 @@ def _check_unit(of: Measured, table: str, floor: Profile) -> None:
         )
 
 
-def _filled(of: Measured, table: str, model: ModelConfig, sheet: dict[str, Any]) -> Points:
+def _filled(of: Measured, table: str, model: ModelConfig, sheet: DataSheet | None) -> Points:
     """What a measured table lacks: small kernels and sampling, by their memory traffic."""
-    bytes_per_us = sheet["memory_gb_per_s"] * 1e3
+    assert sheet, "of the roofline"
+    bytes_per_us = sheet.memory_gb_per_s * 1e3
     if table == "dense" and "small" in of.lacks:
         sizes = {tokens for _, tokens in of.tables["dense"]}
         return {("small", tokens): _small_kernels_us(model, tokens, bytes_per_us) for tokens in sizes}
@@ -145,14 +163,3 @@ def _rules(of: Measured, table: str) -> dict[str, Any]:
     if table == "head" and "sampling" in of.lacks:
         rules.append(f"sampling by memory traffic, {LOGIT_BYTES} bytes a logit")
     return {"rules": rules} if rules else {}
-
-
-def _meta(found: Sequence[Measured]) -> dict[str, Any]:
-    sources = [f"{each.about['source']} {each.about['commit']} ({each.about['licence']})" for each in found]
-    return {
-        "dtype": found[0].about["dtype"],
-        "source": f"imported: {', '.join(sources)}; kernels of another engine",
-        "kernels": ", ".join(dict.fromkeys(each.about["engine"] for each in found)),
-        "sources": [{name: value for name, value in each.about.items() if value is not None} for each in found],
-        "spread": "not published: 0 throughout",
-    }

@@ -10,8 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from engine.model.config import ModelConfig
-from sim.profile.format import Row
-from sim.sources.importers.source import Line, Measured, Points, Publication, read_rows
+from sim.profile.format import Points, Row
+from sim.sources.importers.source import Line, Measured, Publication, read_rows
 from sim.sources.roofline import gemm_shapes
 from traces.errors import TandemError
 

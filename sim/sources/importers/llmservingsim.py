@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from engine.model.config import ModelConfig
+from sim.profile.format import Points
 from sim.sources.importers.points import errors
-from sim.sources.importers.source import Measured, Points, Publication, check_shape, read_rows
+from sim.sources.importers.source import Measured, Publication, check_shape, read_rows
 from traces.errors import TandemError
 
 PUBLISHED = Publication(

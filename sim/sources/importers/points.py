@@ -11,8 +11,9 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from sim.profile.format import KEYS, Curve, Row, Surface
-from sim.sources.importers.source import Measured, Points
+from sim.profile.curves import Curve, Surface
+from sim.profile.format import KEYS, Points, Row
+from sim.sources.importers.source import Measured
 
 Plane = dict[tuple[float, float], float]  # time by two axes
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config import ModelConfig
-from sim.profile.format import Row
+from sim.profile.format import Points, Row
 from traces.errors import TandemError
 
 Line = dict[int, float]  # time by tokens, samples or sequences
-Points = dict[tuple[Any, ...], float]  # time (us, all layers) by a table's keys, as in `sim.profile.format.TABLES`
 
 
 @dataclass(frozen=True, slots=True)

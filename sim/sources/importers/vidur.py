@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from engine.model.config import ModelConfig
-from sim.sources.importers.source import Measured, Points, Publication, check_shape, read_rows
+from sim.profile.format import Points
+from sim.sources.importers.source import Measured, Publication, check_shape, read_rows
 from traces.errors import TandemError
 
 PUBLISHED = Publication(

@@ -1,7 +1,8 @@
-"""What the GPU's rig makes of times that are known: the profile must give them back."""
+"""The profile that a GPU profiler makes of known times gives them back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from engine.step import Step
 from sim.latency_model import LatencyModel
-from sim.profile.format import Profile
-from sim.profiling.batches import Pass
-from sim.profiling.device_profiler import CapturedSteps
-from sim.profiling.profiler import held_out_error
+from sim.profile.format import Profile, read_profile, write_profile
+from sim.profiling.batches import BatchShape
+from sim.profiling.gpu import GpuProfiler
+from sim.profiling.held_out import HeldOutBatch, held_out_batches, held_out_rows, with_held_out_error
 
 CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
 SIZES = GraphSizes.within(CONFIG.max_seqs, CONFIG.max_batched_tokens)
@@ -29,13 +30,13 @@ def whole_us(kind: str, rows: int) -> float:
 class KnownMeter:
     """Stands for a GPU whose times are a formula: KV tokens are read at 20 to the microsecond."""
 
-    def stream_us(self, batches: list[Pass]) -> list[float]:
+    def stream_us(self, batches: list[BatchShape]) -> list[float]:
         return [self.step_us(batch.steps(CONFIG.block_size)[0]) for batch in batches]
 
     def operations_us(self, tokens: int) -> dict[str, float]:
         return dict.fromkeys(OPERATIONS, 2000 + 10.0 * tokens)
 
-    def attention_us(self, batch: Pass) -> float:
+    def attention_us(self, batch: BatchShape) -> float:
         return self.attended_us(batch.steps(CONFIG.block_size)[0])
 
     def attended_us(self, step: Step) -> float:
@@ -68,7 +69,7 @@ class KnownGpu:
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[Profile, CapturedSteps]:
+def measured() -> tuple[Profile, GpuProfiler]:
     return known_profile()
 
 
@@ -86,7 +87,7 @@ class HeldUpMeter(KnownMeter):
     def operations_us(self, tokens: int) -> dict[str, float]:
         return {name: of * self.held_up((name, tokens)) for name, of in super().operations_us(tokens).items()}
 
-    def attention_us(self, batch: Pass) -> float:
+    def attention_us(self, batch: BatchShape) -> float:
         return super().attention_us(batch) * self.held_up(batch)
 
     def head_us(self, samples: int) -> float:
@@ -101,24 +102,31 @@ def test_a_round_that_was_held_up_does_not_count(measured, monkeypatch):
         assert held_up.tables[table] == profile.tables[table]
 
 
-def known_profile() -> tuple[Profile, CapturedSteps]:
-    rig = CapturedSteps(KnownGpu(), CONFIG)
-    rig.facts = lambda: {}  # asks the GPU for its memory
-    with rig:
-        tables = rig.tables([sample for item in rig.work for sample in rig.measure(item)])
+def known_profile() -> tuple[Profile, GpuProfiler]:
+    profiler = GpuProfiler(KnownGpu(), CONFIG)
+    with profiler as device:
+        tables = device.tables([sample for item in device.work for sample in device.measure(item)])
         tables["host"] = small_profile().tables["host"]
-        graphs = {name: getattr(SIZES, name) for name in SIZES.__slots__}
-        profile = Profile(small_profile().meta | {"graphs": graphs}, tables)
-        error = held_out_error(LatencyModel(profile), list(rig.held_out()))
-    return Profile(profile.meta | {"held_out": error}, tables), rig
+        tables["held_out"] = held_out_rows(HeldOutBatch(shape, device.batch_us(shape)) for shape in device.held_out)
+    meta = replace(small_profile().meta, graphs=SIZES, block_size=CONFIG.block_size)
+    return with_held_out_error(Profile(meta, tables)), profiler
 
 
 def test_the_profile_predicts_batches_that_were_held_out(measured):
     profile, _ = measured
-    error = profile.meta["held_out"]
+    error = profile.meta.held_out
     assert error["batches"] == 48 and set(error["by_kind"]) == {"decode", "mixed"}
     assert error["by_kind"]["decode"]["mape"] < 0.003
     assert error["by_kind"]["mixed"]["mape"] < 0.01
+
+
+def test_the_batches_that_were_held_out_stay_with_the_profile(measured, tmp_path):
+    profile, profiler = measured
+    write_profile(profile, tmp_path / "p")
+    again = read_profile(tmp_path / "p")
+    assert held_out_batches(again) == held_out_batches(profile)
+    assert [batch.shape for batch in held_out_batches(again)] == profiler.held_out
+    assert with_held_out_error(again).meta == again.meta == profile.meta
 
 
 def test_every_captured_size_is_a_point_of_the_table(measured):
@@ -128,7 +136,7 @@ def test_every_captured_size_is_a_point_of_the_table(measured):
     assert points == pytest.approx({size: whole_us(*size) for size in sizes})
 
 
-def test_attention_is_what_a_pass_takes_beyond_its_captured_step(measured):
+def test_attention_is_what_a_batch_takes_beyond_its_captured_step(measured):
     profile, _ = measured
     for row in profile.tables["decode_attention"]:
         assert row["time_us"] == pytest.approx(row["kv_tokens"] / 20, abs=row["sequences"] / 20)
@@ -147,10 +155,10 @@ def test_a_step_too_large_to_be_captured_is_made_of_its_operations(measured):
     assert latency.device_ns(step) / 1000 == pytest.approx(KnownMeter().step_us(step), rel=0.02)
 
 
-def test_every_pass_fits_the_limits(measured):
-    _, rig = measured
-    for point in rig.work:
-        for step in point.one.steps(CONFIG.block_size, 10) if point.one else ():
+def test_every_batch_fits_the_limits(measured):
+    _, profiler = measured
+    for point in profiler.work:
+        for step in point.shape.steps(CONFIG.block_size, 10) if point.shape else ():
             assert step.prefill_tokens + step.decodes <= CONFIG.max_batched_tokens
             assert step.load.running <= CONFIG.max_seqs
             assert all(max(blocks) < CONFIG.num_blocks for blocks in step.blocks.values())
