@@ -81,14 +81,13 @@ def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = N
     Raises:
         TandemError: a limit is out of range, or not even one request fits.
     """
-    model = profile.model
-    check_positions(model, said)
+    _check_positions(profile.model, said)
     if like:
         return _like(manifest.config_of(like.manifest), said)
     measured = {name: value for name, value in profile.meta.get("limits", {}).items() if name in OF_PROFILE}
     if "block_size" in profile.meta:
         measured["block_size"] = profile.meta["block_size"]
-    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, model.max_position_embeddings)
+    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, profile.model.max_position_embeddings)
     if said.num_blocks is not None:
         return settled
     settled = _held(settled, partial(card_blocks, profile))
@@ -104,7 +103,7 @@ def real_limits(executor: Executor, said: Limits) -> Settled:
     Raises:
         TandemError: as in `simulated_limits`.
     """
-    check_positions(executor.model, said)
+    _check_positions(executor.model, said)
     machine = {"block_size": executor.block_size} | (OF_GPU if executor.captures else OF_CPU)
     settled = _settled(said, {DEFAULT: machine}, executor.model.max_position_embeddings)
     return settled if said.num_blocks is not None else _held(settled, executor.measure_blocks)
@@ -116,7 +115,7 @@ def gpu_limits(model: ModelConfig, said: Limits) -> Settled:
     Raises:
         TandemError: a limit is out of range.
     """
-    check_positions(model, said)
+    _check_positions(model, said)
     return _settled(said, {DEFAULT: OF_GPU}, model.max_position_embeddings)
 
 
@@ -125,7 +124,7 @@ def config_to_check(said: Limits) -> ServingConfig:
     return _settled(said, {DEFAULT: OF_CPU}, LEAST_LEN).config
 
 
-def check_positions(model: ModelConfig, said: Limits) -> None:
+def _check_positions(model: ModelConfig, said: Limits) -> None:
     """Raises TandemError if the user wants longer requests than the model has positions for, and did not say so."""
     longest, positions = said.max_model_len, model.max_position_embeddings
     if longest is not None and longest > positions and not said.allow_long_context:

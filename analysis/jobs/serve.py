@@ -49,12 +49,7 @@ class _Service:
         return self.out is not None
 
     def _keep(
-        self,
-        driver: PacedRider | RealRider,
-        recorder: Recorder,
-        partial: bool,
-        summary: dict[str, Any],
-        **facts: Any,
+        self, driver: PacedRider | RealRider, recorder: Recorder, partial: bool, summary: dict[str, Any], **facts: Any
     ) -> None:
         """Write a served run as any run, and beside it the trace of what was asked, to simulate it anew."""
         assert self.out
