@@ -70,9 +70,9 @@ def run_benchmark(benchmark: Benchmark) -> tuple[Document, BaseException | None]
 
 def document_tables(benchmark: Benchmark, document: Document) -> Iterator[TextTable]:
     """The document for people: first on what it ran."""
-    subject = [document.get(name) for name in ("model", "dtype", "profile")]
-    of_system = [document["system"].get(name) for name in ("device", "scheduler")]
-    words = [*filter(None, (*subject, *of_system)), *(["partial"] if document["partial"] else [])]
+    system = document["system"]
+    subject = [document.get("profile", system["device"]), system.get("scheduler"), "partial" * document["partial"]]
+    words = filter(None, (document.get("model"), document.get("dtype"), *subject))
     yield TextTable(", ".join(words), "", (), ())
     yield from benchmark.tables(document["rows"])
 

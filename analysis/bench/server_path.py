@@ -124,8 +124,8 @@ def _measure(offered: Offered, model: str, progress: Progress) -> Row:
 
 
 def _serve(service: SimService, model: str, pipe: Connection) -> None:
-    manners = partial(Manners, max_waiting=2 * (service.limits.max_seqs or 1))
-    serve(service, partial(load_text, model), manners, "127.0.0.1", 0, 10, pipe.send)
+    server_limits = partial(Manners, max_waiting=2 * (service.limits.max_seqs or 1))
+    serve(service, partial(load_text, model), server_limits, "127.0.0.1", 0, 10, pipe.send)
 
 
 def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[list[Reply], dict[str, float]]:

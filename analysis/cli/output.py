@@ -25,7 +25,7 @@ def print_json(result: object) -> None:
 
 
 def print_result(
-    result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]], width: int = 0
+    result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]], width: int = 120
 ) -> None:
     """Print a result for machines or for people.
 

@@ -137,7 +137,7 @@ def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
     from analysis.report.profile_list import shelf, shelf_tables
 
-    print_result(shelf(), as_json, shelf_tables, width=120)
+    print_result(shelf(), as_json, shelf_tables)
 
 
 def _write(made: Profile, out: Path, overwrite: bool, *notes: str) -> None:
@@ -155,7 +155,7 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
         raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
     profile = read_profile(find_profile(folder))
     report = check_drift(profile, load_executor(loading, progress), progress)
-    print_result(report, as_json, lambda found: [drift_table(found)], width=120)
+    print_result(report, as_json, lambda found: [drift_table(found)])
     return 0 if report["verdict"] == "trusted" else 1
 
 

@@ -66,10 +66,10 @@ def serve(
         service = SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, **kept)
     service.check()
 
-    def manners(model: str) -> Manners:
+    def server_limits(model: str) -> Manners:
         return Manners(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
 
-    run_server(service, load_once, manners, host, port, drain, _say)
+    run_server(service, load_once, server_limits, host, port, drain, _say)
 
 
 def _check_backend(backend: str, profile: Path | None, output_len: str | None) -> None:

@@ -25,8 +25,8 @@ def measure(
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, the executor serves a calibration load besides. That run stays beside `out`, as
-    `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
-    there. A profile that is there already is refused, unless `overwrite` is set.
+    `out`.served. An interruption loses nothing: measurements are kept there too, and the next call goes on from them. A
+    profile that is there already is refused, unless `overwrite` is set.
     """
     notes, calibration = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
     check_profile_out(out, overwrite)
