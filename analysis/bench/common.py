@@ -7,6 +7,7 @@ come from the records of its runs, never from a stopwatch beside them.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 SCHEMA_VERSION = 1
+TANDEM = (sys.executable, "-c", "from analysis.cli.main import main; main()")  # as a process of its own
 WARM_UP = (8, 16, 4)  # requests, prompt tokens, output tokens
 
 Row = dict[str, Any]

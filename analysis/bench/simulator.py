@@ -11,7 +11,6 @@ import multiprocessing
 import pstats
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import simpy
 
-from analysis.bench.common import Benchmark, Row
+from analysis.bench.common import TANDEM, Benchmark, Row
 from analysis.jobs.limits import Settled, simulated_limits
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress, Silent
@@ -119,12 +118,11 @@ class SimulateBench:
 
     def _start_s(self) -> float:
         """Seconds from nothing to the result of a short run, as a user waits for it."""
-        code = "from analysis.cli.main import main; main()"
         with TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.parquet"
             write_trace(trace, _timed(read_trace(self.trace), FIRST_RESULT, max(self.rates)))
             options = ("--trace", trace, "--profile", self.profile, "--out", Path(folder) / "run", "--json")
-            command = [sys.executable, "-c", code, "simulate", *map(str, options)]
+            command = [*TANDEM, "simulate", *map(str, options)]
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
             return time.perf_counter() - start
@@ -144,11 +142,8 @@ class SimulateBench:
         for rate in self.rates:
             yield f"{count:,} at {rate:g} req/s", _timed(given, count, rate), self.repeats
         yield f"{count:,} at once", _timed(given, count, None), self.repeats
-        yield (
-            f"{STEADY} in flight, steady",
-            synthetic(STEADY, 0, "uniform:64:192", f"fixed:{STEADY_OUTPUT}"),
-            self.repeats,
-        )
+        steady = synthetic(STEADY, 0, "uniform:64:192", f"fixed:{STEADY_OUTPUT}")
+        yield f"{STEADY} in flight, steady", steady, self.repeats
         for many in self.scale:
             yield f"{many:,} at {most:g} req/s", _timed(given, many, most), 1
 
