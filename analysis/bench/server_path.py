@@ -1,7 +1,7 @@
-"""What the server's path adds: from the moment the engine knows a token to the moment a client has it.
+"""Times the server's path, from the moment the engine knows a token to the moment a client has it.
 
-The engine is a simulation whose steps all take the same time, so that the load is exactly so many streams of so many
-tokens a second; server, engine and client are processes of this machine, and share its clock.
+The engine is a simulation whose steps all take the same time. So the load is exactly so many streams of so many tokens
+a second. Server, engine and client are processes of this machine, and share its clock.
 """
 
 from __future__ import annotations
@@ -231,4 +231,4 @@ def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
         )
         for row in rows
     ]
-    yield TextTable("What the server's path adds", HOW, COLUMNS, cells)
+    yield TextTable("Added by the server's path", HOW, COLUMNS, cells)

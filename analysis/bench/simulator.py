@@ -1,4 +1,4 @@
-"""Times the simulator: what a step of it costs, where that goes, how much memory a run takes, how soon it answers.
+"""Times the simulator: the cost of a step, by part, the memory of a run, and the time to a first result.
 
 The unit that holds on any machine is a bare SimPy timeout, timed in the same process. Every workload has a process of
 its own, so that its peak memory is its own.
@@ -70,7 +70,7 @@ PARTS = {
     "records": ("engine/records/recorder.py", "engine/records/run_folder.py", "/pyarrow/"),
     "metrics": ("analysis/metrics/", "/numpy/"),
 }
-"""Where the time of a run goes, by source file; the first that fits."""
+"""Parts of the simulator by source file; the first that fits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class SimulateBench:
     """Which workloads the simulator is timed on.
 
     Attributes:
-        trace: whose lengths are served, over and over if it has fewer requests than wanted.
+        trace: whose lengths are taken, over and over if it has fewer requests than wanted.
         profile: a profile's folder.
         limits: of every run.
         rates: requests a second, a row each.
@@ -107,7 +107,7 @@ class SimulateBench:
             raise TandemError("no load: give --rates 6,2, for example")
 
     def on(self, progress: Progress) -> Benchmark:
-        """The benchmark; how soon a first result is there is measured at once."""
+        """The benchmark. The time to a first result is measured at once."""
         profile, settled = self.read()
         settled.say(progress)
         with progress.status("bench simulate: start"):
@@ -206,7 +206,7 @@ def _run(trace: Trace, profile: Profile, config: ServingConfig, out: Path) -> li
 
 
 def _beside_timeouts(run: Callable[[], list[float]]) -> tuple[list[float], float]:
-    """What a run returns, and the seconds of a bare timeout around it: a machine's speed may change from run to run."""
+    """A run's result, and the seconds of a bare timeout around it. A machine's speed may change from run to run."""
     before, phases = _timeout_s(), run()
     return phases, (before + _timeout_s()) / 2
 

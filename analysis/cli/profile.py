@@ -1,4 +1,4 @@
-"""`tandem profile`: how long a machine takes, measured, derived or imported."""
+"""`tandem profile`: the times of a machine, measured, derived or imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def profile(
     overwrite: options.Overwrite = False,
     as_json: Annotated[bool, option("With --check: print JSON instead of a table.", "--json")] = False,
 ) -> None:
-    """Measure how long this machine takes for every kind of step: what a simulation runs on.
+    """Measure the times of this machine for every kind of step. A simulation runs on them.
 
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
     --check tells whether a profile is still true, and ends with status 0 where it is to be trusted, else 1.
@@ -80,8 +80,8 @@ def profile_import(
     """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
 
     Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
-    .csv of dense operations, by their files unless --format is given. What they lack comes from the GPU's data sheet;
-    meta.yaml says what that is.
+    .csv of dense operations, by their files unless --format is given. The rest comes from the GPU's data sheet, and
+    meta.yaml names it.
     """
     from sim.sources.importers import import_profile
 
@@ -96,8 +96,8 @@ def profile_derive(
 ) -> None:
     """Make a profile of another model on a profiled GPU.
 
-    What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
-    says of every table which and how. --check measures such a profile's points where the GPU is at hand.
+    Matrix products and attention of equal shape are reused. The rest is estimated, and meta.yaml says of every table
+    which and how. --check measures such a profile's points where the GPU is at hand.
     """
     from sim.sources.derive import derive_profile
 

@@ -29,7 +29,7 @@ def memory(
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
     as_json: options.AsJson = False,
 ) -> None:
-    """Predict how many KV blocks a GPU holds beside a model, and what takes the rest of its memory."""
+    """Predict how many KV blocks a GPU holds beside a model, and the terms of its memory."""
     from analysis.report.gpu_tables import card_memory, memory_table
 
     shape = load_model_config(model)
@@ -93,7 +93,7 @@ def run(
 ) -> int:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
 
-    Limits that are not given are what the model and the memory say; they are printed. The exit status is 1 if no
+    Limits that are not given follow from the model and the memory; they are printed. The exit status is 1 if no
     request completed.
     """
     from analysis.jobs.run import check_before, load_within, real_run

@@ -43,13 +43,13 @@ def measure(
 
 
 def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
-    """How far the machine has moved since it was profiled, with a progress bar."""
+    """Measure the machine's drift since it was profiled, with a progress bar."""
     with progress.bar("drift", count_drift(executor, profile)) as show:
         return measure_drift(executor, profile, show)
 
 
 def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
+    """Measure a sample of a profile's points again, with a progress bar. Returns a `drift_report`."""
     with progress.status("getting ready"):
         check = DriftCheck(executor, profile)
     with progress.bar("check", check.total) as show:
