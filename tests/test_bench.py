@@ -323,6 +323,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "nothing to serve": ((*ONLINE, "--rates", ""), "--all-at-once"),
     "figures are there": (("forward", "--out", "there.json"), "--overwrite"),
     "runs are there": ((*ONLINE, "--rates", "3", "--keep", "taken"), "taken/rate-3-seed-0 holds a run"),
+    "kernels of no dtype": (("kernels", "--dtype", "int4"), "unknown dtype 'int4': choose float32, float16, bfloat16"),
     "no such trace": (("online", "--trace", "none.parquet"), "none.parquet"),
     "keep is something else": ((*ONLINE, "--rates", "2", "--keep", "taken"), "taken/rate-2-seed-0"),
 }

@@ -42,9 +42,9 @@ def workload() -> Trace:
 
 
 @pytest.fixture(scope="module")
-def replayed(workload, tmp_path_factory):
+def loaded(workload, tmp_path_factory):
     """The folder with the client's run, the server's, and an in-process simulation of the trace."""
-    folder = tmp_path_factory.mktemp("replay")
+    folder = tmp_path_factory.mktemp("load")
     write_trace(folder / "t.parquet", workload)
     run_tandem("simulate", "--trace", "t.parquet", "--profile", PROFILE, "--out", "sim", cwd=folder)
     with serving(*sim(), "--out", folder / "served") as server:
@@ -61,8 +61,8 @@ def run_tandem(*args: object, cwd, status: int = 0) -> subprocess.CompletedProce
     return done
 
 
-def test_the_client_has_every_token_of_every_request_where_the_trace_said_that_it_ends(replayed, workload):
-    run = read_run(replayed / "client")
+def test_the_client_has_every_token_of_every_request_where_the_trace_said_that_it_ends(loaded, workload):
+    run = read_run(loaded / "client")
     rows = run.tables["requests"].to_pylist()
     assert [row["output_len"] for row in rows if row["outcome"] != "cancelled"] == [
         source.output_len for source in workload.requests if source.cancel_ns is None
@@ -72,16 +72,16 @@ def test_the_client_has_every_token_of_every_request_where_the_trace_said_that_i
     assert len(token_times(run).request) == sum(row["output_len"] for row in rows)
 
 
-def test_the_server_was_told_what_the_trace_says(replayed, workload):
-    served = read_run(replayed / "served").tables["requests"].to_pylist()
+def test_the_server_was_told_what_the_trace_says(loaded, workload):
+    served = read_run(loaded / "served").tables["requests"].to_pylist()
     for row, source in zip(served, workload.requests, strict=True):
         asked = (row["prompt_len"], row["max_tokens"], row["priority"], row["client"])
         assert asked == (source.prompt_len, source.max_tokens, source.priority, "me")
     assert served[4]["outcome"] == "cancelled"
 
 
-def test_the_server_counts_the_same_tokens_and_the_client_has_each_a_little_later(replayed):
-    client, served = read_run(replayed / "client"), read_run(replayed / "served")
+def test_the_server_counts_the_same_tokens_and_the_client_has_each_a_little_later(loaded):
+    client, served = read_run(loaded / "client"), read_run(loaded / "served")
     theirs, ours = token_times(client), token_times(served)
     whole = np.array([row["outcome"] != "cancelled" for row in served.tables["requests"].to_pylist()])
     offset = client.manifest["provenance"]["start_perf_ns"] - served.manifest["provenance"]["start_perf_ns"]
@@ -91,17 +91,17 @@ def test_the_server_counts_the_same_tokens_and_the_client_has_each_a_little_late
     assert len(added) > 400 and added.min() > 0 and np.median(added) < 10
 
 
-def test_its_latencies_are_those_of_the_simulation_in_process_and_what_the_path_adds(replayed):
-    client, sim = read_run(replayed / "client"), read_run(replayed / "sim")
+def test_its_latencies_are_those_of_the_simulation_in_process_and_what_the_path_adds(loaded):
+    client, sim = read_run(loaded / "client"), read_run(loaded / "sim")
     assert client.manifest["workload"]["trace"] == sim.manifest["workload"]["trace"]
     for name in ("tpot", "itl"):
         assert np.median(latencies(client)[name]) == pytest.approx(np.median(latencies(sim)[name]), rel=0.2)
-    said = (replayed / "said").read_text()
+    said = (loaded / "said").read_text()
     assert "TTFT mean" in said and "ITL p90" in said and "difference" in said
 
 
-def test_what_a_client_cannot_know_is_not_claimed(replayed):
-    run = read_run(replayed / "client")
+def test_what_a_client_cannot_know_is_not_claimed(loaded):
+    run = read_run(loaded / "client")
     assert run.summary.keys() < metrics(run).keys() | {"p99_send_lag_ms", "partial", "not_completed"}
     assert not any(name.startswith(("steps_", "mean_batch")) or "queue" in name for name in run.summary)
     assert len(run.tables["iterations"]) == 0
@@ -170,8 +170,8 @@ def test_where_all_are_turned_away_the_client_says_why_has_no_latencies_and_exit
     assert "No request completed: there are no latencies." in said and "ttft" not in said
 
 
-def test_latencies_of_runs_that_completed_different_requests_are_labelled(replayed):
-    client, other = read_run(replayed / "client"), read_run(replayed / "sim")
+def test_latencies_of_runs_that_completed_different_requests_are_labelled(loaded):
+    client, other = read_run(loaded / "client"), read_run(loaded / "sim")
     counts = [len(request_metrics(run)["request"]) for run in (client, other)]
     assert counts == [39, 39]  # and one was given up
     table = side_by_side(client, other)

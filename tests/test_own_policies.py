@@ -12,9 +12,11 @@ import pytest
 from shadow import serve, small_profile
 
 from engine.config import ServingConfig
+from engine.planner import PolicyError
 from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
 from engine.scheduler.base import Scheduler
+from engine.scheduler.registry import check_scheduler
 from sim.device_timing import ProfiledTiming
 from sim.simulate import simulate
 from traces.errors import TandemError
@@ -50,6 +52,26 @@ def complaint(scheduler: str) -> str:
         load(scheduler)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def test_a_check_makes_a_policy_of_the_run_s_size_only_if_it_refuses_a_small_one(here):
+    write(
+        here,
+        "mine.py",
+        """
+        class P(Fcfs):
+            sizes = []
+            def __init__(self, config, least=1):
+                super().__init__(config)
+                self.sizes.append(config.num_blocks)
+                if config.num_blocks < least: raise ValueError(f"needs {least} blocks")
+        """,
+    )
+    check_scheduler(ServingConfig(num_blocks=50, scheduler="mine:P"))
+    check_scheduler(ServingConfig(num_blocks=50, scheduler="mine:P:least=9"))
+    assert sys.modules["mine"].P.sizes == [1, 1, 50]
+    with pytest.raises(PolicyError, match="raised ValueError: needs 51 blocks"):
+        check_scheduler(ServingConfig(num_blocks=50, scheduler="mine:P:least=51"))
 
 
 # -- what is wrong before anything runs ------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from engine.request import CANCELLED, LENGTH
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.lazy_heap import LazyHeap
 from engine.scheduler.policies.vtc import VirtualTokenCounter
+from engine.scheduler.registry import check_scheduler
 from sim.replay import recorded_requests, replay
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
@@ -338,8 +339,9 @@ def test_parameters_follow_the_name_and_take_the_type_of_their_default():
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name(name, words):
-    with pytest.raises(TandemError, match=words):
-        load_scheduler(replace(LIMITS, scheduler=name))
+    for check in (check_scheduler, load_scheduler):
+        with pytest.raises(TandemError, match=words):
+            check(replace(LIMITS, scheduler=name))
 
 
 # -- the heap ----------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_everything_runs_and_says_what_the_text_says(reader):
     said = "\n".join(reader.said)
     assert " The quick brown fox" in said and "Paris" in said
     assert "data: [DONE]" in said and '{"status":"ok"}' in said and "vllm:kv_cache_usage_perc" in said
-    assert "What the server's path adds" in said
+    assert "Added by the server's path" in said
 
 
 def test_it_leaves_the_runs_that_the_text_speaks_of(reader):

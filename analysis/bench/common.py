@@ -7,6 +7,7 @@ come from the records of its runs, never from a stopwatch beside them.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 SCHEMA_VERSION = 1
+TANDEM = (sys.executable, "-c", "from analysis.cli.main import main; main()")  # as a process of its own
 WARM_UP = (8, 16, 4)  # requests, prompt tokens, output tokens
 
 Row = dict[str, Any]
@@ -70,9 +72,9 @@ def run_benchmark(benchmark: Benchmark) -> tuple[Document, BaseException | None]
 
 def document_tables(benchmark: Benchmark, document: Document) -> Iterator[TextTable]:
     """The document for people: first on what it ran."""
-    subject = [document.get(name) for name in ("model", "dtype", "profile")]
-    of_system = [document["system"].get(name) for name in ("device", "scheduler")]
-    words = [*filter(None, (*subject, *of_system)), *(["partial"] if document["partial"] else [])]
+    system = document["system"]
+    subject = [document.get("profile", system["device"]), system.get("scheduler"), "partial" * document["partial"]]
+    words = filter(None, (document.get("model"), document.get("dtype"), *subject))
     yield TextTable(", ".join(words), "", (), ())
     yield from benchmark.tables(document["rows"])
 

@@ -72,7 +72,7 @@ def _computed(shape: str, us: float, flops: int, ceiling: float = math.inf) -> K
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the machine reaches: TFLOP/s of cuBLAS, GB/s of a read, of a copy (read and write), and over the bus."""
+    """The most that the machine reaches: TFLOP/s of cuBLAS, GB/s of a read, of a copy (both ways), and over the bus."""
 
     product: float
     read: float

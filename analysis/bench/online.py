@@ -30,13 +30,7 @@ DECODE_BATCHES = (64, 256)  # the batches for which a run's decode steps are tim
 SLACK = 8  # give or take an eighth
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E", "per_token": "Per token: E2E / (prompt + output tokens)"}
 STATISTICS = ("mean", "p50", "p90", "p99")
-COUNTS = {
-    "completed": "completed",
-    "rejected": "rejected",
-    "preemptions": "preemptions",
-    "request_throughput": "req/s",
-    "output_throughput": "output tok/s",
-}
+COUNTS = ("completed", "rejected", "preemptions", "request_throughput", "output_throughput")
 STEP_TIMES = {"steps": "steps", "p50_host_us": "host p50", "p99_host_us": "p99", "p50_device_us": "device p50"}
 HOW = (
     "metrics: vLLM's benchmark's, ms, mean, min and max over the runs (one a seed); decode_steps: steps that "
@@ -166,7 +160,8 @@ def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
     """Requests that did not complete, counts and rates, each latency, and the decode steps."""
     if missing := "\n".join(_missing(rows)):
         yield TextTable(missing, "Latencies are of the requests that completed.", (), ())
-    yield _metrics_table("Served (mean over seeds; lowest to highest)", COUNTS, rows)
+    counts = {name: name.replace("_", " ") for name in COUNTS}
+    yield _metrics_table("Served (mean over seeds; lowest to highest; throughputs a second)", counts, rows)
     for latency, title in LATENCIES.items():
         columns = {f"{statistic}_{latency}_ms": statistic for statistic in STATISTICS}
         if any(row["metrics"][key]["mean"] is not None for row in rows for key in columns):

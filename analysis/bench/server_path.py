@@ -1,21 +1,18 @@
-"""What the server's path adds: from the moment the engine knows a token to the moment a client has it.
+"""Times the server's path, from the moment the engine knows a token to the moment a client has it.
 
-The engine is a simulation whose steps all take the same time, so that the load is exactly so many streams of so many
-tokens a second; server, engine and client are processes of this machine, and share its clock.
+The engine is a simulation whose steps all take the same time. So the load is exactly so many streams of so many tokens
+a second. Server, engine and client are processes of this machine, and share its clock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,14 @@ import numpy as np
 import psutil
 import uvloop
 
-from analysis.bench.common import Benchmark, Row
+from analysis.bench.common import TANDEM, Benchmark, Row
 from analysis.client.load_client import Reply, Target, find_target, send_all
-from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
-from analysis.jobs.serve import SimService
 from analysis.metrics.summary import Ints, token_times
 from analysis.report.tables import TextTable
 from engine.model.config import load_model_config
 from engine.records import manifest
 from engine.records.run_folder import RunRecords, read_run
-from engine.server.app import ServerLimits
-from engine.server.serve import serve
 from engine.server.tokenization import Text, load_text
 from sim.profile.format import HOST_TERMS, Profile, write_profile
 from sim.profile.meta import ProfileMeta
@@ -71,18 +64,13 @@ class Offered:
         gap_ns = int(RAMP_SHARE * self.seconds * 1e9 / self.streams)
         return [TraceRequest(i, i * gap_ns, PROMPT, self.tokens, self.tokens) for i in range(self.streams)]
 
-    def limits(self) -> Limits:
-        """All fit at once."""
+    def options(self) -> tuple[object, ...]:
+        """Of `tandem serve`, so that all fit at once; no model makes these tokens."""
         longest = PROMPT + self.tokens
-        return Limits(
-            num_blocks=self.streams * -(-longest // BLOCK),
-            block_size=BLOCK,
-            max_seqs=self.streams,
-            max_batched_tokens=self.streams * PROMPT,
-            max_model_len=longest,
-            allow_long_context=True,  # no model makes these tokens
-            pipeline_depth=1,
-        )
+        blocks = ("--block-size", BLOCK, "--kv-blocks", self.streams * -(-longest // BLOCK))
+        requests = ("--max-seqs", self.streams, "--max-waiting", 2 * self.streams, "--depth", 1)
+        tokens = ("--max-batched-tokens", self.streams * PROMPT, "--max-model-len", longest, "--allow-long-context")
+        return *blocks, *requests, *tokens
 
 
 def read_streams(text: str) -> tuple[int, float]:
@@ -106,27 +94,20 @@ def _measure(offered: Offered, model: str, progress: Progress) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         profile, out = Path(scratch) / "profile", Path(scratch) / "run"
         write_profile(steady_profile(1e6 / offered.rate), profile)
-        service = SimService(profile, offered.limits(), text.filler(), text.vocab_size, out=out)
-        pipe, theirs = multiprocessing.Pipe()
-        server = multiprocessing.get_context("spawn").Process(target=_serve, args=(service, model, theirs))
-        server.start()
-        theirs.close()
-        try:
-            url = pipe.recv()
-        except EOFError:
-            raise TandemError("the server did not start") from None
-        try:
-            replies, busy = _send(offered, url, server.pid or 0, progress)
-        finally:
-            os.kill(server.pid or 0, signal.SIGINT)
-            server.join()
+        options = ("--backend", "sim", "--profile", profile, "--model", model, "--out", out, "--port", 0)
+        command = [*TANDEM, "serve", *map(str, (*options, *offered.options()))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout
+            url = server.stdout.readline().rpartition(" ")[2].strip()
+            if not url:
+                raise TandemError("the server did not start")
+            try:
+                replies, busy = _send(offered, url, server.pid, progress)
+            finally:
+                server.send_signal(signal.SIGINT)
+                server.wait()
         name = {"row": f"{offered.streams}x{offered.rate:g}"}
         return name | asdict(offered) | _judge(offered, text, read_run(out), replies) | busy
-
-
-def _serve(service: SimService, model: str, pipe: Connection) -> None:
-    limits = partial(ServerLimits, max_waiting=2 * (service.limits.max_seqs or 1))
-    serve(service, partial(load_text, model), limits, "127.0.0.1", 0, 10, pipe.send)
 
 
 def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[list[Reply], dict[str, float]]:
@@ -251,4 +232,4 @@ def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
         )
         for row in rows
     ]
-    yield TextTable("What the server's path adds", HOW, COLUMNS, cells)
+    yield TextTable("Added by the server's path", HOW, COLUMNS, cells)

@@ -1,4 +1,4 @@
-"""Times the simulator: what a step of it costs, where that goes, how much memory a run takes, how soon it answers.
+"""Times the simulator: the cost of a step, by part, the memory of a run, and the time to a first result.
 
 The unit that holds on any machine is a bare SimPy timeout, timed in the same process. Every workload has a process of
 its own, so that its peak memory is its own.
@@ -11,7 +11,6 @@ import multiprocessing
 import pstats
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import simpy
 
-from analysis.bench.common import Benchmark, Row
+from analysis.bench.common import TANDEM, Benchmark, Row
 from analysis.jobs.limits import Settled, simulated_limits
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress, Silent
@@ -71,7 +70,7 @@ PARTS = {
     "records": ("engine/records/recorder.py", "engine/records/run_folder.py", "/pyarrow/"),
     "metrics": ("analysis/metrics/", "/numpy/"),
 }
-"""Where the time of a run goes, by source file; the first that fits."""
+"""Parts of the simulator by source file; the first that fits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class SimulateBench:
     """Which workloads the simulator is timed on.
 
     Attributes:
-        trace: whose lengths are served, over and over if it has fewer requests than wanted.
+        trace: whose lengths are taken, over and over if it has fewer requests than wanted.
         profile: a profile's folder.
         limits: of every run.
         rates: requests a second, a row each.
@@ -108,7 +107,7 @@ class SimulateBench:
             raise TandemError("no load: give --rates 6,2, for example")
 
     def on(self, progress: Progress) -> Benchmark:
-        """The benchmark; how soon a first result is there is measured at once."""
+        """The benchmark. The time to a first result is measured at once."""
         profile, settled = self.read()
         settled.say(progress)
         with progress.status("bench simulate: start"):
@@ -119,12 +118,11 @@ class SimulateBench:
 
     def _start_s(self) -> float:
         """Seconds from nothing to the result of a short run, as a user waits for it."""
-        code = "from analysis.cli.main import main; main()"
         with TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.parquet"
             write_trace(trace, _timed(read_trace(self.trace), FIRST_RESULT, max(self.rates)))
             options = ("--trace", trace, "--profile", self.profile, "--out", Path(folder) / "run", "--json")
-            command = [sys.executable, "-c", code, "simulate", *map(str, options)]
+            command = [*TANDEM, "simulate", *map(str, options)]
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
             return time.perf_counter() - start
@@ -144,11 +142,8 @@ class SimulateBench:
         for rate in self.rates:
             yield f"{count:,} at {rate:g} req/s", _timed(given, count, rate), self.repeats
         yield f"{count:,} at once", _timed(given, count, None), self.repeats
-        yield (
-            f"{STEADY} in flight, steady",
-            synthetic(STEADY, 0, "uniform:64:192", f"fixed:{STEADY_OUTPUT}"),
-            self.repeats,
-        )
+        steady = synthetic(STEADY, 0, "uniform:64:192", f"fixed:{STEADY_OUTPUT}")
+        yield f"{STEADY} in flight, steady", steady, self.repeats
         for many in self.scale:
             yield f"{many:,} at {most:g} req/s", _timed(given, many, most), 1
 
@@ -211,7 +206,7 @@ def _run(trace: Trace, profile: Profile, config: ServingConfig, out: Path) -> li
 
 
 def _beside_timeouts(run: Callable[[], list[float]]) -> tuple[list[float], float]:
-    """What a run returns, and the seconds of a bare timeout around it: a machine's speed may change from run to run."""
+    """A run's result, and the seconds of a bare timeout around it. A machine's speed may change from run to run."""
     before, phases = _timeout_s(), run()
     return phases, (before + _timeout_s()) / 2
 

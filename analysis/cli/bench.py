@@ -38,7 +38,7 @@ def bench_serve(
     seconds: Annotated[float, option("How long a stream runs.", min=1)] = 15,
     model: options.Model = "smollm2",
 ) -> None:
-    """Load the server with streams and say what its path adds to each token, and whether any was lost.
+    """Load the server with streams: the latency that its path adds to each token, and whether any was lost.
 
     The engine is a simulation of even steps; server, engine and client share this machine.
     """
@@ -105,7 +105,7 @@ def bench_simulate(
     scale: Annotated[str, option("Numbers of requests, a row each at the highest rate.")] = "",
     repeats: Annotated[int, option("Of each measurement; the best counts.", min=2)] = 3,
 ) -> None:
-    """Time the simulator: steps a second, their cost in bare SimPy timeouts, where it goes, memory, start."""
+    """Time the simulator: steps a second, their cost in bare SimPy timeouts, by part, memory, start."""
     from analysis.bench.simulator import SimulateBench
     from sim.profile.format import find_profile
 

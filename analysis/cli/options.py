@@ -77,15 +77,15 @@ takes_limits = partial(takes, Limits)
 takes_loading = partial(takes, Loading)
 
 
-# -- what an option lists ---------------------------------------------------------------------------------------
+# -- items of an option -----------------------------------------------------------------------------------------
 
 
 def listed(option: str, text: str, read: Callable[[str], Read], example: str) -> tuple[Read, ...]:
-    """What an option lists with commas between, each once.
+    """The items of an option, which commas separate, each once.
 
     Args:
         option: its name, for the error.
-        text: what the user wrote.
+        text: the user's.
         read: reads one item, raising ValueError if it is none.
         example: of how to write it.
 

@@ -25,7 +25,7 @@ def print_json(result: object) -> None:
 
 
 def print_result(
-    result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]], width: int = 0
+    result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]], width: int = 120
 ) -> None:
     """Print a result for machines or for people.
 
@@ -51,11 +51,11 @@ def facts_table(facts: Mapping[str, Any], title: str, note: str = "") -> list[Te
 
 
 def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) -> int:
-    """Print a run's summary: what is missing before any number.
+    """Print a run's summary. Requests that are missing come before any number.
 
     Args:
         run: with a summary.
-        as_json: print all of the summary for machines; what is missing goes to standard error then.
+        as_json: print all of the summary for machines, and the missing requests to standard error.
         title: of the table.
         names: of the values that a person is shown.
 
@@ -78,13 +78,13 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
 
 
 def read_noted(path: Path) -> Trace:
-    """Read a trace, and say what whoever reads its figures should know. Raises TandemError as `read_trace`."""
+    """Read a trace, and say its notes. Raises TandemError as `read_trace`."""
     trace = read_trace(path)
     say_notes(trace)
     return trace
 
 
 def say_notes(trace: Trace) -> None:
-    """Say what whoever reads the trace's figures should know of it."""
+    """Say the trace's notes, which concern its figures."""
     for note in trace.notes:
         progress.note(f"note: {note}")

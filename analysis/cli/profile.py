@@ -1,4 +1,4 @@
-"""`tandem profile`: how long a machine takes, measured, derived or imported."""
+"""`tandem profile`: the times of a machine, measured, derived or imported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from analysis.cli import options
 from analysis.cli.options import option
 from analysis.cli.output import facts_table, print_result, progress
 from analysis.jobs.options import Limits, Loading
+from engine.model.config import load_model_config
+from sim.profile.format import Profile, check_profile_out, find_profile, read_profile, write_profile
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
-    from sim.profile.format import Profile
 
 app = typer.Typer(invoke_without_command=True)
 Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
@@ -36,15 +37,13 @@ def profile(
     overwrite: options.Overwrite = False,
     as_json: Annotated[bool, option("With --check: print JSON instead of a table.", "--json")] = False,
 ) -> None:
-    """Measure how long this machine takes for every kind of step: what a simulation runs on.
+    """Measure the times of this machine for every kind of step. A simulation runs on them.
 
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
     --check tells whether a profile is still true, and ends with status 0 where it is to be trusted, else 1.
     """
     from analysis.jobs.profile import measure
     from analysis.jobs.run import load_within
-    from engine.model.config import load_model_config
-    from sim.profile.format import check_profile_out
     from sim.sources.roofline import roofline_profile
 
     if context.invoked_subcommand:
@@ -81,10 +80,9 @@ def profile_import(
     """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
 
     Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
-    .csv of dense operations, by their files unless --format is given. What they lack comes from the GPU's data sheet;
-    meta.yaml says what that is.
+    .csv of dense operations, by their files unless --format is given. The rest comes from the GPU's data sheet, and
+    meta.yaml names it.
     """
-    from engine.model.config import load_model_config
     from sim.sources.importers import import_profile
 
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
@@ -94,18 +92,13 @@ def profile_import(
 
 @app.command("derive")
 def profile_derive(
-    source: Source,
-    model: options.ModelShape,
-    out: options.Out,
-    overwrite: options.Overwrite = False,
+    source: Source, model: options.ModelShape, out: options.Out, overwrite: options.Overwrite = False
 ) -> None:
     """Make a profile of another model on a profiled GPU.
 
-    What both models share is reused: matrix products and attention of equal shape. The rest is estimated, and meta.yaml
-    says of every table which and how. --check measures such a profile's points where the GPU is at hand.
+    Matrix products and attention of equal shape are reused. The rest is estimated, and meta.yaml says of every table
+    which and how. --check measures such a profile's points where the GPU is at hand.
     """
-    from engine.model.config import load_model_config
-    from sim.profile.format import find_profile, read_profile
     from sim.sources.derive import derive_profile
 
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
@@ -130,7 +123,6 @@ def profile_calibrate(
     """
     from engine.records.manifest import config_of
     from engine.records.run_folder import read_run
-    from sim.profile.format import check_profile_out, find_profile, read_profile
     from sim.profiling.calibration import calibrate
 
     check_profile_out(out, overwrite)
@@ -145,12 +137,10 @@ def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
     from analysis.report.profile_list import shelf, shelf_tables
 
-    print_result(shelf(), as_json, shelf_tables, width=120)
+    print_result(shelf(), as_json, shelf_tables)
 
 
 def _write(made: Profile, out: Path, overwrite: bool, *notes: str) -> None:
-    from sim.profile.format import write_profile
-
     write_profile(made, out, overwrite)
     for note in (*notes, f"{out}: profile written"):
         progress.note(note)
@@ -160,13 +150,12 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
     from analysis.jobs.profile import check_drift
     from analysis.jobs.run import load_executor
     from analysis.report.gpu_tables import drift_table
-    from sim.profile.format import find_profile, read_profile
 
     if limits.said():
         raise TandemError(f"--check takes the profile's own limits: leave out {', '.join(limits.said())}")
     profile = read_profile(find_profile(folder))
     report = check_drift(profile, load_executor(loading, progress), progress)
-    print_result(report, as_json, lambda found: [drift_table(found)], width=120)
+    print_result(report, as_json, lambda found: [drift_table(found)])
     return 0 if report["verdict"] == "trusted" else 1
 
 

@@ -11,8 +11,11 @@ import typer
 from analysis.cli import options
 from analysis.cli.options import option
 from analysis.cli.output import print_result, print_run, progress, read_noted
+from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
 from analysis.jobs.options import Limits, Loading, RunOptions
+from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run
+from sim.profile.format import find_profile, read_profile
 
 app = typer.Typer()
 
@@ -26,10 +29,8 @@ def memory(
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
     as_json: options.AsJson = False,
 ) -> None:
-    """Predict how many KV blocks a GPU holds beside a model, and what takes the rest of its memory."""
-    from analysis.jobs.limits import gpu_limits
+    """Predict how many KV blocks a GPU holds beside a model, and the terms of its memory."""
     from analysis.report.gpu_tables import card_memory, memory_table
-    from engine.model.config import load_model_config
 
     shape = load_model_config(model)
     terms = card_memory(hardware, shape, dtype, gpu_limits(shape, limits).config)
@@ -56,10 +57,8 @@ def simulate(
     a folder of OUT each, and policies.html. The exit status is 1 if no request completed.
     """
     from analysis.comparison.policies import policy_tables
-    from analysis.jobs.limits import simulated_limits
     from analysis.jobs.policies import check_policies, simulate_policies, with_policies
     from analysis.jobs.run import check_before, check_like, simulate_run
-    from sim.profile.format import find_profile, read_profile
 
     times, requests = read_profile(find_profile(profile)), read_noted(trace)
     template = read_run(like) if like else None
@@ -94,10 +93,9 @@ def run(
 ) -> int:
     """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
 
-    Limits that are not given are what the model and the memory say; they are printed. The exit status is 1 if no
+    Limits that are not given follow from the model and the memory; they are printed. The exit status is 1 if no
     request completed.
     """
-    from analysis.jobs.limits import config_to_check
     from analysis.jobs.run import check_before, load_within, real_run
 
     check_before(config_to_check(limits), out, how.overwrite)

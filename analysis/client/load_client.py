@@ -7,14 +7,12 @@ measure itself. So bytes are first taken from all connections, with the time, an
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import time
 import urllib.request
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -22,6 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
+from engine.server.gc_tuning import hold_back
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
@@ -72,18 +71,19 @@ class Target:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def _body(self, source: TraceRequest) -> dict[str, Any]:
-        asked: dict[str, Any] = {"ignore_eos": True} if self.stops == "trace" else {}
-        asked["max_tokens"] = source.max_tokens
-        if self.stops == "trace" and source.output_len < source.max_tokens:
-            asked |= {"output_len": source.output_len} if self.extended else {"max_tokens": source.output_len}
-        if self.extended and source.predicted_length is not None:
-            asked["predicted_length"] = source.predicted_length
-        if source.priority:
-            asked["priority"] = source.priority
-        if source.client is not None:
-            asked["user"] = source.client
+        by_trace = self.stops == "trace"
+        shorter = source.output_len if by_trace and source.output_len < source.max_tokens else None
+        asked = {
+            "ignore_eos": by_trace or None,
+            "max_tokens": source.max_tokens if self.extended or shorter is None else shorter,
+            "output_len": shorter if self.extended else None,
+            "predicted_length": source.predicted_length if self.extended else None,
+            "priority": source.priority or None,
+            "user": source.client,
+        }
+        known = {name: value for name, value in asked.items() if value is not None}
         stream = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
-        return {"model": self.model, "prompt": self._prompt(source)} | asked | stream
+        return {"model": self.model, "prompt": self._prompt(source)} | known | stream
 
     def _prompt(self, source: TraceRequest) -> list[int]:
         if source.prompt_token_ids is not None:
@@ -267,28 +267,17 @@ async def send_all(
     """
     replies = [Reply() for _ in requests]
     encoded = [target.encode(source) for source in requests]  # beforehand: it takes longer than sending
-    inbox = _Inbox()
-    with _frozen():
-        start_ns = time.perf_counter_ns() + 10_000_000
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_watch(inbox, len(requests), progress))
-            for source, reply, request in zip(requests, replies, encoded, strict=True):
-                await _until(start_ns + source.arrival_ns)
-                cancel_ns = None if source.cancel_ns is None else start_ns + source.cancel_ns
-                group.create_task(_exchange(target, request, reply, inbox, cancel_ns))
-        await inbox.emptied()
+    hold_back()  # to look for garbage through all that was imported takes 200 ms
+    inbox, start_ns = _Inbox(), time.perf_counter_ns() + 10_000_000
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_watch(inbox, len(requests), progress))
+        for source, reply, request in zip(requests, replies, encoded, strict=True):
+            if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
+                await asyncio.sleep(ahead / 1e9)
+            cancel_ns = None if source.cancel_ns is None else start_ns + source.cancel_ns
+            group.create_task(_exchange(target, request, reply, inbox, cancel_ns))
+    await inbox.emptied()
     return start_ns, replies
-
-
-@contextmanager
-def _frozen() -> Iterator[None]:
-    """Look for garbage only among what is made meanwhile: to look through all that was imported takes 200 ms."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 async def _watch(inbox: _Inbox, total: int, progress: Callable[[int], None]) -> None:
@@ -297,11 +286,6 @@ async def _watch(inbox: _Inbox, total: int, progress: Callable[[int], None]) -> 
         progress(inbox.ended)
         await asyncio.sleep(PROGRESS_S)
     progress(total)
-
-
-async def _until(time_ns: int) -> None:
-    if (ahead := time_ns - time.perf_counter_ns()) > 0:
-        await asyncio.sleep(ahead / 1e9)
 
 
 async def _exchange(target: Target, request: bytes, reply: Reply, inbox: _Inbox, cancel_ns: int | None) -> None:

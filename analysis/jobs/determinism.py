@@ -1,7 +1,7 @@
-"""Whether a policy is deterministic: what a run planned is planned again elsewhere, and must be the same.
+"""Finds out whether a policy is deterministic: a run is planned again elsewhere, and its plans must be the same.
 
 A replay gives the policy the recorded times and events. It runs in other processes, which have another hash seed,
-another random state, other addresses, and clocks that go at another pace; whatever a policy may use is as it was.
+another random state, other addresses, and clocks that go at another pace. Whatever a policy may use is as it was.
 """
 
 from __future__ import annotations

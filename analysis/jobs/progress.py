@@ -1,4 +1,4 @@
-"""How a job tells whoever watches where it is. A job knows no console."""
+"""The way in which a job tells of its progress. A job knows no console."""
 
 from __future__ import annotations
 

@@ -11,12 +11,7 @@ from traces.trace import Trace
 
 
 def sharegpt_trace(
-    model: str,
-    count: int,
-    seed: int,
-    progress: Progress,
-    source: Path | None = None,
-    **limits: Any,
+    model: str, count: int, seed: int, progress: Progress, source: Path | None = None, **limits: Any
 ) -> Trace:
     """Sample real ShareGPT requests, counted with the model's tokenizer; all arrive at time 0.
 
