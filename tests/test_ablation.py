@@ -12,7 +12,7 @@ from test_attribution import run_on, sparse
 from test_compare import CONFIG, MS, with_manifest
 
 from analysis.comparison.ablation import TERMS, ablate, ablation_tables, read_terms
-from analysis.metrics.summary import step_kinds
+from analysis.metrics.columns import step_kinds
 from engine.config import ServingConfig
 from engine.records.manifest import system
 from engine.records.run_folder import RunRecords

@@ -12,7 +12,7 @@ from shadow import small_profile
 from test_compare import CONFIG, MS, serve, with_column, workload
 
 from analysis.comparison.compare import compare
-from analysis.metrics.summary import step_kinds
+from analysis.metrics.columns import step_kinds
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords

@@ -14,7 +14,9 @@ from shadow import small_profile
 
 from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
 from analysis.jobs.run import compare_runs
-from analysis.metrics.summary import itl, metrics, request_metrics, step_kinds
+from analysis.metrics.columns import step_kinds
+from analysis.metrics.summary import metrics, request_metrics
+from analysis.metrics.tokens import itl
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder

@@ -22,7 +22,7 @@ from analysis.cli.options import check_new
 from analysis.jobs.limits import Settled, config_to_check
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
-from analysis.metrics.summary import Floats, column
+from analysis.metrics.columns import Floats, column
 from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.recorder import Recorder

@@ -13,7 +13,7 @@ from analysis.bench.common import Batch, Row, decode_steps, number, serve_batch,
 from analysis.jobs.limits import Settled, real_limits
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
-from analysis.metrics.summary import NS_PER_MS, column, completed_requests
+from analysis.metrics.columns import NS_PER_MS, column, completed_requests
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
 from engine.records.run_folder import RunRecords

@@ -28,7 +28,8 @@ from analysis.client.load_client import Reply, Target, find_target, send_all
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
 from analysis.jobs.serve import SimService
-from analysis.metrics.summary import Ints, token_times
+from analysis.metrics.columns import Ints
+from analysis.metrics.tokens import token_times
 from analysis.report.tables import TextTable
 from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run

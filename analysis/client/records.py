@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from analysis.client.load_client import Reply, Target
-from analysis.metrics.summary import LATENCIES, asked_for, completed_requests, latencies, latency_statistics, summarize
+from analysis.metrics.columns import completed_requests
+from analysis.metrics.names import LATENCIES
+from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from analysis.report.caveats import p99_sentence
 from analysis.report.tables import TextTable
 from engine.records import manifest

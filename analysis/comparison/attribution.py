@@ -14,16 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.metrics.summary import (
-    NS_PER_MS,
-    Floats,
-    Ints,
-    column,
-    completed_requests,
-    request_metrics,
-    step_kinds,
-    waits_ns,
-)
+from analysis.metrics.columns import NS_PER_MS, Floats, Ints, column, completed_requests, step_kinds, waits_ns
+from analysis.metrics.summary import request_metrics
 from analysis.report.tables import TextTable, signed
 from engine.records.run_folder import RunRecords
 

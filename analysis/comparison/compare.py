@@ -17,18 +17,8 @@ from typing import Any
 import numpy as np
 
 from analysis.comparison.attribution import attribute
-from analysis.metrics.summary import (
-    Floats,
-    Ints,
-    asked_for,
-    column,
-    latencies,
-    latency_statistics,
-    metrics,
-    not_completed,
-    request_metrics,
-    step_kinds,
-)
+from analysis.metrics.columns import Floats, Ints, column, step_kinds
+from analysis.metrics.summary import asked_for, latencies, latency_statistics, metrics, not_completed, request_metrics
 from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 

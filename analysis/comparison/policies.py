@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from analysis.comparison.compare import CLOSED_LOOP, common_requests
-from analysis.metrics.summary import LATENCIES, TOTALS, Ints, asked_for, latencies, latency_statistics, summarize
+from analysis.metrics.columns import Ints
+from analysis.metrics.names import LATENCIES, TOTALS
+from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
 from analysis.report.figures import LATENCY_NAMES, policy_figures
 from analysis.report.html import write_page
@@ -223,8 +225,8 @@ def write_policy_page(
         for name in CLOSED_LOOP
     }
     figures = policy_figures({names[policy]: run for policy, run in runs.items()}, bars)
-    words = [f"<dt>{name}</dt><dd>{LATENCIES[key]}</dd>" for key, name in LATENCY_NAMES.items()]
-    words += [f"<dt>{name}</dt><dd>{TOTALS[key]}</dd>" for key, name in SHOWN_TOTALS.items()]
+    words = [f"<dt>{name}</dt><dd>{LATENCIES[key].definition}</dd>" for key, name in LATENCY_NAMES.items()]
+    words += [f"<dt>{name}</dt><dd>{TOTALS[key].definition}</dd>" for key, name in SHOWN_TOTALS.items()]
     body = [
         html_table(latency),
         f"<figure>{figures['cdf_figure']}<figcaption>The fraction of values at or below a latency: of requests, or for "

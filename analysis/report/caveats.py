@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from analysis.metrics.summary import P99_REQUESTS
+from analysis.metrics.names import P99_REQUESTS
 from engine.request import CANCELLED, REJECTED
 
 NOTHING_COMPLETED = "No request completed: there are no latencies."

@@ -23,7 +23,7 @@ from analysis.comparison.compare import (
     flatten_manifest,
 )
 from analysis.jobs.machine_watch import seen_sentences
-from analysis.metrics.summary import LATENCIES, TOTALS
+from analysis.metrics.names import LATENCIES, TOTALS
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
 from analysis.report.figures import LATENCY_NAMES, html_figures
 from analysis.report.html import write_page
@@ -76,7 +76,8 @@ def write_report(
         closed_loop=closed_loop,
         explanations="".join(html_table(table) for table in _explanations(comparison)),
         definitions="".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(LATENCIES[key])}</dd>" for key, name in LATENCY_NAMES.items()
+            f"<dt>{escape(name)}</dt><dd>{escape(LATENCIES[key].definition)}</dd>"
+            for key, name in LATENCY_NAMES.items()
         ),
         totals=html_table(_totals_table(comparison["metrics"])),
         manifest=html_table(_manifest_table(real, sim)),
@@ -255,8 +256,11 @@ def _whose(comparison: Mapping[str, Any]) -> str:
 
 
 def _totals_table(of_runs: Mapping[str, Any]) -> TextTable:
-    known = {name: text for name, text in TOTALS.items() if any(of[name] is not None for of in of_runs.values())}
-    rows = [(name, text, *(amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in known.items()]
+    known = {name: of for name, of in TOTALS.items() if any(each[name] is not None for each in of_runs.values())}
+    rows = [
+        (name, text.definition, *(amount(of_runs[run][name]) for run in ("real", "sim")))
+        for name, text in known.items()
+    ]
     return TextTable("Totals", "", ("", "", "real", "sim"), rows, labels=2)
 
 

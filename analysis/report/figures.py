@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.comparison.compare import CLOSED_LOOP, common_requests
-from analysis.metrics.summary import NS_PER_MS, NS_PER_S, Floats, Ints, column, latencies, step_kinds, waits_ns
+from analysis.metrics.columns import NS_PER_MS, NS_PER_S, Floats, Ints, column, step_kinds, waits_ns
+from analysis.metrics.summary import latencies
 from engine.records.run_folder import RunRecords
 
 if TYPE_CHECKING:
