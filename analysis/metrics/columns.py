@@ -64,7 +64,8 @@ def step_rows(run: RunRecords, begin: int, end: int, *columns: str) -> pa.Table:
 def is_completed(requests: pa.Table) -> Flags:
     """Which requests were served to their end, (rows,), from columns `outcome` and `last_token_ns`."""
     # In a run that was interrupted, a request's last token may be planned and its step not completed.
-    return is_among(requests["outcome"], [LENGTH, STOP]) & np.asarray(requests["last_token_ns"].is_valid().to_numpy())
+    known: Flags = requests["last_token_ns"].is_valid().to_numpy()
+    return known & is_among(requests["outcome"], [LENGTH, STOP])
 
 
 def completed_requests(

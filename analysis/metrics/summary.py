@@ -154,11 +154,8 @@ def not_completed(run: RunRecords) -> list[dict[str, Any]]:
         kind = outcome, _NUMBER.sub("#", reason or "")
         counts[kind] += count
         largest[kind] = max(largest.get(kind, reason), reason, key=_numbers)
-    return [
-        {"outcome": kind[0], "requests": count, "reason": largest[kind]}
-        for kind, count in counts.most_common()
-        if count
-    ]
+    known = [(kind, count) for kind, count in counts.most_common() if count]
+    return [{"outcome": kind[0], "requests": count, "reason": largest[kind]} for kind, count in known]
 
 
 def _numbers(reason: str | None) -> list[int]:
