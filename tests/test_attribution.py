@@ -13,6 +13,7 @@ from test_compare import CONFIG, MS, serve, with_column, workload
 
 from analysis.comparison.compare import compare
 from analysis.metrics.columns import step_kinds
+from analysis.report.attribution_tables import attribution_sentence
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
@@ -47,7 +48,8 @@ def attribution(machine: Profile, model: Profile, requests: Sequence[TraceReques
         replay(real, config, model),
         replay_parts(real, config, model),
     )
-    return compare(sim, real, replayed, parts=parts)["attribution"]
+    found = compare(sim, real, replayed, parts=parts)["attribution"]
+    return found | {"sentence": attribution_sentence(found)}
 
 
 def sparse(count: int = 40) -> list[TraceRequest]:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from shadow import serve, small_profile
 
-from analysis.jobs.machine_watch import MachineWatch, seen_sentences
+from analysis.jobs.machine_watch import MachineWatch
 from analysis.metrics.summary import not_completed, summarize
-from analysis.report.caveats import beyond_sentence, completed_sentences
+from analysis.report.caveats import beyond_sentence, completed_sentences, seen_sentences
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords

@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
+from analysis.comparison.compare import compare, is_met
+from analysis.comparison.runs import check_once, check_roles
+from analysis.comparison.targets import Targets
 from analysis.jobs.run import compare_runs
 from analysis.metrics.columns import step_kinds
 from analysis.metrics.summary import metrics, request_metrics
@@ -248,7 +250,7 @@ def test_without_repeats_there_is_no_spread_and_errors_are_judged_all_the_same(s
 def test_an_error_is_within_up_to_what_is_allowed(sim, real):
     error = abs(compare(sim, real, replayed(real))["closed_loop"]["tpot"]["mean"]["error"])
     for allowed, verdict in ((error, "within"), (error * 0.999, "outside")):
-        result = compare(sim, real, replayed(real), targets=Targets(mean_tpot=allowed))
+        result = compare(sim, real, replayed(real), targets=Targets(tpot=allowed))
         assert result["verdict"]["mean_tpot"]["verdict"] == verdict
 
 
@@ -256,7 +258,7 @@ def test_an_item_is_too_noisy_to_judge_exactly_when_the_spread_exceeds_the_error
     repeats = [serve(1.3)]
     spread = compare(sim, real, replayed(real), repeats)["repeat_spread"]
     for allowed, noisy in ((spread["e2el"]["mean"], False), (spread["e2el"]["mean"] * 0.999, True)):
-        result = compare(sim, real, replayed(real), repeats, targets=Targets(mean_e2el=allowed))
+        result = compare(sim, real, replayed(real), repeats, targets=Targets(e2el=allowed))
         assert (result["verdict"]["mean_e2el"]["verdict"] == "too noisy to judge") == noisy
 
 

@@ -13,7 +13,8 @@ import pytest
 from tiny_models import tiny_model
 
 from analysis.cli import main as cli
-from analysis.jobs.study import Case, Study, _verdicts
+from analysis.comparison.targets import STUDY_TARGETS, judge_case
+from analysis.jobs.study import Case, Study
 from traces.errors import TandemError
 from traces.synthetic import synthetic
 from traces.trace import write_trace
@@ -145,5 +146,5 @@ def test_an_error_is_judged_by_its_target_or_by_a_modest_spread(load, error, spr
         "closed_loop": {each: {statistic: {"error": error} for statistic in statistics} for each in latencies},
         "repeat_spread": {each: dict.fromkeys(statistics, spread) for each in latencies},
     }
-    verdicts = {each["what"]: each["within"] for each in _verdicts("case", {"load": load, "result": result})}
+    verdicts = {each["what"]: each["within"] for each in judge_case("case", load, result, STUDY_TARGETS)}
     assert verdicts["mean TPOT"] is within

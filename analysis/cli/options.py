@@ -40,6 +40,9 @@ Stops = Annotated[str, typer.Option("--stops", help="Requests stop by the 'trace
 Rate = Annotated[float, typer.Option("--rate", "-r", help="Requests a second.")]
 Requests = Annotated[int, typer.Option("--requests", "-n", help="How many requests.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of the sample and the arrivals.")]
+RunTargets = Annotated[
+    str | None, typer.Option("--targets", help="Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.")
+]
 Process = Annotated[str, typer.Option("--arrivals", help="poisson, gamma, uniform or all_at_once.")]
 Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals; 1 is Poisson.")]
 

@@ -32,11 +32,11 @@ def memory(
 ) -> None:
     """Predict how many KV blocks a card holds beside a model, and what takes the rest of its memory."""
     from analysis.jobs.limits import card_limits
-    from analysis.report.gpu_tables import card_memory, memory_table
+    from analysis.report.gpu_tables import gpu_memory, memory_table
     from engine.model.config import load_model_config
 
     shape = load_model_config(model)
-    terms = card_memory(hardware, shape, dtype, card_limits(shape, limits).config)
+    terms = gpu_memory(hardware, shape, dtype, card_limits(shape, limits).config)
     title = f"{shape.name} {dtype} on {hardware}"
     print_result(terms, as_json, lambda found: [memory_table(found, title)])
 
@@ -100,8 +100,8 @@ def _simulate_policies(
     overwrite: bool,
     as_json: bool,
 ) -> int:
-    from analysis.comparison.policies import policy_tables
     from analysis.jobs.run import check_policies, simulate_policies
+    from analysis.report.policy_page import policy_tables
 
     policies = [settled.config.scheduler, *filter(None, against)]
     check_policies(settled.config, policies, out, overwrite)

@@ -6,12 +6,10 @@ Read once before the run and once after it, so that watching costs the run nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
 
-LOUD = 0.02  # shares of the CPUs from which something is worth naming
 _TIMES = ("user", "nice", "system", "irq", "softirq", "steal", "idle", "iowait")  # `guest` is in `user` already
 _OF_NOBODY = ("idle", "iowait", "steal")
 
@@ -52,25 +50,3 @@ def _load() -> float | None:
         return os.getloadavg()[0]
     except OSError:
         return None
-
-
-# -- words -------------------------------------------------------------------------------------------------
-
-
-def seen_sentences(machines: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
-    """What was seen during each of several runs.
-
-    Args:
-        machines: by the run's name, as `MachineWatch.seen` returns it; None where nothing is on record.
-    """
-    for name, seen in machines.items():
-        yield f"During {name}: {_words(seen) if seen else 'not recorded what else the machine did'}."
-
-
-def _words(seen: Mapping[str, Any]) -> str:
-    shares = {"other processes took": seen["others"], "the hypervisor took (steal)": seen["steal"]}
-    told = [f"{who} {share:.0%} of the CPU time" for who, share in shares.items() if share and share >= LOUD]
-    load = [each for each in seen["load_average"] if each is not None]
-    if load:
-        told.append(f"load average up to {max(load):.1f} on {seen['cores']} cores")
-    return ", ".join(told) or "nothing to see on the CPUs"

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from analysis.cli.options import check_new
 from analysis.comparison.ablation import ablate
 from analysis.comparison.compare import compare
-from analysis.comparison.policies import compare_policies, write_policy_page
+from analysis.comparison.policies import compare_policies
+from analysis.comparison.targets import RUN_TARGETS, Targets
 from analysis.jobs.determinism import check_deterministic
 from analysis.jobs.machine_watch import MachineWatch
 from analysis.jobs.options import Loading
 from analysis.jobs.progress import Progress, following
 from analysis.metrics.summary import summarize
+from analysis.report.attribution_tables import attribution_sentence
 from analysis.report.caveats import beyond_sentence
 from analysis.report.comparison_page import write_report
+from analysis.report.policy_page import write_policy_page
 from engine.config import ServingConfig
 from engine.prefix_hash import Content
 from engine.records import manifest
@@ -347,6 +350,7 @@ def compare_runs(
     allow_different: Collection[str] = (),
     drift: Mapping[str, float] | None = None,
     terms: Sequence[str] = (),
+    targets: Targets = RUN_TARGETS,
 ) -> dict[str, Any]:
     """Replay the real run's times through the simulator, and set the two runs side by side.
 
@@ -362,7 +366,10 @@ def compare_runs(
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
         progress.note(note)
     replayed, parts, coverage = replay_predicted(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift, parts=parts, coverage=coverage)
+    known: dict[str, Any] = {"drift": drift, "parts": parts, "coverage": coverage}
+    comparison = compare(sim, real, replayed, repeats, allow_different, targets=targets, **known)
+    if comparison["attribution"]:
+        comparison["attribution"]["sentence"] = attribution_sentence(comparison["attribution"])
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress.bar("ablate", len(terms) + 1) as show:

@@ -104,3 +104,11 @@ def latency_key(statistic: str, latency: str) -> str:
 def latency_label(statistic: str, latency: str) -> str:
     """For people: `mean TTFT`."""
     return f"{statistic} {LATENCIES[latency].label}"
+
+
+RANKED_METRICS = {
+    **{latency_key(stat, name): latency_label(stat, name) for name in JUDGED_LATENCIES for stat in COMPARED_STATISTICS},
+    latency_key("mean", "normalized_latency"): LATENCIES["normalized_latency"].label,
+    "output_throughput": TOTALS["output_throughput"].label,
+}
+"""What policies are ordered by -> its label."""

@@ -1,6 +1,6 @@
-"""What a reader must know before any number: which requests were not served and why, and what was extrapolated.
+"""Sentences that come before any number: requests that were not served, extrapolation, and the state of the machine.
 
-It says in words what `analysis.metrics.summary` and the latency model have counted, and may not count itself.
+The counts come from `analysis.metrics.summary`, the latency model and `analysis.jobs.machine_watch`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 from analysis.metrics.names import P99_REQUESTS
 from engine.request import CANCELLED, REJECTED
 
+LOUD = 0.02  # shares of the CPUs from which something is worth naming
 NOTHING_COMPLETED = "No request completed: there are no latencies."
 
-# What a scheduler says when it rejects -> for people, with the largest and the limit, and which option helps.
+# A scheduler's reason to reject -> for people, with the largest and the limit, and which option helps.
 _REASONS = (
     (
         re.compile(r"prompt \+ max_tokens is (\d+), max_model_len (\d+)"),
@@ -103,6 +104,13 @@ def beyond_sentence(coverage: Mapping[str, Any] | None) -> str:
     return f"Beyond the profile: {'; '.join(tables)}." if tables else ""
 
 
+def beyond_sentences(coverages: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
+    """As `beyond_sentence`, of several runs by name."""
+    for name, coverage in coverages.items():
+        if beyond := beyond_sentence(coverage):
+            yield f"{name}: {beyond[0].lower()}{beyond[1:]}"
+
+
 def _beyond(table: str, of: Mapping[str, Any]) -> str:
     shares = f"{_share(of['lookups'])} of its look-ups, {_share(of['device_time'])} of the device time"
     where = ", ".join(filter(None, (_off(axis, **ends) for axis, ends in of["axes"].items())))
@@ -118,3 +126,22 @@ def _off(axis: str, asked: Sequence[float], measured: Sequence[float]) -> str:
     if asked[1] > measured[1]:
         return f"{axis} to {asked[1]:,.0f}, measured to {measured[1]:,.0f}"
     return f"{axis} from {asked[0]:,.0f}, measured from {measured[0]:,.0f}" if asked[0] < measured[0] else ""
+
+
+def seen_sentences(machines: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
+    """What was seen during each of several runs.
+
+    Args:
+        machines: by the run's name, as `analysis.jobs.machine_watch` has seen it; None where nothing is on record.
+    """
+    for name, seen in machines.items():
+        yield f"During {name}: {_words(seen) if seen else 'not recorded what else the machine did'}."
+
+
+def _words(seen: Mapping[str, Any]) -> str:
+    shares = {"other processes took": seen["others"], "the hypervisor took (steal)": seen["steal"]}
+    told = [f"{who} {share:.0%} of the CPU time" for who, share in shares.items() if share and share >= LOUD]
+    load = [each for each in seen["load_average"] if each is not None]
+    if load:
+        told.append(f"load average up to {max(load):.1f} on {seen['cores']} cores")
+    return ", ".join(told) or "nothing to see on the CPUs"
