@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,32 +61,22 @@ def compare(
     """
     if out:
         options.check_new(out / ("ranking.json" if rank else "compare.json"), overwrite)
-    of_real_runs = {"--profile": profile, "--repeat": repeat, "--ablate": ablate, "--targets": targets}
-    known = {"allow_different": allow_different or ()}
-    if rank:
-        if any(of_real_runs.values()):
-            raise TandemError(f"--rank takes runs alone: no {_either(of_real_runs)}")
-        return _rank(_read(runs), out, as_json, **known)
-    if len(runs) != 2:
+    if len(runs) != 2 and not rank:
         raise TandemError(f"compare takes SIM and REAL, not {len(runs)} runs; for more, give --rank")
-    found = _read([*runs, *(repeat or ())])
-    if all(run_kind(str(path), found[str(path)]) == SIMULATED for path in runs):
-        if any(of_real_runs.values()):
-            raise TandemError(
-                f"{runs[0]} and {runs[1]} are both simulated: leave out {_either(of_real_runs)}, which take a real "
-                "run, or give that as REAL"
-            )
-        return _compare_simulations(found, out, as_json, **known)
+    found, allowed = _read([*runs, *(repeat or ())]), allow_different or ()
+    simulated = not rank and all(run_kind(str(path), found[str(path)]) == SIMULATED for path in runs)
+    if (rank or simulated) and (profile or repeat or ablate or targets):
+        alone = f"{runs[0]} and {runs[1]} are both simulated, and two simulations take" if simulated else "--rank takes"
+        raise TandemError(f"{alone} no --profile, --repeat, --ablate or --targets: leave these out")
+    if rank:
+        return _rank(found, out, allowed, as_json)
+    if simulated:
+        return _compare_simulations(found, out, allowed, as_json)
     check_roles(str(runs[0]), str(runs[1]), found, [*found][2:])
     if profile is None or out is None:
         missing = "--profile" if profile is None else "--out"
         raise TandemError(f"compare needs {missing} (only --rank and two simulations do without)")
-    return _compare([*found.values()], profile, out, ablate or (), targets, as_json, **known)
-
-
-def _either(names: Collection[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}"
+    return _compare([*found.values()], profile, out, allowed, ablate or (), targets, as_json)
 
 
 def _read(paths: Sequence[Path]) -> dict[str, RunRecords]:
@@ -99,19 +89,33 @@ def _read(paths: Sequence[Path]) -> dict[str, RunRecords]:
     return found
 
 
-def _compare_simulations(runs: Mapping[str, RunRecords], out: Path | None, as_json: bool, **known: Any) -> int:
+def _rank(runs: Mapping[str, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool) -> int:
+    from analysis.jobs.run import write_json
+    from analysis.jobs.study import rank_runs
+    from analysis.report.study_tables import ranking_tables
+
+    ranking = rank_runs(runs, allowed)
+    if out:
+        write_json(out / "ranking.json", ranking)
+    print_result(ranking, as_json, ranking_tables)
+    return 0 if ranking["orders"] else 1
+
+
+def _compare_simulations(
+    runs: Mapping[str, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool
+) -> int:
     from analysis.comparison.policies import compare_simulations
     from analysis.jobs.run import write_json
     from analysis.report.policy_page import simulation_tables, write_simulation_page
 
     first, second = runs.items()
-    comparison = compare_simulations(first, second, **known)
+    comparison = compare_simulations(first, second, allowed)
     if out:
         write_json(out / "simulations.json", comparison)
         write_simulation_page(comparison, runs, out / "simulations.html")
     print_result(comparison, as_json, simulation_tables, width=110 + max(map(len, runs)))
     if out and not as_json:
-        progress.note(f"page: {out / 'simulations.html'}")
+        progress.note(f"HTML page: {out / 'simulations.html'}")
     return 0 if comparison["requests"] else 1
 
 
@@ -119,19 +123,20 @@ def _compare(
     runs: Sequence[RunRecords],
     profile: Path,
     out: Path,
+    allowed: Sequence[str],
     ablate: Sequence[str],
     targets: str | None,
     as_json: bool,
-    **known: Any,
 ) -> int:
     from analysis.comparison.ablation import read_terms
     from analysis.jobs.run import compare_runs
     from sim.profile.format import find_profile, read_profile
 
-    times = read_profile(find_profile(profile))
-    known |= {"terms": read_terms(ablate, times), "targets": read_targets(targets, RUN_TARGETS)}
+    times, limits = read_profile(find_profile(profile)), read_targets(targets, RUN_TARGETS)
     sim, real, *repeats = runs
-    return _print_comparison(compare_runs(sim, real, repeats, times, out, progress, **known), out, as_json)
+    terms = read_terms(ablate, times)
+    comparison = compare_runs(sim, real, repeats, times, out, progress, allowed, terms=terms, targets=limits)
+    return _print_comparison(comparison, out, as_json)
 
 
 def _print_comparison(comparison: Mapping[str, Any], out: Path, as_json: bool = False) -> int:
@@ -144,18 +149,6 @@ def _print_comparison(comparison: Mapping[str, Any], out: Path, as_json: bool = 
         print_comparison(comparison, Console())
         progress.note(f"report: {out / 'report.html'}")
     return 0 if is_met(comparison) else 1
-
-
-def _rank(runs: Mapping[str, RunRecords], out: Path | None, as_json: bool, **known: Any) -> int:
-    from analysis.jobs.run import write_json
-    from analysis.jobs.study import rank_runs
-    from analysis.report.study_tables import ranking_tables
-
-    ranking = rank_runs(runs, **known)
-    if out:
-        write_json(out / "ranking.json", ranking)
-    print_result(ranking, as_json, ranking_tables)
-    return 0 if ranking["orders"] else 1
 
 
 @app.command()

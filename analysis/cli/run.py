@@ -111,7 +111,7 @@ def _simulate_policies(
     )
     print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
     if not as_json:
-        progress.note(f"page: {out / 'policies.html'}")
+        progress.note(f"HTML page: {out / 'policies.html'}")
     return 0 if comparison["requests"] else 1
 
 

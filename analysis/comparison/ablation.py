@@ -32,7 +32,7 @@ def read_terms(given: Sequence[str], profile: Profile) -> list[str]:
     """Terms given one by one or with commas between, each once.
 
     Raises:
-        TandemError: there is no such term, or the profile lacks what it needs.
+        TandemError: there is no such term, or the profile lacks the data for it.
     """
     terms = list(dict.fromkeys(term.strip() for each in given for term in each.split(",")))
     if unknown := [term for term in terms if term not in TERMS]:
@@ -64,7 +64,7 @@ def ablate(
 
     Args:
         real: the recorded run.
-        profile: what the latency model is made of.
+        profile: of the latency model.
         terms: names of `TERMS`.
         progress: told how many of the `len(terms) + 1` models are done.
 
@@ -73,7 +73,7 @@ def ablate(
         {ttft, tpot, e2el: error of the mean, or None}}}; errors are fractions, (predicted - real) / real.
 
     Raises:
-        TandemError: the profile lacks what a term needs.
+        TandemError: the profile lacks the data for a term.
     """
     config, results = manifest.config_of(real.manifest), {}
     for done, term in enumerate((FULL, *terms), 1):

@@ -69,7 +69,7 @@ def _split(real_ms: float, error_ms: float, direct_ms: Mapping[str, float]) -> d
 
 
 def _step_errors_ms(sim: RunRecords, real: RunRecords, replayed: RunRecords) -> dict[str, Floats]:
-    """For each kind of step, and the host, what is predicted too much in each step of the real run, (steps,)."""
+    """For each kind of step, and the host: predicted less real time of each step of the real run, (steps,)."""
     steps = real.tables["steps"]
     kinds = step_kinds(steps)
     wrong_ns = column(replayed.tables["steps"], "device_ns") - column(steps, "device_ns")
@@ -107,7 +107,7 @@ def _turns(run: RunRecords) -> tuple[Ints, Ints]:
     waits, arrivals = waits_ns(run), np.sort(column(run.tables["requests"], "arrival_ns"))
     woken = np.searchsorted(scheduled, waits, "right")  # the step after each wait
     waits, woken = waits[woken < len(end)], woken[woken < len(end)]
-    # What is not woken by an arrival (but by a cancellation) is taken to begin at its clock read.
+    # A loop that no arrival woke (but a cancellation) is taken to begin at its clock read.
     due = np.append(arrivals, np.iinfo(np.int64).max)[np.searchsorted(arrivals, waits, "right")]
     begin[woken] = np.maximum(begin[woken], np.minimum(due, scheduled[woken]))
     return begin, end
@@ -135,7 +135,7 @@ def _busy_ns(run: RunRecords) -> Callable[[Ints], Floats]:
 
 
 def _waited_ms(sim: RunRecords, real: RunRecords, replayed: RunRecords, ids: Ints) -> dict[str, dict[str, float]]:
-    """The mean over requests of what is wrong in the steps they waited for: latency -> cause -> ms (TPOT: ms a token).
+    """The mean over requests of the error in the steps they waited for: latency -> cause -> ms (TPOT: ms a token).
 
     Of the step that was running when a request arrived, the share that it had left counts.
     """
@@ -188,7 +188,7 @@ def fit_kernels(real: RunRecords, parts: Sequence[Mapping[str, float]]) -> dict[
 
 
 def _kernel(predicted_us: Floats, factor: float, off: float) -> dict[str, Any]:
-    """What a factor, fitted / predicted, and its standard error say of a kernel."""
+    """A kernel's error from its factor, fitted / predicted, and the factor's standard error."""
     steps, mean_ms, known = int(np.count_nonzero(predicted_us)), float(predicted_us.mean()) / 1e3, np.isfinite(off)
     clear = factor > 0 and abs(factor - 1) > max(NEGLIGIBLE, CERTAIN * off)
     return {

@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 KINDS = ("prefill", "decode", "mixed", "swap", "all")
 DIVERGED = "decisions differ"
 
-# What a scheduler decided and what it decided on: these columns of a step must be equal in a replay.
+# A scheduler's decisions and their inputs: these columns of a step must be equal in a replay.
 _DECISION_COLUMNS = (
     *("scheduled_ns", "prefill_tokens", "chunks", "decode_tokens", "kv_tokens", "kv_blocks_used"),
     *("running", "waiting", "preemptions"),
@@ -71,10 +71,10 @@ def compare(
         - `attribution`: where the closed-loop error comes from (`attribution.attribute`), or None where
           the decisions differ
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
-          a perfect model would show, from what twin steps of the runs differ by}
+          a perfect model would show, from the differences of twin steps of the runs}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
         - `asked`: requests of the trace; `not_completed`: {run: as `analysis.metrics.summary.not_completed`}
-        - `coverage`: as given; `machine`: {real run: what the machine did besides, or None if that is not on record}
+        - `coverage`: as given; `machine`: {real run: other load on the machine, or None if that is not on record}
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
     Raises:
@@ -228,16 +228,17 @@ def _twin_differences(run: RunRecords, repeat: RunRecords) -> Floats:
     (ours, our_ns), (theirs, their_ns) = _decode_steps(run), _decode_steps(repeat)
     if not len(theirs):
         return np.zeros(0)
-    order = np.lexsort(theirs.T[::-1])
-    theirs, their_ns = theirs[order], their_ns[order]
-    keys = theirs[:, 0] * KV_TOKENS_MAX + theirs[:, 1]
-    twin = np.minimum(np.searchsorted(keys, ours[:, 0] * KV_TOKENS_MAX + ours[:, 1]), len(keys) - 1)
-    same = (theirs[twin, 0] == ours[:, 0]) & (np.abs(theirs[twin, 1] - ours[:, 1]) <= TWIN_KV * ours[:, 1])
+    order = np.argsort(theirs, kind="stable")
+    twin = order[np.minimum(np.searchsorted(theirs[order], ours), len(order) - 1)]
+    (sequences, tokens), (their_sequences, their_tokens) = (
+        divmod(each, KV_TOKENS_MAX) for each in (ours, theirs[twin])
+    )
+    same = (their_sequences == sequences) & (np.abs(their_tokens - tokens) <= TWIN_KV * tokens)
     return np.asarray(their_ns[twin][same] / our_ns[same] - 1)
 
 
 def _decode_steps(run: RunRecords) -> tuple[Ints, Floats]:
-    """Sequences and KV tokens (steps, 2), and device time (steps,), of the steps that only decode."""
+    """Of the steps that only decode: sequences * `KV_TOKENS_MAX` + KV tokens, and device time, (steps,) each."""
     steps = run.tables["steps"].filter(step_kinds(run.tables["steps"]) == "decode")
-    batch = np.stack([column(steps, "decode_tokens"), column(steps, "kv_tokens")], axis=1)
-    return batch, column(steps, "device_ns").astype(np.float64)
+    batches = column(steps, "decode_tokens") * KV_TOKENS_MAX + column(steps, "kv_tokens")
+    return batches, column(steps, "device_ns").astype(np.float64)

@@ -21,7 +21,7 @@ def relative_errors(sim: Ints | Floats, real: Ints | Floats) -> Floats:
 
 
 def mean_of_known(values: Floats) -> float | None:
-    """The mean of what is not NaN. None if all is."""
+    """The mean without NaNs. None if there is nothing else."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None
 

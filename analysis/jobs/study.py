@@ -356,11 +356,11 @@ def validate_matrix(job: Validation, progress: Progress) -> list[dict[str, Any]]
     profile = job.profile(executor, config, progress)
     rows = []
     for name, (policy, depth) in cases.items():
-        rule, served = ("model", _open_ended(trace, job.max_total)) if name == STOPS else ("trace", trace)
+        rule, requests = ("model", _open_ended(trace, job.max_total)) if name == STOPS else ("trace", trace)
         limits, folder = replace(config, scheduler=policy, pipeline_depth=depth), job.out / name
         progress.note(f"{name}:")
-        real = real_run(served, executor, limits, folder / "real", progress, rule, overwrite=job.overwrite)
-        decisions = judge_runs(served, real, (), profile, folder, progress, overwrite=job.overwrite)["decisions"]
+        real = real_run(requests, executor, limits, folder / "real", progress, rule, overwrite=job.overwrite)
+        decisions = judge_runs(requests, real, (), profile, folder, progress, overwrite=job.overwrite)["decisions"]
         rows.append({"run": name} | _row(real, decisions))
     return rows
 

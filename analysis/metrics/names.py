@@ -111,4 +111,4 @@ RANKED_METRICS = {
     latency_key("mean", "normalized_latency"): LATENCIES["normalized_latency"].label,
     "output_throughput": TOTALS["output_throughput"].label,
 }
-"""What policies are ordered by -> its label."""
+"""Metrics that policies are ordered by -> their labels."""

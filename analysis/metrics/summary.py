@@ -1,6 +1,6 @@
 """Metrics of a run, from its records alone; the same function for a simulated and a real one.
 
-Names and definitions are those of vLLM's serving benchmark, so that results line up with what people have. It may not
+Names and definitions are those of vLLM's serving benchmark, so that results line up with those of others. It may not
 know which backend made the records. Everything is an array operation: no Python code runs per token.
 """
 
@@ -125,7 +125,7 @@ def metrics(run: RunRecords, slos_ms: Mapping[str, float] | None = None) -> dict
 
 
 def summarize(run: RunRecords) -> dict[str, Any]:
-    """What a run's summary says: all `metrics`, and `not_completed` of the same name."""
+    """The content of a run's summary: all `metrics`, and `not_completed` of the same name."""
     return metrics(run) | {"not_completed": not_completed(run)}
 
 

@@ -46,7 +46,7 @@ _NO_REASON = {
 
 
 def completed_sentences(summary: Mapping[str, Any], asked: int) -> Iterator[str]:
-    """What became of the requests that did not complete, what would help, and whose the latencies are.
+    """The fate of the requests that did not complete, the option that would help, and the scope of the latencies.
 
     Args:
         summary: of a run, with `completed` and `not_completed`.
@@ -95,7 +95,7 @@ def p99_sentence(requests: int) -> str:
 
 
 def beyond_sentence(coverage: Mapping[str, Any] | None) -> str:
-    """What of a prediction was extrapolated: by table, in one line; nothing if all was measured.
+    """The extrapolated shares of a prediction by table, in one line; nothing if all was measured.
 
     Args:
         coverage: as `sim.latency_model.LatencyModel.coverage`, or None where it is not on record.
@@ -122,14 +122,14 @@ def _share(fraction: float) -> str:
 
 
 def _off(axis: str, asked: Sequence[float], measured: Sequence[float]) -> str:
-    """How far what was asked along an axis lies beyond what was measured."""
+    """How far a look-up lies beyond the measured range along an axis."""
     if asked[1] > measured[1]:
         return f"{axis} to {asked[1]:,.0f}, measured to {measured[1]:,.0f}"
     return f"{axis} from {asked[0]:,.0f}, measured from {measured[0]:,.0f}" if asked[0] < measured[0] else ""
 
 
 def seen_sentences(machines: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
-    """What was seen during each of several runs.
+    """The state of the machine during each of several runs.
 
     Args:
         machines: by the run's name, as `analysis.jobs.machine_watch` has seen it; None where nothing is on record.

@@ -14,7 +14,7 @@ from analysis.comparison.runs import flatten_manifest
 from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, LATENCIES, TOTALS
 from analysis.report.attribution_tables import ablation_tables, attribution_tables
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
-from analysis.report.figures import cdf_figure, comparison_lines, steps_figure, time_figure
+from analysis.report.figures import cdf_figure, steps_figure, time_figure
 from analysis.report.html import Definitions, Part, write_page
 from analysis.report.tables import TextTable, amount, number, percent, print_tables, signed
 from analysis.report.verdict import decisions_sentence, difference_table, spread_cell, verdict_sentences, verdict_table
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
-    """Print what is missing, the three parts of a comparison, where its error comes from, then the verdict and what it
-    means."""
+    """Print caveats, the three parts of a comparison, the sources of its error, and the verdict."""
     from rich.text import Text
 
     if said := [*_caveats(comparison)]:
@@ -52,7 +51,7 @@ def write_report(
         TandemError: the file cannot be written.
     """
     decisions, latency_model, closed_loop = _parts(comparison)
-    runs, lines = {"measured": real, "simulated": sim}, comparison_lines()
+    runs = {"measured": real, "simulated": sim}
     parts: tuple[Part, ...] = (
         verdict_table(comparison),
         decisions,
@@ -60,9 +59,9 @@ def write_report(
         steps_figure(real, replayed, equal_steps(comparison["decisions"])),
         closed_loop,
         Definitions({LATENCIES[name].label: LATENCIES[name].definition for name in COMPARED_LATENCIES}),
-        cdf_figure(runs, lines),
+        cdf_figure(runs),
         *_explanations(comparison),
-        time_figure(runs, lines),
+        time_figure(runs),
         _totals_table(comparison["metrics"]),
         _manifest_table(real, sim),
     )
@@ -70,12 +69,12 @@ def write_report(
 
 
 def headline(comparison: Mapping[str, Any]) -> str:
-    """What is missing, what was compared and what came of it, in plain sentences."""
+    """Caveats, scope and verdicts in plain sentences."""
     return " ".join((*_caveats(comparison), *verdict_sentences(comparison)))
 
 
 def _caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What must be known before any number: requests that did not complete, and what was extrapolated."""
+    """Sentences before any number: requests that did not complete, and extrapolation."""
     yield from sentences_by_run(comparison["not_completed"], comparison["asked"])
     if not comparison["requests"]:
         yield NOTHING_COMPLETED

@@ -25,23 +25,11 @@ KIND_COLOURS = {"decode": "#1f5a92", "mixed": "#7a4fa3", "prefill": "#2e8b57"}
 PALETTE = ("#1f5a92", "#d9730d", "#2e8b57", "#7a4fa3", "#c0392b", "#008b9a", "#8a6d00", "#c2548f", "#555555", "#6b8e23")
 LOG_AXIS = {"type": "log", "minorloglabels": "complete", "exponentformat": "none"}
 SERIES = {"decode_tokens": "decodes", "prefill_tokens": "prefill tokens", "kv_blocks_used": "KV blocks used"}
-MAX_POINTS = 5000  # of one curve: more of them only make the page heavy
+MAX_POINTS = 5000  # of one curve: more of them only make the HTML page heavy
 THINNED = "Where there are many, evenly spaced ones are drawn."
 CDF_CAPTION = "The fraction of values at or below a latency: of requests, or for ITL of all gaps."
 
-Lines = Mapping[str, Mapping[str, Any]]
-"""How the curves of each run are drawn."""
-
-
-def comparison_lines() -> Lines:
-    """Of a real run and a simulated one."""
-    styles = {"measured": {"width": 2.5, "dash": "solid"}, "simulated": {"width": 1.5, "dash": "dot"}}
-    return {run: {"color": COLOURS[run], **style} for run, style in styles.items()}
-
-
-def policy_lines(policies: Iterable[str]) -> Lines:
-    """Of several policies' runs."""
-    return {run: {"color": PALETTE[place % len(PALETTE)], "width": 2} for place, run in enumerate(policies)}
+STYLES = {"measured": {"width": 2.5, "dash": "solid"}, "simulated": {"width": 1.5, "dash": "dot"}}
 
 
 def steps_figure(real: RunRecords, replayed: RunRecords, equal_steps: int) -> HtmlFigure:
@@ -69,46 +57,47 @@ def steps_figure(real: RunRecords, replayed: RunRecords, equal_steps: int) -> Ht
     return _html_figure("steps", figure, 560, caption, plotly_js=True)
 
 
-def cdf_figure(runs: Mapping[str, RunRecords], lines: Lines, caption: str = "", plotly_js: bool = False) -> HtmlFigure:
+def cdf_figure(runs: Mapping[str, RunRecords], caption: str = "", plotly_js: bool = False) -> HtmlFigure:
     """The distributions of latencies, of the requests that completed in all runs."""
-    ids, figure = common_requests(*runs.values()), _panels(0.18)
+    ids, figure, lines = common_requests(*runs.values()), _panels(0.18), _lines(runs)
     for run, records in runs.items():
         values = latencies(records, ids)
         for position, name in enumerate(COMPARED_LATENCIES):
             shown = _thin(len(values[name]))
             x, y = np.sort(values[name])[shown], (shown + 1) / max(len(values[name]), 1)
-            line = {**lines[run], "shape": "hv"}
-            figure.add_scatter(x=x, y=y, mode="lines", line=line, **_place(run, position))
+            figure.add_scatter(x=x, y=y, mode="lines", line=lines[run], **_place(run, position))
     figure.update_xaxes(LOG_AXIS, title="ms", minorloglabels="small digits")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     return _html_figure("cdf", figure, 720, f"{CDF_CAPTION} {caption}{THINNED}", plotly_js)
 
 
-def bar_figure(statistics: Mapping[str, Mapping[str, Mapping[str, float | None]]], lines: Lines) -> HtmlFigure:
-    """Bars of {latency: {statistic: {run: ms}}}."""
-    figure = _panels(0.14)
+def bar_figure(
+    statistics: Mapping[str, Mapping[str, Mapping[str, float | None]]], runs: Mapping[str, str]
+) -> HtmlFigure:
+    """Bars of {latency: {statistic: {run: ms}}}, for runs by name."""
+    figure, lines = _panels(0.14), _lines(runs)
     for position, name in enumerate(COMPARED_LATENCIES):
-        for run, line in lines.items():
-            heights = [values[run] for values in statistics[name].values()]
-            figure.add_bar(x=[*statistics[name]], y=heights, marker={"color": line["color"]}, **_place(run, position))
+        for run, label in runs.items():
+            heights, marker = [of[run] for of in statistics[name].values()], {"color": lines[run]["color"]}
+            figure.add_bar(x=[*statistics[name]], y=heights, marker=marker, **_place(label, position))
     figure.update_yaxes(title="ms", rangemode="tozero")
     figure.update_layout(barmode="group")
     return _html_figure("bar", figure, 640)
 
 
-def time_figure(runs: Mapping[str, RunRecords], lines: Lines) -> HtmlFigure:
+def time_figure(runs: Mapping[str, RunRecords]) -> HtmlFigure:
     """The batch and the KV cache over time."""
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(len(SERIES), 1, shared_xaxes=True, vertical_spacing=0.04)
+    figure, lines = make_subplots(len(SERIES), 1, shared_xaxes=True, vertical_spacing=0.04), _lines(runs)
     for run, records in runs.items():
         for row, (name, title) in enumerate(SERIES.items(), 1):
             time_s, values = _over_time(records, name)
             shown = _thin(len(time_s))
-            label, line = f"{run}, {_shown(len(shown), len(time_s))} points", {**lines[run], "shape": "hv"}
+            label = f"{run}, {_shown(len(shown), len(time_s))} points"
             # The highest of the points that one stands for: a prefill is a spike that thinning could hide.
             x, y = time_s[shown], np.maximum.reduceat(values, shown) if len(shown) else values
-            figure.add_scatter(x=x, y=y, mode="lines", name=label, line=line, showlegend=row == 1, row=row, col=1)
+            figure.add_scatter(x=x, y=y, mode="lines", name=label, line=lines[run], showlegend=row == 1, row=row, col=1)
             figure.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
     figure.update_xaxes(title="seconds since the run's start", row=len(SERIES), col=1)
     caption = (
@@ -133,9 +122,15 @@ def _panels(spacing: float) -> Figure:
     """A panel for each of `COMPARED_LATENCIES`."""
     from plotly.subplots import make_subplots
 
-    return make_subplots(
-        2, 2, subplot_titles=[LATENCIES[name].label for name in COMPARED_LATENCIES], vertical_spacing=spacing
-    )
+    titles = [LATENCIES[name].label for name in COMPARED_LATENCIES]
+    return make_subplots(2, 2, subplot_titles=titles, vertical_spacing=spacing)
+
+
+def _lines(runs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How the curves of each run are drawn: a real and a simulated one in their own ways."""
+    plain = {run: {"color": PALETTE[place % len(PALETTE)], "width": 2} for place, run in enumerate(runs)}
+    own = {run: {"color": COLOURS[run], **style} for run, style in STYLES.items()}
+    return {run: own.get(run, line) | {"shape": "hv"} for run, line in plain.items()}
 
 
 def _place(run: str, position: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class HtmlFigure:
 
 @dataclass(frozen=True, slots=True)
 class Definitions:
-    """Words and what they mean."""
+    """Words and their meanings."""
 
     meanings: Mapping[str, str]
     title: str = ""
@@ -36,7 +36,7 @@ def write_page(path: Path, title: str, headline: str, parts: Iterable[Part]) -> 
     Args:
         path: the file.
         title: its heading, as text.
-        headline: what it says in plain sentences, as text.
+        headline: a summary in plain sentences, as text.
         parts: the rest, in order.
 
     Raises:

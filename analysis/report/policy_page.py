@@ -19,7 +19,7 @@ from analysis.metrics.names import (
     latency_label,
 )
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentences, p99_sentence, sentences_by_run
-from analysis.report.figures import bar_figure, cdf_figure, policy_lines
+from analysis.report.figures import bar_figure, cdf_figure
 from analysis.report.html import Definitions, Part, write_page
 from analysis.report.tables import TextTable, amount, number, signed
 from analysis.report.verdict import difference_table
@@ -31,15 +31,14 @@ Values = Mapping[str, float | None]  # by policy
 
 
 def policy_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """A comparison for people: what is missing; then with a row for each policy latencies, totals and, if there are
-    several, each client's."""
+    """Caveats, then latencies, totals and, if there are several clients, those of each: a row for each policy."""
     missing = "\n".join(caveats(comparison))
     before = [TextTable("Before the numbers", missing)] if missing else []
     return [*before, *_number_tables(comparison)]
 
 
 def simulation_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """What two simulations are, then latencies and totals, fields that differ, and where decisions part."""
+    """That nothing is measured, then latencies and totals, fields that differ, and where decisions part."""
     return [TextTable(UNMEASURED), *policy_tables(comparison), *_differences(comparison)]
 
 
@@ -71,18 +70,13 @@ def write_policy_page(
         TandemError: the file cannot be written.
     """
     latency, *others = _number_tables(comparison)
-    names = {policy: _name(comparison, policy) for policy in runs}
-    lines = policy_lines([*names.values()])
-    bars = {
-        name: {stat: {names[policy]: values[policy] for policy in runs} for stat, values in of.items()}
-        for name, of in comparison["latencies"].items()
-    }
+    names = _names(comparison)
     metrics = [*(LATENCIES[name] for name in COMPARED_LATENCIES), *(TOTALS[name] for name in comparison["totals"])]
     click = "A click on a policy hides it. "
     parts: tuple[Part, ...] = (
         latency,
-        cdf_figure({names[policy]: run for policy, run in runs.items()}, lines, click, plotly_js=True),
-        bar_figure(bars, lines),
+        cdf_figure({names[policy]: run for policy, run in runs.items()}, click, plotly_js=True),
+        bar_figure(comparison["latencies"], names),
         *others,
         *further,
         Definitions({metric.heading: metric.definition for metric in metrics}, "Definitions"),
@@ -95,7 +89,7 @@ def write_policy_page(
 
 
 def caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What must be known before any number: whom a policy did not serve, and what was extrapolated."""
+    """Sentences before any number: requests that a policy did not complete, and extrapolation."""
     yield from sentences_by_run(comparison["not_completed"], comparison["asked"])
     if not comparison["same"]:
         yield f"They did not complete the same requests: latencies are of the {comparison['requests']:,} that all did."
@@ -111,20 +105,21 @@ def _headline(comparison: Mapping[str, Any]) -> str:
         known = {policy: of for policy, of in comparison["latencies"][name]["mean"].items() if of is not None}
         if known:
             policy = min(known, key=lambda each: known[each])
-            best.append(f"{latency_label('mean', name)} {_name(comparison, policy)} ({number(known[policy])} ms)")
+            best.append(f"{latency_label('mean', name)} {_names(comparison)[policy]} ({number(known[policy])} ms)")
     lowest = f" Lowest: {', '.join(best)}." if best else ""
     return f"{comparison['requests']:,} requests completed under all of {', '.join(comparison['policies'])}.{lowest}"
 
 
-def _name(comparison: Mapping[str, Any], policy: str) -> str:
-    return " ".join((policy, *(f"({each})" for each in _completed(comparison, policy))))
+def _names(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """Policies as figures and sentences call them."""
+    return {policy: f"{policy} ({side[1]})" if side[1:] else policy for policy, side in _sides(comparison).items()}
 
 
-def _completed(comparison: Mapping[str, Any], policy: str) -> list[str]:
-    """Where policies completed different requests, how many this one did: beside every number."""
-    if comparison["same"]:
-        return []
-    return [f"{comparison['totals']['completed'][policy]:,} of {comparison['asked']:,}"]
+def _sides(comparison: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """For each policy the cells beside every number: its name, and how many requests it completed if these differ."""
+    completed, asked = comparison["totals"]["completed"], comparison["asked"]
+    counts = {} if comparison["same"] else {policy: f"{count:,} of {asked:,}" for policy, count in completed.items()}
+    return {policy: (policy, counts[policy]) if counts else (policy,) for policy in comparison["policies"]}
 
 
 # -- tables ----------------------------------------------------------------------------------------------------
@@ -141,11 +136,8 @@ def _number_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     totals = {name: of for name, of in comparison["totals"].items() if any(of.values())}
     if not comparison["same"]:
         totals.pop("completed", None)  # it is beside the policy
-    rows = [
-        (policy, *_completed(comparison, policy), *(amount(of[policy]) for of in totals.values()))
-        for policy in comparison["policies"]
-    ]
-    heads = _heads(comparison)
+    sides, heads = _sides(comparison), _heads(comparison)
+    rows = [(*side, *(amount(of[policy]) for of in totals.values())) for policy, side in sides.items()]
     columns, of_each = [TOTALS[name].heading for name in totals], "Of the requests that each completed."
     tables = [
         _latency_table(comparison, "Latency, ms", note, ("",), shown, latencies),
@@ -175,10 +167,10 @@ def _latency_table(
     """For each group a row for each policy. The group's labels stand in the first of these rows."""
     rows: list[tuple[str, ...]] = []
     for labels, values in groups.items():
-        for place, policy in enumerate(comparison["policies"]):
-            shown = ("",) * len(labels) if place else labels
-            cells = _with_differences(values, policy, comparison["policies"][0])
-            rows.append((*shown, policy, *_completed(comparison, policy), *cells))
+        shown = labels
+        for policy, side in _sides(comparison).items():
+            rows.append((*shown, *side, *_with_differences(values, policy, comparison["policies"][0])))
+            shown = ("",) * len(labels)
     heads = (*heads, *_heads(comparison))
     pairs = [text for column in columns for text in (column, "")]
     return TextTable(title, note, (*heads, *pairs), rows, labels=len(heads))
@@ -206,6 +198,6 @@ def _differences(comparison: Mapping[str, Any]) -> list[TextTable]:
     steps, first = f"{decisions['steps']:,} steps", decisions["first_difference"]
     parting = f"Decisions part after {first['step']:,} of {steps}." if first else f"All {steps} are decided the same."
     return [
-        TextTable("What they differ in", alike, ("field", *names), rows, labels=3),
+        TextTable("Fields that differ", alike, ("field", *names), rows, labels=3),
         difference_table("Decisions", parting, decisions, names),
     ]

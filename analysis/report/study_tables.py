@@ -25,7 +25,7 @@ def ranking_sentence(ranking: Mapping[str, Any]) -> str:
 def ranking_tables(ranking: Mapping[str, Any]) -> list[TextTable]:
     """A table for each pair of policies, with a row for each metric; the last says how many orders are right.
 
-    Where the runs completed different requests, a table before them says so, and every row is marked.
+    Where the runs completed different requests, a table before them says so, and every row gets a star.
     """
     star = "" if {*ranking["completed"].values()} == {ranking["common"]} else " *"
     columns = ("", f"verdict{star}", "hardware", "spread", "simulation")
@@ -46,13 +46,13 @@ def _completed_table(ranking: Mapping[str, Any]) -> TextTable:
     rows = [(name, f"{count:,} of {ranking['asked']:,}") for name, count in ranking["completed"].items()]
     note = (
         f"The runs did not complete the same requests ({ranking['common']:,} completed in all). Metrics are of those "
-        "that each run completed: an order marked * may come from that alone."
+        "that each run completed: an order with a * may come from that alone."
     )
     return TextTable("Before the numbers", note, ("", "completed"), rows)
 
 
 def study_tables(study: Mapping[str, Any], targets: Targets) -> list[TextTable]:
-    """The latency model and the closed loop of every case, the rankings, and what is not within its target."""
+    """The latency model and the closed loop of every case, the rankings, and the errors beyond their targets."""
     cases = sorted(study["cases"].values(), key=lambda case: (case["policy"], case["load"]))
     said = "\n".join(sentence for name, case in study["cases"].items() for sentence in _caveats(name, case["result"]))
     rankings = [
@@ -70,7 +70,7 @@ def study_tables(study: Mapping[str, Any], targets: Targets) -> list[TextTable]:
 
 
 def _caveats(name: str, result: Mapping[str, Any]) -> Iterator[str]:
-    """Whom a case's runs did not serve, and what of it was extrapolated."""
+    """The requests that a case's runs did not complete, and extrapolation."""
     yield from (f"{name}, {sentence}" for sentence in sentences_by_run(result["not_completed"], result["asked"]))
     yield from beyond_sentences({name: result["coverage"]})
 

@@ -1,4 +1,4 @@
-"""The verdict on a comparison: its table, and what it means in sentences."""
+"""The verdict on a comparison: a table, and sentences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def spread_cell(fraction: float | None, comparison: Mapping[str, Any]) -> str:
 
 
 def verdict_sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What was compared, and what came of it."""
+    """The scope of the comparison, and the verdicts."""
     yield f"{comparison['requests']:,} requests were served for real and in simulation."
     yield decisions_sentence(comparison["decisions"])
     for word, opening in OPENINGS.items():
@@ -63,7 +63,7 @@ def verdict_sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _judged(name: str, item: Mapping[str, Any]) -> str:
-    """The name of what is judged; of what cannot be, why not."""
+    """The label of an error; with the reason, if it cannot be judged."""
     if item["verdict"] != NOISY:
         return LABELS[name]
     if _is_spread(item):
@@ -77,7 +77,7 @@ def _is_spread(item: Mapping[str, Any]) -> bool:
 
 
 def _noise_sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What was seen of the machine, and what to do about its noise."""
+    """The state of the machine, and remedies against its noise."""
     yield from seen_sentences(comparison["machine"])
     noisy = [_is_spread(item) for item in comparison["verdict"].values() if item["verdict"] == NOISY]
     if any(noisy):
@@ -100,7 +100,7 @@ def decisions_sentence(decisions: Mapping[str, Any]) -> str:
 
 
 def _controls_sentence(controls: Mapping[str, bool | None]) -> str:
-    """What became of the falsifications of `sim.negative_controls`."""
+    """Whether the falsifications of `sim.negative_controls` were noticed."""
     tried = {name.replace("_", " "): noticed for name, noticed in controls.items() if noticed is not None}
     missed = [name for name, noticed in tried.items() if not noticed]
     if missed:
