@@ -78,7 +78,11 @@ def test_a_judged_study_has_a_comparison_for_each_case_and_ranks_the_policies(st
     assert judged["rankings"]["10%"]["policies"] == {"chunked_prefill": 2, "fcfs": 1}
     assert judged == json.loads((study / "study/fidelity.json").read_text())
     tandem("fidelity", "judge", study / "study")
-    assert "identical" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "identical" in shown and "Allowed: TTFT 5.0%, TPOT 2.0%, E2E 2.0%" in shown
+    tandem("fidelity", "judge", study / "study", "--json", "--targets", "1000,2000,3000")
+    verdicts = {each["what"]: each["allowed"] for each in json.loads(capsys.readouterr().out)["verdicts"]}
+    assert (verdicts["p50 TTFT"], verdicts["p90 TPOT"], verdicts["mean E2E"]) == (10, 20, 30)
 
 
 def test_the_commands_of_the_page_judge_a_study_print_its_residuals_and_draw_it(study, tmp_path):

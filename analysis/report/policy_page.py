@@ -11,7 +11,6 @@ from typing import Any
 
 from analysis.comparison.errors import relative_difference
 from analysis.metrics.names import (
-    COMPARED_LATENCIES,
     COMPARED_STATISTICS,
     JUDGED_LATENCIES,
     LATENCIES,
@@ -71,7 +70,7 @@ def write_policy_page(
     """
     latency, *others = _number_tables(comparison)
     names = _names(comparison)
-    metrics = [*(LATENCIES[name] for name in COMPARED_LATENCIES), *(TOTALS[name] for name in comparison["totals"])]
+    metrics = [*(LATENCIES[name] for name in comparison["latencies"]), *(TOTALS[name] for name in comparison["totals"])]
     click = "A click on a policy hides it. "
     parts: tuple[Part, ...] = (
         latency,
