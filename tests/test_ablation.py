@@ -11,9 +11,10 @@ from shadow import small_profile
 from test_attribution import run_on, sparse
 from test_compare import CONFIG, MS, with_manifest
 
-from analysis.comparison.ablation import TERMS, ablation_tables, read_terms
+from analysis.comparison.ablation import TERMS, read_terms
 from analysis.comparison.ablation import ablate as ablate_replayed
-from analysis.metrics.summary import step_kinds
+from analysis.metrics.columns import step_kinds
+from analysis.report.attribution_tables import ablation_tables
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from engine.records.manifest import config_of, system
@@ -114,7 +115,7 @@ def test_a_naive_model_of_memory_has_blocks_for_requests_that_in_truth_had_to_wa
 
 
 def test_a_profile_that_does_not_know_its_memory_says_so():
-    with pytest.raises(TandemError, match="this profile does not say what memory the card has"):
+    with pytest.raises(TandemError, match="this profile does not say what memory the GPU has"):
         read_terms(["host,kv-blocks"], small_profile())
     assert read_terms(["kv-blocks"], detailed_profile()) == ["kv-blocks"]
 

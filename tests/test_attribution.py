@@ -12,7 +12,8 @@ from shadow import small_profile
 from test_compare import CONFIG, MS, as_replay, serve, with_column, workload
 
 from analysis.comparison.compare import compare
-from analysis.metrics.summary import step_kinds
+from analysis.metrics.columns import step_kinds
+from analysis.report.attribution_tables import attribution_sentence
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
@@ -43,7 +44,8 @@ def run_on(profile: Profile, requests: Sequence[TraceRequest], config: ServingCo
 
 def attribution(machine: Profile, model: Profile, requests: Sequence[TraceRequest], config: ServingConfig = CONFIG):
     real = run_on(machine, requests, config)
-    return compare(run_on(model, requests, config), real, replay(real, config, model))["attribution"]
+    found = compare(run_on(model, requests, config), real, replay(real, config, model))["attribution"]
+    return found | {"sentence": attribution_sentence(found)}
 
 
 def sparse(count: int = 40) -> list[TraceRequest]:

@@ -12,9 +12,13 @@ import pytest
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.comparison.compare import Targets, check_once, check_roles, compare, is_met
+from analysis.comparison.compare import compare, is_met
+from analysis.comparison.runs import check_once, check_roles
+from analysis.comparison.targets import STUDY_TARGETS, Targets, read_targets
 from analysis.jobs.compare import compare_runs
-from analysis.metrics.summary import itl, metrics, request_metrics, step_kinds
+from analysis.metrics.columns import step_kinds
+from analysis.metrics.summary import metrics, request_metrics
+from analysis.metrics.tokens import itl
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
@@ -256,7 +260,7 @@ def test_without_repeats_there_is_no_spread_and_errors_are_judged_all_the_same(s
 def test_an_error_is_within_up_to_what_is_allowed(sim, real):
     error = abs(compare(sim, real, replayed(real))["closed_loop"]["tpot"]["mean"]["error"])
     for allowed, verdict in ((error, "within"), (error * 0.999, "outside")):
-        result = compare(sim, real, replayed(real), targets=Targets(mean_tpot=allowed))
+        result = compare(sim, real, replayed(real), targets=Targets(tpot=allowed))
         assert result["verdict"]["mean_tpot"]["verdict"] == verdict
 
 
@@ -264,8 +268,23 @@ def test_an_item_is_too_noisy_to_judge_exactly_when_the_spread_exceeds_the_error
     repeats = [serve(1.3)]
     spread = compare(sim, real, replayed(real), repeats)["repeat_spread"]
     for allowed, noisy in ((spread["e2el"]["mean"], False), (spread["e2el"]["mean"] * 0.999, True)):
-        result = compare(sim, real, replayed(real), repeats, targets=Targets(mean_e2el=allowed))
+        result = compare(sim, real, replayed(real), repeats, targets=Targets(e2el=allowed))
         assert (result["verdict"]["mean_e2el"]["verdict"] == "too noisy to judge") == noisy
+
+
+def test_targets_are_read_in_percent_and_hold_at_every_load():
+    given = read_targets("5,2,1.5", STUDY_TARGETS)
+    assert (given.ttft, given.tpot, given.e2el) == (0.05, 0.02, 0.015)
+    assert given.model == STUDY_TARGETS.model and given.at_load(1.0) is given
+    assert set(read_targets("5,2,2,4", STUDY_TARGETS).model.values()) == {0.04}
+    assert read_targets(None, STUDY_TARGETS) is STUDY_TARGETS
+    assert STUDY_TARGETS.at_load(0.9) is STUDY_TARGETS and STUDY_TARGETS.at_load(1.0).tpot == 0.05
+
+
+@pytest.mark.parametrize("text", ["", "5", "5,2", "5,2,2,2,2", "5,two,2", "5,0,2", "5,-1,2", "5,nan,2", "5,inf,2"])
+def test_targets_that_cannot_be_read_are_refused_with_an_example(text):
+    with pytest.raises(TandemError, match=r"--targets: cannot read '.*'; write .* --targets 15,10,10"):
+        read_targets(text, STUDY_TARGETS)
 
 
 def test_a_noisy_machine_never_passes(sim):

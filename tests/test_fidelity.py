@@ -13,7 +13,8 @@ import pytest
 from tiny_models import tiny_model
 
 from analysis.cli import main as cli
-from analysis.jobs.study import Case, Study, _verdicts
+from analysis.comparison.targets import STUDY_TARGETS, judge_case
+from analysis.jobs.study import Case, Study
 from traces.errors import TandemError
 from traces.synthetic import synthetic
 from traces.trace import write_trace
@@ -77,7 +78,11 @@ def test_a_judged_study_has_a_comparison_for_each_case_and_ranks_the_policies(st
     assert judged["rankings"]["10%"]["policies"] == {"chunked_prefill": 2, "fcfs": 1}
     assert judged == json.loads((study / "study/fidelity.json").read_text())
     tandem("fidelity", "judge", study / "study")
-    assert "identical" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "identical" in shown and "Allowed: TTFT 5.0%, TPOT 2.0%, E2E 2.0%" in shown
+    tandem("fidelity", "judge", study / "study", "--json", "--targets", "1000,2000,3000")
+    verdicts = {each["what"]: each["allowed"] for each in json.loads(capsys.readouterr().out)["verdicts"]}
+    assert (verdicts["p50 TTFT"], verdicts["p90 TPOT"], verdicts["mean E2E"]) == (10, 20, 30)
 
 
 def test_the_commands_of_the_page_judge_a_study_print_its_residuals_and_draw_it(study, tmp_path):
@@ -145,5 +150,5 @@ def test_an_error_is_judged_by_its_target_or_by_a_modest_spread(load, error, spr
         "closed_loop": {each: {statistic: {"error": error} for statistic in statistics} for each in latencies},
         "repeat_spread": {each: dict.fromkeys(statistics, spread) for each in latencies},
     }
-    verdicts = {each["what"]: each["within"] for each in _verdicts("case", {"load": load, "result": result})}
+    verdicts = {each["what"]: each["within"] for each in judge_case("case", load, result, STUDY_TARGETS)}
     assert verdicts["mean TPOT"] is within

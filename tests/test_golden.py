@@ -12,14 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.comparison.compare import (
-    STATISTICS,
-    closed_loop_errors,
-    common_requests,
-    compare_decisions,
-    latency_model_errors,
-)
-from analysis.jobs.study import LATENCY_TARGETS, MODEL_TARGETS
+from analysis.comparison.compare import closed_loop_errors, compare_decisions, latency_model_errors
+from analysis.comparison.runs import common_requests
+from analysis.comparison.targets import STUDY_TARGETS
+from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords, read_run
@@ -72,16 +68,16 @@ def by_kind(name: str, profile: Profile | None = None) -> dict[str, dict[str, fl
         (OF_7B, {"decode", "mixed"}),
     ],
 )
-def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_marks(name, kinds):
-    found = {kind: of for kind, of in by_kind(name).items() if kind in MODEL_TARGETS and of["steps"] >= 50}
+def test_the_shipped_profile_predicts_the_steps_of_a_served_load_within_the_targets(name, kinds):
+    found = {kind: of for kind, of in by_kind(name).items() if kind in STUDY_TARGETS.model and of["steps"] >= 50}
     assert found.keys() == kinds
     for kind, of in found.items():
-        assert of["mape"] <= MODEL_TARGETS[kind]
+        assert of["mape"] <= STUDY_TARGETS.model[kind]
 
 
-def test_of_all_requests_at_once_steps_are_within_the_marks_and_as_far_off_as_the_page_says():
+def test_of_all_requests_at_once_steps_are_within_the_targets_and_as_far_off_as_the_page_says():
     errors = by_kind("h100-llama-3-8b-capacity")
-    assert all(errors[kind]["mape"] <= MODEL_TARGETS[kind] for kind in ("decode", "mixed"))
+    assert all(errors[kind]["mape"] <= STUDY_TARGETS.model[kind] for kind in ("decode", "mixed"))
     stated = dict(re.findall(r"^\| (\w+), 2,000 at once \| (\S+) %", PAGE, re.MULTILINE))
     assert stated == {kind: f"{100 * errors[kind]['mape']:.1f}" for kind in ("decode", "mixed")}
 
@@ -110,6 +106,6 @@ def test_a_simulation_on_the_shipped_profile_is_off_by_no_more_than_the_page_say
 @pytest.mark.parametrize("name", [CHUNKED, PREFILL_FIRST, ON_H200, OF_7B])
 def test_every_latency_is_off_by_less_than_is_allowed(name):
     errors = closed_loop(name)
-    for latency, (allowed, _) in LATENCY_TARGETS.items():
-        for statistic in STATISTICS:
-            assert abs(errors[latency][statistic]["error"]) <= allowed, (latency, statistic)
+    for latency in JUDGED_LATENCIES:
+        for statistic in COMPARED_STATISTICS:
+            assert abs(errors[latency][statistic]["error"]) <= STUDY_TARGETS.of_latency(latency), (latency, statistic)

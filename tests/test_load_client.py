@@ -14,7 +14,8 @@ from served import PROFILE, TANDEM, eventually, serving, sim, tokenizer
 
 from analysis.client.load_client import Reply, Target, send_all
 from analysis.client.records import side_by_side
-from analysis.metrics.summary import latencies, metrics, request_metrics, token_times
+from analysis.metrics.summary import latencies, metrics, request_metrics
+from analysis.metrics.tokens import token_times
 from engine.records.run_folder import read_run
 from traces.request import TraceRequest
 from traces.trace import Trace, write_trace

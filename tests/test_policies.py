@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shadow import serve
 
-from analysis.metrics.summary import Floats, column, metrics, request_metrics, token_times
+from analysis.metrics.columns import Floats, column
+from analysis.metrics.summary import metrics, request_metrics
+from analysis.metrics.tokens import token_times
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from engine.request import CANCELLED, LENGTH

@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 from test_compare import MS, serve, with_column, with_manifest, workload
 
-from analysis.comparison.ranking import METRICS, rank, ranking_tables
+from analysis.comparison.ranking import rank
+from analysis.metrics.names import RANKED_METRICS
 from analysis.metrics.summary import metrics
+from analysis.report.study_tables import ranking_sentence, ranking_tables
 from analysis.report.tables import print_tables
 from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
@@ -42,10 +44,10 @@ def test_every_metric_of_every_pair_is_ordered():
         runs(*(ride(policy, scale) for ride in (real, sim) for policy, scale in (("a", 1), ("b", 1.2), ("c", 1.5))))
     )
     p99 = {"p99_ttft_ms", "p99_tpot_ms", "p99_e2el_ms"}  # not of 40 requests
-    assert {each["metric"] for each in ranking["orders"]} == METRICS.keys() - p99
+    assert {each["metric"] for each in ranking["orders"]} == RANKED_METRICS.keys() - p99
     assert set(orders(ranking, "mean_ttft_ms")) == {("a", "b"), ("a", "c"), ("b", "c")}
     assert {each["verdict"] for each in ranking["orders"]} == {"same order"}
-    assert ranking["decided"] == ranking["same"] == 3 * len(METRICS.keys() - p99)
+    assert ranking["decided"] == ranking["same"] == 3 * len(RANKED_METRICS.keys() - p99)
 
 
 def test_differences_are_signed_fractions_of_the_firsts_metrics():
@@ -134,7 +136,7 @@ WRONG = {
         [real("a", 1), sim("a", 1), sim("a", 2), real("b", 1), sim("b", 1)],
         "a has 1 real, 2 simulated",
     ),
-    "unknown rider": ([real("a", 1), of("b", "abacus", serve())], "run-1: provenance.backend is abacus"),
+    "unknown backend": ([real("a", 1), of("b", "abacus", serve())], "run-1: provenance.backend is abacus"),
     "interrupted": ([sim("a", 1), replace(real("a", 1), partial=True)], "run-1 was interrupted"),
 }
 
@@ -151,7 +153,7 @@ def test_policies_that_completed_nothing_have_no_order():
     rejected = serve(requests=workload(prompt_len=500))
     ranking = rank(runs(*(of(policy, backend, rejected) for policy in "ab" for backend in ("executor", "simulator"))))
     assert ranking["orders"] == []
-    assert ranking["sentence"] == "Of the 0 orders that hardware decides, simulation got 0 right."
+    assert ranking_sentence(ranking) == "Of the 0 orders that hardware decides, simulation got 0 right."
     assert json.loads(json.dumps(ranking, allow_nan=False)) == ranking
 
 

@@ -206,8 +206,8 @@ def test_the_metrics_of_a_run_are_those_that_it_has_when_looked_at_piece_by_piec
     whole = metrics(run)
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         run.write(Path(folder) / "run")
-        patch.setattr("analysis.metrics.summary.PART", part)
-        patch.setattr("analysis.metrics.summary.SORTED", some)
+        patch.setattr("analysis.metrics.tokens.PART", part)
+        patch.setattr("analysis.metrics.tokens.SORTED", some)
         patch.setattr("engine.records.run_folder.BATCH", rows)
         assert metrics(RunRecords({}, StoredTables(Path(folder) / "run"))) == pytest.approx(whole, nan_ok=True)
 

@@ -18,6 +18,7 @@ from test_compare import CONFIG, MS, as_replay, replayed, serve, with_column, wi
 
 from analysis.comparison.ablation import ablate
 from analysis.comparison.compare import compare
+from analysis.report.attribution_tables import attribution_sentence
 from analysis.report.comparison_page import headline, print_comparison, write_report
 from analysis.report.figures import MAX_POINTS
 from engine.records.manifest import system
@@ -117,7 +118,7 @@ def test_the_page_says_where_the_error_comes_from_and_what_the_models_terms_are_
     write_report(comparison, sim, real, replayed(real), tmp_path / "report.html", title="")
     page = Page((tmp_path / "report.html").read_text())
     attribution = comparison["attribution"]
-    assert attribution["sentence"] in page.text
+    assert attribution_sentence(attribution) in page.text
     terms = [part["terms"]["decode"] for part in attribution["latencies"].values()]
     shown = [cell for term in terms for cell in (f"{term['ms']:+z,.3f}", f"{term['error']:+z.1%}")]
     assert ["decode steps", *shown] in page.rows
@@ -134,7 +135,7 @@ def test_the_console_says_where_the_error_comes_from_within_80_columns(sim, real
     output = io.StringIO()
     print_comparison(comparison, Console(file=output, width=80))
     text = output.getvalue()
-    assert comparison["attribution"]["sentence"] in " ".join(text.split())
+    assert attribution_sentence(comparison["attribution"]) in " ".join(text.split())
     lines = [line.rstrip() for line in text.splitlines()]
     terms = lines[lines.index("Where the closed-loop error of the means comes from") :]
     rows = [line for line in terms if line.split(" ")[1:2] in (["steps"], ["between"], ["and"])][:5]

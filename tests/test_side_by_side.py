@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from shadow import serve
 
-from analysis.comparison.policies import compare_policies, policy_tables, write_policy_page
+from analysis.comparison.policies import compare_policies
 from analysis.metrics.summary import latencies, metrics
+from analysis.report.policy_page import policy_tables, write_policy_page
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from traces.request import TraceRequest

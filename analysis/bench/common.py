@@ -17,7 +17,7 @@ import numpy as np
 from analysis.jobs.limits import Settled
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import of_executor
-from analysis.metrics.summary import column
+from analysis.metrics.columns import column
 from analysis.report.tables import TextTable
 from engine.config import ServingConfig
 from engine.records import manifest

@@ -11,7 +11,7 @@ from analysis.bench.common import BenchBatch, Benchmark, Row, decode_steps, serv
 from analysis.jobs.limits import Settled, real_limits
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
-from analysis.metrics.summary import NS_PER_MS, column, completed_requests
+from analysis.metrics.columns import NS_PER_MS, column, completed_requests
 from analysis.report.tables import TextTable, amount
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig

@@ -23,13 +23,13 @@ from analysis.bench.common import Benchmark, Row
 from analysis.jobs.progress import Progress
 from analysis.report.tables import TextTable, percent
 from engine.executor.batch import Span, query_tiles
-from engine.executor.executor import DTYPES
 from engine.executor.kernels import ops
 from engine.executor.kernels.copy_blocks import copy_blocks
 from engine.executor.kernels.gpu_timer import time_us
 from engine.executor.kernels.paged_decode import cut, paged_decode
 from engine.executor.kernels.paged_prefill import paged_prefill
 from engine.executor.kernels.tuning import Tiles, Tuning, tuning
+from engine.executor.weights import DTYPES
 from engine.records import manifest
 from traces.errors import TandemError
 
@@ -246,7 +246,7 @@ def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Pr
     """The benchmark of this machine's GPU.
 
     Args:
-        dtype: of `engine.executor.executor.DTYPES`.
+        dtype: of `engine.executor.weights.DTYPES`.
         block_size: tokens of a KV block.
         head_dim: of the heads whose tile shapes are timed.
         tune: time tile shapes instead.

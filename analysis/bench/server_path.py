@@ -23,7 +23,8 @@ import uvloop
 from analysis.bench.common import TANDEM, Benchmark, Row
 from analysis.client.load_client import Reply, Target, find_target, send_all
 from analysis.jobs.progress import Progress
-from analysis.metrics.summary import Ints, token_times
+from analysis.metrics.columns import Ints
+from analysis.metrics.tokens import token_times
 from analysis.report.tables import TextTable
 from engine.model.config import load_model_config
 from engine.records import manifest

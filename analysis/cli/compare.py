@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from analysis.cli import options
 from analysis.cli.output import print_json, print_result, progress
-from analysis.comparison.compare import RIDERS, check_once, check_roles, is_met, rider
+from analysis.comparison.runs import SIMULATED, check_once, check_roles, run_kind
+from analysis.comparison.targets import RUN_TARGETS, read_targets
 from analysis.jobs.files import check_new, write_json
 from analysis.jobs.options import Limits, Loading
 from engine.records.run_folder import RunRecords, read_run
@@ -39,9 +40,11 @@ def compare(
     ablate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Predict without these terms too: host, skew, head, graph-padding, power, kv-blocks, by commas."
+            help="Predict without these terms too: host, skew (context imbalance), head, graph-padding, power, "
+            "kv-blocks, by commas."
         ),
     ] = None,
+    targets: options.RunTargets = None,
     rank: Annotated[
         bool,
         typer.Option(
@@ -57,94 +60,94 @@ def compare(
     ordered as hardware orders them? The exit status is 1 if decisions differ, an error is outside, or no request
     completed; 0 on a machine too noisy to judge.
     """
-    allowed = allow_different or ()
     if out:
         check_new(out / ("ranking.json" if rank else "compare.json"), overwrite)
-    if rank:
-        if profile or repeat or ablate:
-            raise TandemError("--rank takes runs alone: no --profile, --repeat or --ablate")
-        return _rank(runs, out, allowed, as_json)
-    if len(runs) != 2:
+    if len(runs) != 2 and not rank:
         raise TandemError(f"compare takes SIM and REAL, not {len(runs)} runs; for more, give --rank")
-    found = _read(runs, repeat or ())
-    if all(rider(str(path), found[path]) == RIDERS["simulator"] for path in runs):
-        if profile or repeat or ablate:
-            raise TandemError(
-                f"{runs[0]} and {runs[1]} are both simulated: leave out --profile, --repeat and --ablate, which take a "
-                "real run, or give that as REAL"
-            )
-        return _compare_simulations({path: found[path] for path in runs}, out, allowed, as_json)
-    return _compare(runs, found, profile, out, repeat or (), allowed, ablate or (), as_json)
+    found, allowed = _read([*runs, *(repeat or ())]), allow_different or ()
+    simulated = not rank and all(run_kind(str(path), found[str(path)]) == SIMULATED for path in runs)
+    if (rank or simulated) and (profile or repeat or ablate or targets):
+        alone = f"{runs[0]} and {runs[1]} are both simulated, and two simulations take" if simulated else "--rank takes"
+        raise TandemError(f"{alone} no --profile, --repeat, --ablate or --targets: leave these out")
+    if rank:
+        return _rank(found, out, allowed, as_json)
+    if simulated:
+        return _compare_simulations(found, out, allowed, as_json)
+    check_roles(str(runs[0]), str(runs[1]), found, [*found][2:])
+    if profile is None or out is None:
+        missing = "--profile" if profile is None else "--out"
+        raise TandemError(f"compare needs {missing} (only --rank and two simulations do without)")
+    return _compare([*found.values()], profile, out, allowed, ablate or (), targets, as_json)
 
 
-def _read(runs: Sequence[Path], repeats: Sequence[Path]) -> dict[Path, RunRecords]:
+def _read(paths: Sequence[Path]) -> dict[str, RunRecords]:
     """Runs by path. Raises TandemError if one is given twice."""
-    paths = [path.resolve() for path in (*runs, *repeats)]
-    if twice := [path for place, path in enumerate((*runs, *repeats)) if paths[place] in paths[:place]]:
+    known = [path.resolve() for path in paths]
+    if twice := [path for place, path in enumerate(paths) if known[place] in known[:place]]:
         raise TandemError(f"{twice[0]} is given twice: a run agrees with itself; give each run once")
-    found = {path: read_run(path) for path in (*runs, *repeats)}
-    check_once({str(path): run for path, run in found.items()})
+    found = {str(path): read_run(path) for path in paths}
+    check_once(found)
     return found
 
 
-def _compare_simulations(
-    runs: Mapping[Path, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool
-) -> int:
-    from analysis.comparison.simulations import compare_simulations, simulation_tables, write_simulation_page
+def _rank(runs: Mapping[str, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool) -> int:
+    from analysis.jobs.study import rank_runs
+    from analysis.report.study_tables import ranking_tables
 
-    named = {str(path): run for path, run in runs.items()}
-    first, second = named.items()
+    ranking = rank_runs(runs, allowed)
+    if out:
+        write_json(out / "ranking.json", ranking)
+    print_result(ranking, as_json, ranking_tables)
+    return 0 if ranking["orders"] else 1
+
+
+def _compare_simulations(
+    runs: Mapping[str, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool
+) -> int:
+    from analysis.comparison.policies import compare_simulations
+    from analysis.report.policy_page import simulation_tables, write_simulation_page
+
+    first, second = runs.items()
     comparison = compare_simulations(first, second, allowed)
     if out:
         write_json(out / "simulations.json", comparison)
-        write_simulation_page(comparison, named, out / "simulations.html")
-    print_result(comparison, as_json, simulation_tables, width=110 + max(map(len, named)))
+        write_simulation_page(comparison, runs, out / "simulations.html")
+    print_result(comparison, as_json, simulation_tables, width=110 + max(map(len, runs)))
     if out and not as_json:
-        progress.note(f"page: {out / 'simulations.html'}")
+        progress.note(f"HTML page: {out / 'simulations.html'}")
     return 0 if comparison["requests"] else 1
 
 
 def _compare(
-    paths: Sequence[Path],
-    runs: Mapping[Path, RunRecords],
-    profile: Path | None,
-    out: Path | None,
-    repeat: Sequence[Path],
+    runs: Sequence[RunRecords],
+    profile: Path,
+    out: Path,
     allowed: Sequence[str],
     ablate: Sequence[str],
+    targets: str | None,
     as_json: bool,
 ) -> int:
     from analysis.comparison.ablation import read_terms
     from analysis.jobs.compare import compare_runs
-    from analysis.report.comparison_page import print_comparison
     from sim.profile.format import find_profile, read_profile
 
-    named = {str(path): run for path, run in runs.items()}
-    check_roles(str(paths[0]), str(paths[1]), named, [str(path) for path in repeat])
-    if profile is None or out is None:
-        raise TandemError(
-            f"compare needs {'--profile' if profile is None else '--out'} (only --rank and two simulations do without)"
-        )
-    times = read_profile(find_profile(profile))
+    times, limits = read_profile(find_profile(profile)), read_targets(targets, RUN_TARGETS)
+    sim, real, *repeats = runs
     terms = read_terms(ablate, times)
-    sim, real, *repeats = runs.values()
-    comparison = compare_runs(sim, real, repeats, times, out, progress, allowed, terms=terms)
+    comparison = compare_runs(sim, real, repeats, times, out, progress, allowed, terms=terms, targets=limits)
+    return _print_comparison(comparison, out, as_json)
+
+
+def _print_comparison(comparison: Mapping[str, Any], out: Path, as_json: bool = False) -> int:
+    from analysis.comparison.compare import is_met
+    from analysis.report.comparison_page import print_comparison
+
     if as_json:
         print_json(comparison)
     else:
         print_comparison(comparison, Console())
         progress.note(f"report: {out / 'report.html'}")
     return 0 if is_met(comparison) else 1
-
-
-def _rank(runs: Sequence[Path], out: Path | None, allowed: Sequence[str], as_json: bool) -> int:
-    from analysis.comparison.ranking import rank, ranking_tables
-
-    ranking = rank({str(path): run for path, run in _read(runs, ()).items()}, allowed)
-    if out:
-        write_json(out / "ranking.json", ranking)
-    print_result(ranking, as_json, ranking_tables)
-    return 0 if ranking["orders"] else 1
 
 
 @app.command()
@@ -159,6 +162,7 @@ def validate(
     seed: options.Seed = 0,
     max_total: Annotated[int, typer.Option(help="Drop longer prompt + output; also --max-model-len.")] = 512,
     repeats: Annotated[int, typer.Option(help="Further real runs, for the spread.", min=0)] = 1,
+    targets: options.RunTargets = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="All policies at both depths, blocks scarce.")] = False,
     overwrite: options.Overwrite = False,
 ) -> int:
@@ -166,8 +170,14 @@ def validate(
 
     What an earlier validation left in the default OUT is made anew; in another, with --overwrite.
     """
-    from analysis.jobs.validate import Job, validate_matrix, validate_one
+    from analysis.jobs.study import Validation, validate, validate_matrix
+    from analysis.report.study_tables import matrix_table
 
     limits = replace(limits, max_model_len=max_total)
-    job = Job(out, loading, requests, rate, seed, max_total, repeats, limits, overwrite or out == VALIDATED)
-    return (validate_matrix if matrix else validate_one)(job, progress)
+    anew, allowed = overwrite or out == VALIDATED, read_targets(targets, RUN_TARGETS)
+    job = Validation(out, loading, requests, rate, seed, max_total, repeats, limits, anew, allowed)
+    if not matrix:
+        return _print_comparison(validate(job, progress), out)
+    rows = validate_matrix(job, progress)
+    print_result(rows, False, lambda found: [matrix_table(found)])
+    return 0 if all(row["identical"] and row["controls"] for row in rows) else 1

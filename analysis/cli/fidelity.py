@@ -50,14 +50,21 @@ def fidelity_measure(
 @app.command("judge")
 def fidelity_judge(
     study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Simulate and compare every case, and rank the policies. Needs no machine but this one. Writes fidelity.json.
 
     The exit status is 1 if decisions differ anywhere.
     """
-    from analysis.jobs.study import judge_study, study_tables
+    from analysis.comparison.targets import STUDY_TARGETS, read_targets
+    from analysis.jobs.study import judge_study
+    from analysis.report.study_tables import study_tables
 
-    judged = judge_study(study, progress)
-    print_result(judged, as_json, study_tables, width=120)
+    allowed = read_targets(targets, STUDY_TARGETS)
+    judged = judge_study(study, progress, allowed)
+    print_result(judged, as_json, lambda found: study_tables(found, allowed), width=120)
     return 0 if all(case["result"]["decisions"]["identical"] for case in judged["cases"].values()) else 1

@@ -135,9 +135,9 @@ def profile_calibrate(
 @app.command("list")
 def profile_list(as_json: options.AsJson = False) -> None:
     """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
-    from analysis.report.profile_list import shelf, shelf_tables
+    from analysis.report.profile_list import list_profiles, profile_tables
 
-    print_result(shelf(), as_json, shelf_tables)
+    print_result(list_profiles(), as_json, profile_tables, width=120)
 
 
 def _write(made: Profile, out: Path, overwrite: bool, *notes: str) -> None:

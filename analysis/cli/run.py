@@ -30,10 +30,10 @@ def memory(
     as_json: options.AsJson = False,
 ) -> None:
     """Predict how many KV blocks a GPU holds beside a model, and the terms of its memory."""
-    from analysis.report.gpu_tables import card_memory, memory_table
+    from analysis.report.gpu_tables import gpu_memory, memory_table
 
     shape = load_model_config(model)
-    terms = card_memory(hardware, shape, dtype, gpu_limits(shape, limits).config)
+    terms = gpu_memory(hardware, shape, dtype, gpu_limits(shape, limits).config)
     title = f"{shape.name} {dtype} on {hardware}"
     print_result(terms, as_json, lambda found: [memory_table(found, title)])
 
@@ -56,9 +56,9 @@ def simulate(
     Limits that are not given are the profile's, else the model's and its GPU's; they are printed. Several policies get
     a folder of OUT each, and policies.html. The exit status is 1 if no request completed.
     """
-    from analysis.comparison.policies import policy_tables
     from analysis.jobs.policies import check_policies, simulate_policies, with_policies
     from analysis.jobs.run import check_before, check_like, simulate_run
+    from analysis.report.policy_page import policy_tables
 
     times, requests = read_profile(find_profile(profile)), read_noted(trace)
     template = read_run(like) if like else None

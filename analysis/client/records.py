@@ -20,15 +20,9 @@ import uvloop
 
 from analysis.client.load_client import Reply, Target, send_all
 from analysis.jobs.progress import Progress
-from analysis.metrics.summary import (
-    LATENCIES,
-    Ints,
-    asked_for,
-    completed_requests,
-    latencies,
-    latency_statistics,
-    summarize,
-)
+from analysis.metrics.columns import Ints, completed_requests
+from analysis.metrics.names import LATENCIES
+from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from analysis.report.caveats import p99_sentence
 from analysis.report.tables import TextTable, number
 from engine.records import manifest

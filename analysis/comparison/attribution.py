@@ -1,42 +1,27 @@
 """Where the closed-loop error comes from: which kind of step, the host, or queueing; and which kernel.
 
-A request waits for steps. What the latency model gets wrong about the steps that a request of the real run waited for,
-it gets wrong about the request; so it is with the host's time between steps. What these two do not explain is that
-other batches ran, and others queued: near saturation that makes large errors of small ones.
-It compares records with records, and is handed the parts that a latency model takes the real run's steps to be made of.
+A request waits for steps. An error of the latency model about the steps that a request of the real run waited for is an
+error about the request. The same holds for the host's time between steps. The rest of the error is queueing: other
+batches ran, and other requests waited. Near saturation queueing makes large errors of small ones.
+It compares records with records. The parts that a latency model takes the real run's steps to be made of are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.metrics.summary import (
-    NS_PER_MS,
-    Floats,
-    Ints,
-    column,
-    completed_requests,
-    request_metrics,
-    step_kinds,
-    waits_ns,
-)
-from analysis.report.tables import TextTable, signed
+from analysis.metrics.columns import NS_PER_MS, Floats, Ints, column, completed_requests, step_kinds, waits_ns
+from analysis.metrics.names import JUDGED_LATENCIES
+from analysis.metrics.summary import request_metrics
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
 
-LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
-TERMS = {
-    "decode": "decode steps",
-    "prefill": "prefill steps",
-    "mixed": "mixed steps",
-    "swap": "swap steps",
-    "host": "host between steps",
-    "queueing": "queueing and batching",
-}
+TERMS = ("decode", "prefill", "mixed", "swap", "host", "queueing")
+"""Kinds of steps, the host between steps, and queueing with batching."""
 STEPS_MIN = 50  # with fewer steps, and fewer that hold a kernel, a fit says nothing about it
 CERTAIN = 3.0  # standard errors
 NEGLIGIBLE = 0.0005  # is shown as 0.0 %
@@ -53,24 +38,18 @@ def attribute(sim: RunRecords, real: RunRecords, replayed: Replay, ids: Ints) ->
 
     Returns:
         `latencies`: {latency: {real_ms, error_ms, error, terms: {term: {ms, error}}, largest}}, errors being fractions
-        of the real mean and the terms adding up to the error; `kernels`: what `fit_kernels` says, or None if the
-        replay has no parts; and `sentence`.
+        of the real mean and the terms adding up to the error; `kernels`: as `fit_kernels` returns it, or None without
+        predicted parts.
     """
-    errors = _mean_errors(sim, real, ids)
-    waited = _waited_ms(sim, real, replayed, ids) if errors else {}
-    found = {name: _split(*errors[name], waited[name]) for name in errors}
-    kernels = fit_kernels(real, replayed.parts_us) if replayed.parts_us else None
-    return {"latencies": found, "kernels": kernels, "sentence": " ".join(_sentences(found, kernels))}
-
-
-def _mean_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, tuple[float, float]]:
-    """The real mean and the simulated mean's difference from it, both in ms, of each latency that has a mean."""
     ours, theirs = (request_metrics(run, ids) for run in (sim, real))
-    known = {name: ~np.isnan(theirs[name]) & ~np.isnan(ours[name]) for name in LATENCIES}
-    means = {
-        name: [float(run[name][known[name]].mean()) for run in (theirs, ours)] for name in known if known[name].any()
-    }
-    return {name: (of_real, of_sim - of_real) for name, (of_real, of_sim) in means.items()}
+    waited = _waited_ms(sim, real, replayed, ids) if len(ids) else {}
+    found = {}
+    for name in JUDGED_LATENCIES:
+        known = ~np.isnan(theirs[name]) & ~np.isnan(ours[name])
+        if known.any():
+            real_ms, sim_ms = (float(run[name][known].mean()) for run in (theirs, ours))
+            found[name] = _split(real_ms, sim_ms - real_ms, waited[name])
+    return {"latencies": found, "kernels": fit_kernels(real, replayed.parts_us) if replayed.parts_us else None}
 
 
 def _split(real_ms: float, error_ms: float, direct_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -88,7 +67,7 @@ def _split(real_ms: float, error_ms: float, direct_ms: Mapping[str, float]) -> d
 
 
 def _step_errors_ms(sim: RunRecords, real: RunRecords, replayed: Replay) -> dict[str, Floats]:
-    """For each kind of step, and the host, what is predicted too much in each step of the real run, (steps,)."""
+    """For each kind of step, and the host: predicted less real time of each step of the real run, (steps,)."""
     steps = real.tables["steps"]
     kinds = step_kinds(steps)
     assert replayed.predicted_ns is not None, "replayed without a profile"
@@ -127,7 +106,7 @@ def _turns(run: RunRecords) -> tuple[Ints, Ints]:
     waits, arrivals = waits_ns(run), np.sort(column(run.tables["requests"], "arrival_ns"))
     woken = np.searchsorted(scheduled, waits, "right")  # the step after each wait
     waits, woken = waits[woken < len(end)], woken[woken < len(end)]
-    # What is not woken by an arrival (but by a cancellation) is taken to begin at its clock read.
+    # A loop that no arrival woke (but a cancellation) is taken to begin at its clock read.
     due = np.append(arrivals, np.iinfo(np.int64).max)[np.searchsorted(arrivals, waits, "right")]
     begin[woken] = np.maximum(begin[woken], np.minimum(due, scheduled[woken]))
     return begin, end
@@ -137,29 +116,25 @@ def _device_end_ns(run: RunRecords) -> Ints:
     return column(run.tables["steps"], "device_start_ns") + column(run.tables["steps"], "device_ns")
 
 
-class _Cumulative:
-    """A quantity that grows at an even rate within each interval and stands still between them, by time (ns)."""
-
-    def __init__(self, begin: Ints, end: Ints, growth: Floats | Ints) -> None:
-        total = np.cumsum(growth)
-        self._times = np.stack([begin, end], axis=1).ravel()
-        self._values = np.stack([total - growth, total], axis=1).ravel()
-
-    def __call__(self, time_ns: Ints) -> Floats:
-        return np.asarray(np.interp(time_ns, self._times, self._values), np.float64)
+def _cumulative(begin: Ints, end: Ints, growth: Floats | Ints) -> Callable[[Ints], Floats]:
+    """By time (ns), a quantity that grows at an even rate within each interval and stands still between them."""
+    total = np.cumsum(growth)
+    values = np.stack([total - growth, total], axis=1).ravel()
+    times = np.stack([begin, end], axis=1).ravel()
+    return lambda time_ns: np.asarray(np.interp(time_ns, times, values), np.float64)
 
 
-def _busy_ns(run: RunRecords) -> _Cumulative:
+def _busy_ns(run: RunRecords) -> Callable[[Ints], Floats]:
     """For how long the device has worked. Copies run beside computation; time in which it does both counts once."""
     start = column(run.tables["steps"], "device_start_ns")
     order = np.argsort(start, kind="stable")
     start, end = start[order], np.maximum.accumulate(_device_end_ns(run)[order])
     start = np.maximum(start, np.concatenate([start[:1], end[:-1]]))
-    return _Cumulative(start, end, end - start)
+    return _cumulative(start, end, end - start)
 
 
 def _waited_ms(sim: RunRecords, real: RunRecords, replayed: Replay, ids: Ints) -> dict[str, dict[str, float]]:
-    """The mean over requests of what is wrong in the steps they waited for: latency -> cause -> ms (TPOT: ms a token).
+    """The mean over requests of the error in the steps they waited for: latency -> cause -> ms (TPOT: ms a token).
 
     Of the step that was running when a request arrived, the share that it had left counts.
     """
@@ -167,10 +142,10 @@ def _waited_ms(sim: RunRecords, real: RunRecords, replayed: Replay, ids: Ints) -
     completed, arrival = column(real.tables["steps"], "completed_ns"), column(table, "arrival_ns")
     first, last = (np.searchsorted(completed, column(table, f"{which}_token_ns")) for which in ("first", "last"))
     gaps, notice_ms = column(table, "output_len") - 1, _difference_by_kind(_notices_ns, sim, real)
-    waited: dict[str, dict[str, float]] = {name: {} for name in LATENCIES}
+    waited: dict[str, dict[str, float]] = {name: {} for name in JUDGED_LATENCIES}
     for cause, wrong_ms in _step_errors_ms(sim, real, replayed).items():
         # A token is there once the host has noticed: of all steps, that counts of the last.
-        spent, notices_ms = _Cumulative(*turns, wrong_ms), notice_ms if cause == "host" else np.zeros_like(notice_ms)
+        spent, notices_ms = _cumulative(*turns, wrong_ms), notice_ms if cause == "host" else np.zeros_like(notice_ms)
         ttft, e2el = (spent(turns[1][step]) + notices_ms[step] - spent(arrival) for step in (first, last))
         waited["ttft"][cause], waited["e2el"][cause] = float(ttft.mean()), float(e2el.mean())
         if (gaps > 0).any():
@@ -212,7 +187,7 @@ def fit_kernels(real: RunRecords, parts: Sequence[Mapping[str, float]]) -> dict[
 
 
 def _kernel(predicted_us: Floats, factor: float, off: float) -> dict[str, Any]:
-    """What a factor, fitted / predicted, and its standard error say of a kernel."""
+    """A kernel's error from its factor, fitted / predicted, and the factor's standard error."""
     steps, mean_ms, known = int(np.count_nonzero(predicted_us)), float(predicted_us.mean()) / 1e3, np.isfinite(off)
     clear = factor > 0 and abs(factor - 1) > max(NEGLIGIBLE, CERTAIN * off)
     return {
@@ -243,75 +218,3 @@ def _least_squares(shares: Floats) -> tuple[Floats, Floats]:
     variance = float(np.sum((shares @ factors - ones) ** 2)) / max(len(shares) - len(factors), 1)
     inverse = np.linalg.inv((shares / scale).T @ (shares / scale))
     return factors, np.asarray(np.sqrt(variance * np.diag(inverse)) / scale)
-
-
-# -- words -----------------------------------------------------------------------------------------------------
-
-
-def _sentences(found: Mapping[str, Any], kernels: Mapping[str, Any] | None) -> Iterator[str]:
-    told = [
-        f"of mean {LATENCIES[name]} ({signed(part['error'])}), {TERMS[part['largest']]} "
-        f"({signed(part['terms'][part['largest']]['error'])})"
-        for name, part in found.items()
-        if abs(part["terms"][part["largest"]]["error"]) >= NEGLIGIBLE
-    ]
-    yield (
-        f"The largest term of the error is: {'; '.join(told)}."
-        if told
-        else "There is no closed-loop error to break down."
-    )
-    if kernels and kernels["largest"]:
-        yield _kernel_sentence(kernels["largest"], kernels["kernels"][kernels["largest"]])
-    elif kernels and kernels["kernels"]:
-        yield "No kernel's prediction is clearly too long or too short."
-
-
-def _kernel_sentence(name: str, kernel: Mapping[str, Any]) -> str:
-    off = f"{abs(kernel['error']):.1%} too {'long' if kernel['error'] > 0 else 'short'}"
-    return f"By kernel, {name} is predicted {off}, {abs(kernel['ms_per_step']):.3g} ms a step."
-
-
-def attribution_tables(attribution: Mapping[str, Any] | None) -> list[TextTable]:
-    """The error by term, and by kernel where there was something to fit."""
-    if attribution is None:
-        note = "Not broken down: the decisions differ, so that the error is not of times alone."
-        return [TextTable("Where the closed-loop error of the means comes from", note, (), ())]
-    return [_terms_table(attribution), *_kernel_tables(attribution["kernels"])]
-
-
-def _terms_table(attribution: Mapping[str, Any]) -> TextTable:
-    found = attribution["latencies"]
-    terms = [term for term in TERMS if any(term in part["terms"] for part in found.values())]
-    columns = ["", *(name for latency in found for name in (f"{LATENCIES[latency]} ms", "error"))]
-    rows = [[TERMS[term], *_cells(part["terms"][term] for part in found.values())] for term in terms]
-    whole = ["all", *_cells({"ms": part["error_ms"], "error": part["error"]} for part in found.values())]
-    shown = [*rows, whole] if found else []
-    return TextTable("Where the closed-loop error of the means comes from", attribution["sentence"], columns, shown)
-
-
-def _cells(errors: Iterable[Mapping[str, float]]) -> list[str]:
-    return [cell for error in errors for cell in (f"{error['ms']:+z,.3f}", signed(error["error"]))]
-
-
-def _kernel_tables(kernels: Mapping[str, Any] | None) -> list[TextTable]:
-    if not kernels or not kernels["kernels"]:
-        return []
-    rows = [
-        (
-            name,
-            f"{kernel['steps']:,}",
-            signed(kernel["error"]),
-            "–" if kernel["uncertainty"] is None else f"±{kernel['uncertainty']:.1%}",
-            f"{kernel['ms_per_step']:+z.3f}",
-            "–" if kernel["ms_uncertainty"] is None else f"±{kernel['ms_uncertainty']:.3f}",
-            "yes" if kernel["certain"] else "no",
-        )
-        for name, kernel in kernels["kernels"].items()
-    ]
-    note = (
-        f"Each kernel's predicted times, fitted by a factor to the {kernels['steps']:,} measured steps. "
-        f"±: how far one standard error moves the number before it. Clear: at least {STEPS_MIN} steps, and "
-        f"{CERTAIN:.0f} standard errors in ms a step."
-    )
-    columns = ("kernel", "steps", "predicted", "±", "ms a step", "±", "clear")
-    return [TextTable("Which kernel is predicted too long (+) or too short (-)", note, columns, rows)]

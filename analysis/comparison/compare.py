@@ -1,7 +1,7 @@
 """How far a simulated run is from a real one, and where the error comes from.
 
 The error is split into three parts: decisions (a replay on the recorded times must decide the same), latency
-model (predicted against measured time of the very batches that ran), and closed loop (what the requests saw).
+model (predicted against measured time of the very batches that ran), and closed loop (the requests' latencies).
 Beside them stands the spread of repeated real runs, without which an error means little. It compares records
 with records, and may not know how any of them came about.
 """
@@ -9,65 +9,31 @@ with records, and may not know how any of them came about.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from analysis.comparison.attribution import attribute
-from analysis.metrics.summary import (
-    Floats,
-    Ints,
-    asked_for,
-    column,
-    latencies,
-    latency_statistics,
-    metrics,
-    not_completed,
-    request_metrics,
-    step_kinds,
-)
+from analysis.comparison.errors import ks_distance, mean_of_known, relative_difference, relative_errors, relative_spread
+from analysis.comparison.runs import common_requests, manifest_differences
+from analysis.comparison.targets import NOISY, NOTHING, OUTSIDE, RUN_TARGETS, WITHIN, Targets, judge_run
+from analysis.metrics.columns import Floats, Ints, column, step_kinds
+from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, JUDGED_LATENCIES
+from analysis.metrics.summary import asked_for, latencies, latency_statistics, metrics, not_completed, request_metrics
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
-from traces.errors import TandemError
 
 SCHEMA_VERSION = 1
-
-CLOSED_LOOP = ("ttft", "tpot", "itl", "e2el")
-STATISTICS = ("mean", "p50", "p90", "p99")
 KINDS = ("prefill", "decode", "mixed", "swap", "all")
-
-WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
 DIVERGED = "decisions differ"
 
-RIDERS = {"executor": "real", "simulator": "simulated"}
-"""Backends of a manifest's provenance -> what such a run is called."""
-
-# What a scheduler decided and what it decided on: these columns of a step must be equal in a replay.
+# A scheduler's decisions and their inputs: these columns of a step must be equal in a replay.
 _DECISION_COLUMNS = (
     *("scheduled_ns", "prefill_tokens", "chunks", "decode_tokens", "kv_tokens", "kv_blocks_used"),
     *("running", "waiting", "preemptions"),
 )
-_ABSENT = "(absent)"
-_OF_POLICY = ("scheduler_parameters", "scheduler_source")
-
 TWIN_KV = 0.05  # twin steps' KV tokens differ by no more than this
 KV_TOKENS_MAX = 2**40
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """The largest errors, as fractions, that a comparison calls `within`."""
-
-    mean_ttft: float = 0.15
-    mean_tpot: float = 0.10
-    mean_e2el: float = 0.10
-    latency_model_mape: float = 0.10
-
-
-DEFAULT_TARGETS = Targets()
 
 
 def compare(
@@ -77,7 +43,7 @@ def compare(
     repeats: Sequence[RunRecords] = (),
     allow_different: Collection[str] = (),
     *,
-    targets: Targets = DEFAULT_TARGETS,
+    targets: Targets = RUN_TARGETS,
     drift: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
@@ -102,33 +68,34 @@ def compare(
         - `attribution`: where the closed-loop error comes from (`attribution.attribute`), or None where
           the decisions differ
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
-          a perfect model would show, from what twin steps of the runs differ by}
+          a perfect model would show, from the differences of twin steps of the runs}
         - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
-        - `asked`: requests of the trace; `not_completed`: {run: what `analysis.metrics.summary.not_completed` says}
-        - `coverage`: of the replay; `machine`: {real run: what the machine did besides, None if that is not on record}
+        - `asked`: requests of the trace; `not_completed`: {run: as `analysis.metrics.summary.not_completed`}
+        - `coverage`: as given; `machine`: {real run: other load on the machine, or None if that is not on record}
         - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
 
     Raises:
         TandemError: workload or system differ in a field that is not allowed to.
     """
-    others = {"sim": sim} | {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
-    differences = manifest_differences(real, others, allow_different)
+    further = {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
+    measured, runs = {"real": real} | further, {"real": real, "sim": sim} | further
+    differences = manifest_differences(real, {"sim": sim} | further, allow_different)
     ids = common_requests(sim, real)
     decisions = compare_decisions(real, replayed.records)
     latency_model = latency_model_errors(real, replayed.predicted_ns, decisions)
     closed_loop = closed_loop_errors(sim, real, ids)
     spread = _repeat_spread([real, *repeats], ids)
-    verdict = _verdict(closed_loop, latency_model, spread, targets, drift or {})
+    verdict = judge_run(closed_loop, latency_model, spread, targets, drift or {})
     return {
         "schema": SCHEMA_VERSION,
         "overall": _overall(decisions["identical"], [item["verdict"] for item in verdict.values()]),
         "verdict": verdict,
         "requests": len(ids),
         "asked": asked_for(real),
-        "not_completed": {name: not_completed(run) for name, run in ({"real": real} | others).items()},
+        "not_completed": {name: not_completed(run) for name, run in runs.items()},
         "coverage": replayed.coverage,
-        "machine": {name: _machine(run) for name, run in ({"real": real} | others).items() if name != "sim"},
-        "partial": [name for name, run in ({"real": real} | others).items() if run.partial],
+        "machine": {name: run.manifest.get("provenance", {}).get("machine") for name, run in measured.items()},
+        "partial": [name for name, run in runs.items() if run.partial],
         "decisions": decisions,
         "latency_model": latency_model,
         "closed_loop": closed_loop,
@@ -141,117 +108,16 @@ def compare(
     }
 
 
-def _machine(run: RunRecords) -> dict[str, Any] | None:
-    seen: dict[str, Any] | None = run.manifest.get("provenance", {}).get("machine")
-    return seen
+def _overall(identical: bool, verdicts: Collection[str]) -> str:
+    if not identical:
+        return DIVERGED
+    return next(word for word in (OUTSIDE, NOISY, NOTHING, WITHIN) if word in verdicts)
 
 
 def is_met(comparison: Mapping[str, Any]) -> bool:
     """Whether decisions are the same and no error is outside. A machine too noisy to judge fails nobody."""
     verdicts = [item["verdict"] for item in comparison["verdict"].values()]
     return comparison["decisions"]["identical"] and OUTSIDE not in verdicts and comparison["requests"] > 0
-
-
-# -- what was run ------------------------------------------------------------------------------------------
-
-
-def rider(name: str, run: RunRecords) -> str:
-    """Whether a run is `real` or `simulated`. Raises TandemError if its manifest says neither."""
-    backend = run.manifest.get("provenance", {}).get("backend")
-    if backend == "client":
-        raise TandemError(
-            f"{name} is what a client saw, without steps: compare the server's own run (tandem serve --out), or give "
-            "tandem load --against"
-        )
-    if backend not in RIDERS:
-        raise TandemError(
-            f"{name}: provenance.backend is {backend}, not {' or '.join(RIDERS)}: is it real or simulated?"
-        )
-    return RIDERS[backend]
-
-
-def check_once(runs: Mapping[str, RunRecords]) -> None:
-    """Raises TandemError if a real run is given twice, be it as a copy: that it agrees with itself says nothing."""
-    real = {name: run for name, run in runs.items() if rider(name, run) == "real"}
-    for (one, first), (other, second) in combinations(real.items(), 2):
-        if all(first.tables[name].equals(second.tables[name]) for name in ("requests", "steps")):
-            raise TandemError(f"{one} and {other} are one and the same run: give each run once")
-
-
-def check_roles(sim: str, real: str, runs: Mapping[str, RunRecords], repeats: Collection[str] = ()) -> None:
-    """Make sure that `sim` is simulated, and `real` and its repeats are real.
-
-    Args:
-        sim, real, repeats: names of runs, as the command line gives them.
-        runs: by these names.
-
-    Raises:
-        TandemError: they are not, with the command that would be right where there is one.
-    """
-    riders = {name: rider(name, run) for name, run in runs.items()}
-    again = "".join(f" --repeat {name}" for name in repeats)
-    if (riders[sim], riders[real]) == ("real", "simulated"):
-        raise TandemError(
-            f"{sim} is the real run, and {real} the simulated one; the simulated one comes first: "
-            f"tandem compare {real} {sim}{again} …"
-        )
-    if riders[sim] == riders[real] == "real":
-        raise TandemError(
-            f"{sim} and {real} are both real: to set a simulation beside them, tandem compare SIM {sim} "
-            f"--repeat {real}{again} …"
-        )
-    if simulated := [name for name in repeats if riders[name] != "real"]:
-        raise TandemError(f"--repeat {simulated[0]} is simulated: it takes further real runs")
-
-
-def manifest_differences(
-    real: RunRecords, others: Mapping[str, RunRecords], allowed: Collection[str] = (), *, reference: str = "real"
-) -> dict[str, dict[str, Any]]:
-    """Fields of `workload` and `system` that differ, with the values of the real run and of each that differs.
-
-    The real run, or whichever the others are to be like, goes by the name `reference`.
-
-    Raises:
-        TandemError: a field differs that is not in `allowed`, itself or by a part that it lies in.
-    """
-    ours = flatten_manifest(real)
-    differences: dict[str, dict[str, Any]] = {}
-    for name, run in others.items():
-        theirs = flatten_manifest(run)
-        for field in sorted(ours.keys() | theirs.keys()):
-            values = {reference: ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
-            if values[reference] != values[name] and not _is_of_another_policy(field, real, run):
-                differences.setdefault(field, {}).update(values)
-    refused = [field for field in differences if not any(f"{field}.".startswith(f"{each}.") for each in allowed)]
-    if refused:
-        told = "; ".join(f"{field}: {_both(differences[field])}" for field in refused)
-        options = " ".join(f"--allow-different {field}" for field in refused)
-        raise TandemError(f"the runs are not alike ({told}): run them alike, or compare anyway with {options}")
-    return differences
-
-
-def _is_of_another_policy(field: str, *runs: RunRecords) -> bool:
-    """Whether a field tells of a policy that is another by name, which is said by itself, or a run is silent of it."""
-    systems = [run.manifest.get("system", {}) for run in runs]
-    part = field.split(".")[1]
-    known = all(part in system for system in systems)
-    return part in _OF_POLICY and not (known and len({system["scheduler"] for system in systems}) == 1)
-
-
-def flatten_manifest(run: RunRecords, parts: Sequence[str] = ("workload", "system")) -> dict[str, Any]:
-    """A manifest's fields by dotted path, `provenance` left out unless asked for."""
-    return _flatten({part: run.manifest.get(part, {}) for part in parts})
-
-
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _both(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 # -- part 1: decisions -------------------------------------------------------------------------------------
@@ -272,7 +138,8 @@ def compare_decisions(
 
 
 def _first_difference(step: int, runs: Mapping[str, RunRecords]) -> dict[str, Any]:
-    rows = {name: _step_row(run, step) for name, run in runs.items()}
+    found = {name: run.tables["steps"].slice(step, 1).to_pylist() for name, run in runs.items()}
+    rows = {name: of[0] if of else {} for name, of in found.items()}
     digests = {name: row["digest"].hex() if row else None for name, row in rows.items()}
     values = {name: {which: row.get(name) for which, row in rows.items()} for name in _DECISION_COLUMNS}
     columns = {name: value for name, value in values.items() if len(set(value.values())) > 1}
@@ -280,9 +147,10 @@ def _first_difference(step: int, runs: Mapping[str, RunRecords]) -> dict[str, An
     return {"step": step, "iteration": launched_in.index(step), **digests, "columns": columns}
 
 
-def _step_row(run: RunRecords, step: int) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = run.tables["steps"].slice(step, 1).to_pylist()
-    return rows[0] if rows else {}
+def equal_steps(decisions: Mapping[str, Any]) -> int:
+    """The steps before the first difference. After it, the two runs no longer have the same batches."""
+    difference = decisions["first_difference"]
+    return int(difference["step"] if difference else decisions["steps"])
 
 
 # -- part 2: latency model ---------------------------------------------------------------------------------
@@ -290,70 +158,44 @@ def _step_row(run: RunRecords, step: int) -> dict[str, Any]:
 
 def latency_model_errors(real: RunRecords, predicted_ns: Ints | None, decisions: Mapping[str, Any]) -> dict[str, Any]:
     """The latency model's errors on the real run's own batches, by kind of step, as `compare` returns them."""
-    # After the first difference the two no longer run the same batches.
-    difference = decisions["first_difference"]
-    equal_steps = difference["step"] if difference else decisions["steps"]
     assert predicted_ns is not None, "replayed without a profile"
-    steps = real.tables["steps"].slice(0, equal_steps)
-    errors = _errors(predicted_ns[:equal_steps], column(steps, "device_ns"))
+    equal = equal_steps(decisions)
+    steps = real.tables["steps"].slice(0, equal)
+    errors = relative_errors(predicted_ns[:equal], column(steps, "device_ns"))
     kinds = step_kinds(steps)
-    chosen = {kind: np.full(len(kinds), True) if kind == "all" else kinds == kind for kind in KINDS}
+    chosen = {kind: errors if kind == "all" else errors[kinds == kind] for kind in KINDS}
     return {
-        kind: {"steps": int(mask.sum()), "mape": _mean(np.abs(errors[mask])), "mean_error": _mean(errors[mask])}
-        for kind, mask in chosen.items()
-        if mask.any()
+        kind: {"steps": len(of), "mape": mean_of_known(np.abs(of)), "mean_error": mean_of_known(of)}
+        for kind, of in chosen.items()
+        if len(of)
     }
-
-
-def _errors(sim: Ints | Floats, real: Ints | Floats) -> Floats:
-    """(sim - real) / real, element by element; NaN where it is undefined."""
-    known = np.where(real > 0, real, np.nan)
-    return np.asarray((sim - known) / known)
-
-
-def _mean(values: Floats) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else None
 
 
 # -- part 3: closed loop -----------------------------------------------------------------------------------
 
 
-def common_requests(*runs: RunRecords) -> Ints:
-    """Ids of the requests that completed in every run."""
-    return reduce(np.intersect1d, (request_metrics(run)["request"] for run in runs))
-
-
 def closed_loop_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
     """How far off the requests' latencies are, as `compare` returns it."""
-    values = {"sim": latencies(sim, ids), "real": latencies(real, ids)}
+    values = {"real": latencies(real, ids), "sim": latencies(sim, ids)}
     tables = {run: latency_statistics(of_run) for run, of_run in values.items()}
     mape = _request_mape(sim, real, ids)
     result: dict[str, Any] = {}
-    for name in CLOSED_LOOP:
-        result[name] = {stat: _pair(tables["sim"][name][stat], tables["real"][name][stat]) for stat in STATISTICS}
-        result[name] |= {"mape": mape[name], "ks": _ks_distance(values["sim"][name], values["real"][name])}
+    for name in COMPARED_LATENCIES:
+        result[name] = {
+            stat: _pair(tables["sim"][name][stat], tables["real"][name][stat]) for stat in COMPARED_STATISTICS
+        }
+        result[name] |= {"mape": mape[name], "ks": ks_distance(values["sim"][name], values["real"][name])}
     return result
 
 
-def _ks_distance(ours: Floats, theirs: Floats) -> float | None:
-    from scipy.stats import ecdf
-
-    if not (len(ours) and len(theirs)):
-        return None
-    values = np.concatenate([ours, theirs])
-    return float(np.abs(ecdf(ours).cdf.evaluate(values) - ecdf(theirs).cdf.evaluate(values)).max())
+def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
+    return {"real": real, "sim": sim, "error": relative_difference(sim, real)}
 
 
 def _request_mape(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, float | None]:
     ours, theirs = (request_metrics(run, ids) for run in (sim, real))
-    mape = {name: _mean(np.abs(_errors(ours[name], theirs[name]))) for name in ("ttft", "tpot", "e2el")}
+    mape = {name: mean_of_known(np.abs(relative_errors(ours[name], theirs[name]))) for name in JUDGED_LATENCIES}
     return mape | {"itl": mape["tpot"]}  # the mean of a request's gaps is its TPOT
-
-
-def _pair(sim: float | None, real: float | None) -> dict[str, float | None]:
-    error = (sim - real) / real if sim is not None and real else None
-    return {"real": real, "sim": sim, "error": error}
 
 
 # -- how much the real runs differ among themselves ------------------------------------------------------------
@@ -363,18 +205,10 @@ def _repeat_spread(runs: Sequence[RunRecords], ids: Ints) -> dict[str, Any]:
     ids = np.intersect1d(ids, common_requests(*runs))  # what other requests saw is no noise
     tables = [latency_statistics(latencies(run, ids)) for run in runs]
     closed_loop = {
-        name: {stat: relative_spread([table[name][stat] for table in tables]) for stat in STATISTICS}
-        for name in CLOSED_LOOP
+        name: {stat: relative_spread([table[name][stat] for table in tables]) for stat in COMPARED_STATISTICS}
+        for name in COMPARED_LATENCIES
     }
     return closed_loop | {"latency_model": _step_noise(runs)}
-
-
-def relative_spread(values: Sequence[float | None]) -> float | None:
-    """(max - min) / mean of what runs gave; None of a single run, or where one gave nothing."""
-    known = [value for value in values if value is not None]
-    if len(values) < 2 or len(known) < len(values) or not sum(known):
-        return None
-    return (max(known) - min(known)) / (sum(known) / len(known))
 
 
 def _step_noise(runs: Sequence[RunRecords]) -> float | None:
@@ -384,7 +218,7 @@ def _step_noise(runs: Sequence[RunRecords]) -> float | None:
     of both; the square root of 2 takes one of them out.
     """
     differences = [_twin_differences(runs[0], repeat) for repeat in runs[1:]]
-    known = np.concatenate(differences) if differences else np.zeros(0)
+    known = np.concatenate([np.zeros(0), *differences])
     return float(np.abs(known).mean() / np.sqrt(2)) if len(known) else None
 
 
@@ -393,55 +227,17 @@ def _twin_differences(run: RunRecords, repeat: RunRecords) -> Floats:
     (ours, our_ns), (theirs, their_ns) = _decode_steps(run), _decode_steps(repeat)
     if not len(theirs):
         return np.zeros(0)
-    order = np.lexsort(theirs.T[::-1])
-    theirs, their_ns = theirs[order], their_ns[order]
-    keys = theirs[:, 0] * KV_TOKENS_MAX + theirs[:, 1]
-    twin = np.minimum(np.searchsorted(keys, ours[:, 0] * KV_TOKENS_MAX + ours[:, 1]), len(keys) - 1)
-    same = (theirs[twin, 0] == ours[:, 0]) & (np.abs(theirs[twin, 1] - ours[:, 1]) <= TWIN_KV * ours[:, 1])
+    order = np.argsort(theirs, kind="stable")
+    twin = order[np.minimum(np.searchsorted(theirs[order], ours), len(order) - 1)]
+    (sequences, tokens), (their_sequences, their_tokens) = (
+        divmod(each, KV_TOKENS_MAX) for each in (ours, theirs[twin])
+    )
+    same = (their_sequences == sequences) & (np.abs(their_tokens - tokens) <= TWIN_KV * tokens)
     return np.asarray(their_ns[twin][same] / our_ns[same] - 1)
 
 
 def _decode_steps(run: RunRecords) -> tuple[Ints, Floats]:
-    """Sequences and KV tokens (steps, 2), and device time (steps,), of the steps that only decode."""
+    """Of the steps that only decode: sequences * `KV_TOKENS_MAX` + KV tokens, and device time, (steps,) each."""
     steps = run.tables["steps"].filter(step_kinds(run.tables["steps"]) == "decode")
-    load = np.stack([column(steps, "decode_tokens"), column(steps, "kv_tokens")], axis=1)
-    return load, column(steps, "device_ns").astype(np.float64)
-
-
-# -- judgement ---------------------------------------------------------------------------------------------
-
-
-def _verdict(
-    closed_loop: Mapping[str, Any],
-    latency_model: Mapping[str, Any],
-    spread: Mapping[str, Any],
-    targets: Targets,
-    drift: Mapping[str, float],
-) -> dict[str, dict[str, Any]]:
-    moved = drift.get("mean_error")
-    means = {
-        f"mean_{name}": _judge(
-            closed_loop[name]["mean"]["error"], getattr(targets, f"mean_{name}"), spread[name]["mean"], moved
-        )
-        for name in ("ttft", "tpot", "e2el")
-    }
-    mape = latency_model["all"]["mape"] if latency_model else None
-    model = _judge(mape, targets.latency_model_mape, spread["latency_model"], drift.get("mape"))
-    return means | {"latency_model_mape": model}
-
-
-def _judge(error: float | None, allowed: float, spread: float | None, drift: float | None) -> dict[str, Any]:
-    """No error is judged on a machine that differs from itself by more than the error allowed."""
-    if error is None:
-        verdict = NOTHING
-    elif any(noise is not None and abs(noise) > allowed for noise in (spread, drift)):
-        verdict = NOISY
-    else:
-        verdict = WITHIN if abs(error) <= allowed else OUTSIDE
-    return {"error": error, "allowed": allowed, "spread": spread, "drift": drift, "verdict": verdict}
-
-
-def _overall(identical: bool, verdicts: Collection[str]) -> str:
-    if not identical:
-        return DIVERGED
-    return next(word for word in (OUTSIDE, NOISY, NOTHING, WITHIN) if word in verdicts)
+    batches = column(steps, "decode_tokens") * KV_TOKENS_MAX + column(steps, "kv_tokens")
+    return batches, column(steps, "device_ns").astype(np.float64)

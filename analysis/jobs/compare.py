@@ -8,8 +8,10 @@ from typing import Any
 
 from analysis.comparison.ablation import ablate
 from analysis.comparison.compare import compare
+from analysis.comparison.targets import RUN_TARGETS, Targets
 from analysis.jobs.files import write_json
 from analysis.jobs.progress import Progress
+from analysis.report.attribution_tables import attribution_sentence
 from analysis.report.comparison_page import write_report
 from engine.records import manifest
 from engine.records.run_folder import RunRecords
@@ -28,6 +30,7 @@ def compare_runs(
     allow_different: Collection[str] = (),
     drift: Mapping[str, float] | None = None,
     terms: Sequence[str] = (),
+    targets: Targets = RUN_TARGETS,
 ) -> dict[str, Any]:
     """Replay the real run's times through the simulator, and set the two runs side by side.
 
@@ -43,7 +46,9 @@ def compare_runs(
         note = f"note: {', '.join(changed)} changed since the real run was recorded: its replay plans with today's"
         progress.note(note)
     replayed = replay(real, config, profile)
-    comparison = compare(sim, real, replayed, repeats, allow_different, drift=drift)
+    comparison = compare(sim, real, replayed, repeats, allow_different, targets=targets, drift=drift)
+    if comparison["attribution"]:
+        comparison["attribution"]["sentence"] = attribution_sentence(comparison["attribution"])
     comparison["decisions"] |= {"changed_sources": changed, "negative_controls": negative_controls(real, config)}
     if terms:
         with progress.bar("ablate", len(terms) + 1) as show:

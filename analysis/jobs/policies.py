@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis.comparison.policies import compare_policies, write_policy_page
+from analysis.comparison.policies import compare_policies
 from analysis.jobs.files import check_new, write_json
 from analysis.jobs.options import AS_USUAL, RunOptions
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import check_before, simulate_run
+from analysis.report.policy_page import write_policy_page
 from engine.config import ServingConfig
 from engine.records.run_folder import RunRecords
 from sim.profile.format import Profile

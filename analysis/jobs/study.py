@@ -1,46 +1,108 @@
-"""How far simulation can be believed on a machine: one profile, many loads, several policies, repeated real runs.
+"""How far simulation can be believed on a machine: one profile, real runs and repeats, simulations, comparisons.
 
-A study has two halves. `measure` needs the machine: it profiles it, finds its capacity, and serves every case for real,
-leaving out what its folder holds already. `judge` needs the folder alone: it simulates, replays, compares and ranks.
+A study has many cases: several loads and policies. Its first half, `measure_study`, needs the machine: it profiles the
+machine, finds its capacity, and serves every case for real, but for the runs that its folder holds already. The second,
+`judge_study`, needs the folder alone: it simulates, replays, compares and ranks.
 
     STUDY/profile, drift.json, capacity/, POLICY-LOAD/{trace.parquet, real, repeat-1, …, sim, compare.json, report.html}
+
+A validation is a study with one case, whose simulation comes before the real run.
+
+    OUT/profile, {trace.parquet, sim, real, repeat-1, …, compare.json, report.html}
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.comparison.attribution import LATENCIES
-from analysis.comparison.compare import STATISTICS
-from analysis.comparison.ranking import rank, ranking_tables
+from analysis.comparison.ranking import rank
+from analysis.comparison.targets import RUN_TARGETS, STUDY_TARGETS, Targets, judge_case
 from analysis.jobs.compare import compare_runs
-from analysis.jobs.files import write_json
-from analysis.jobs.options import RunOptions
+from analysis.jobs.files import check_new, write_json
+from analysis.jobs.limits import real_limits
+from analysis.jobs.options import Limits, Loading, RunOptions
 from analysis.jobs.profile import check_profile, drift_since, measure
 from analysis.jobs.progress import Progress
-from analysis.jobs.run import check_before, real_run, simulate_run
-from analysis.report.caveats import beyond_sentence, sentences_by_run
-from analysis.report.tables import TextTable, number, percent, signed
+from analysis.jobs.run import check_before, load_executor, load_within, real_run, simulate_run
+from analysis.jobs.trace import sharegpt_trace
+from analysis.report.study_tables import ranking_sentence
+from engine.config import ServingConfig
 from engine.records import manifest
-from engine.records.run_folder import RunRecords, read_run
+from engine.records.run_folder import RunRecords, check_out, read_run
+from engine.scheduler import POLICIES
 from sim.profile.format import Profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
+from traces.sharegpt import LengthFilter
 from traces.trace import Trace, read_trace, write_trace
 
 if TYPE_CHECKING:
-    from engine.config import ServingConfig
     from engine.executor.executor import Executor
 
+TRACE = "trace.parquet"
 BURST = 2000  # requests at once, whose throughput is the capacity
-MODEL_TARGETS = {"decode": 0.02, "prefill": 0.03, "mixed": 0.03}  # MAPE of the latency model by kind of step
-LATENCY_TARGETS = {"tpot": (0.02, 0.04), "e2el": (0.02, 0.04), "ttft": (0.05, 0.10)}  # allowed, and the most for spread
-FULL_LOAD, FULL_TARGETS = 1.0, {"tpot": 0.05, "e2el": 0.05, "ttft": 0.10}  # at the capacity queueing amplifies
+SCARCE = 1.5  # the matrix has KV blocks for so many of the longest requests, so that policies must preempt
+MATRIX_SPEEDUP = 4.0  # and requests arrive so much faster,
+MATRIX_SHARE = 3  # and are so many times fewer than in a single validation
+STOPS = "stops"  # the folder of the run that the model's own stops end
+OPEN_ENDED = 256  # where the model decides when to stop, it may make so many tokens
+
+
+# -- one case --------------------------------------------------------------------------------------------------
+
+
+def keep_trace(trace: Trace, folder: Path) -> None:
+    """Write a case's trace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_trace(folder / TRACE, trace)
+
+
+def profile_in(
+    folder: Path, executor: Executor, config: ServingConfig, progress: Progress, renew: bool, overwrite: bool = False
+) -> Profile:
+    """The profile of an earlier session, if it is of this model and machine and wide enough; else a new one.
+
+    Raises:
+        TandemError: the profile does not fit, and `renew` is not set.
+    """
+    if folder.exists():
+        try:
+            profile = read_profile(folder)
+            check_profile(profile, executor, config)
+        except TandemError as error:
+            if not renew:
+                raise
+            progress.note(f"note: {folder}: {error}; measuring a new one")
+        else:
+            progress.note(f"{folder}: reused")
+            return profile
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return measure(executor, config, folder, progress, overwrite)
+
+
+def judge_runs(
+    trace: Trace,
+    real: RunRecords,
+    repeats: Sequence[RunRecords],
+    profile: Profile,
+    folder: Path,
+    progress: Progress,
+    drift: Mapping[str, float] | None = None,
+    overwrite: bool = True,
+) -> dict[str, Any]:
+    """Simulate the case that was served for real, and compare. The folder gets both."""
+    config = manifest.config_of(real.manifest)
+    sim = simulate_run(trace, profile, config, folder / "sim", progress, real, RunOptions(overwrite=overwrite))
+    return compare_runs(sim, real, repeats, profile, folder, progress, drift=drift)
+
+
+# -- a study ---------------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -88,7 +150,7 @@ class Study:
     def runs(self) -> Iterator[tuple[Case, str]]:
         """Every real run, in order: the ranked cases, then repeats with other cases between them.
 
-        So repeats differ by as much as the machine drifts in a sitting, as the runs of different policies do.
+        So repeats differ by as much as the machine drifts in a session, as the runs of different policies do.
         """
         ranked = [case for case in self.cases if case.load in self.shared]
         others = [case for case in self.cases if case not in ranked]
@@ -108,11 +170,7 @@ class Study:
                 f"{self.seconds:g} s at {rate:.1f} requests a second are {count:,} requests, "
                 f"the trace has {len(self.trace.requests):,}: give a longer --trace, or fewer --seconds"
             )
-        first = replace(self.trace, requests=self.trace.requests[:count])
-        return assign_arrivals(first, "poisson", rate=rate, seed=self.seed)
-
-
-# -- with the machine ------------------------------------------------------------------------------------------
+        return assign_arrivals(_first(self.trace, count), "poisson", rate=rate, seed=self.seed)
 
 
 def measure_study(study: Study, executor: Executor, config: ServingConfig, out: Path, progress: Progress) -> None:
@@ -123,92 +181,83 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
     """
     for case in study.cases:
         check_before(replace(config, scheduler=case.policy), out / case.name / "real", overwrite=True)
-    profile = _profile(executor, config, out / "profile", progress)
+    profile = profile_in(out / "profile", executor, config, progress, renew=False)
     capacity = _capacity(study, executor, replace(config, scheduler=study.policy), out / "capacity", progress)
     progress.note(f"capacity: {capacity:.1f} requests a second")
     for case, name in study.runs:
-        if _is_whole(out / case.name / name):
-            continue
-        trace, folder = study.arrivals(case.load, capacity), out / case.name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_trace(folder / "trace.parquet", trace)
-        progress.note(f"{case.name}/{name}:")
-        limits, options = replace(config, scheduler=case.policy), RunOptions(overwrite=True)
-        real_run(trace, executor, limits, folder / name, progress, options)
+        folder = out / case.name
+        if not _is_whole(folder / name):
+            trace = study.arrivals(case.load, capacity)
+            keep_trace(trace, folder)
+            progress.note(f"{case.name}/{name}:")
+            real_run(
+                trace,
+                executor,
+                replace(config, scheduler=case.policy),
+                folder / name,
+                progress,
+                RunOptions(overwrite=True),
+            )
     if not (out / "drift.json").exists():
         write_json(out / "drift.json", drift_since(profile, executor, progress))
 
 
-def _profile(executor: Executor, config: ServingConfig, folder: Path, progress: Progress) -> Profile:
-    if folder.exists():
-        profile = read_profile(folder)
-        check_profile(profile, executor, config)
-        return profile
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return measure(executor, config, folder, progress)
-
-
 def _capacity(study: Study, executor: Executor, config: ServingConfig, folder: Path, progress: Progress) -> float:
     if not _is_whole(folder):
-        count = min(BURST, len(study.trace.requests))
-        trace = assign_arrivals(replace(study.trace, requests=study.trace.requests[:count]), "all_at_once")
         progress.note("capacity:")
-        real_run(trace, executor, config, folder, progress, RunOptions(overwrite=True))
+        burst = assign_arrivals(_first(study.trace, BURST), "all_at_once")
+        real_run(burst, executor, config, folder, progress, RunOptions(overwrite=True))
     return float(read_run(folder).summary["request_throughput"])
+
+
+def _first(trace: Trace, count: int) -> Trace:
+    return replace(trace, requests=trace.requests[:count])
 
 
 def _is_whole(folder: Path) -> bool:
     return (folder / "manifest.json").exists() and not read_run(folder).partial
 
 
-# -- with the folder alone -------------------------------------------------------------------------------------
-
-
-def judge_study(out: Path, progress: Progress) -> dict[str, Any]:
+def judge_study(out: Path, progress: Progress, targets: Targets = STUDY_TARGETS) -> dict[str, Any]:
     """Simulate and compare every case of a measured study, and rank the policies of each load.
 
     Returns:
-        The content of `out`/fidelity.json: `cases` {name: {policy, load, comparison}}, `rankings` {load: ranking},
-        `verdicts`: [{case, what, error, allowed, spread, within}], and the profile's held-out error and drift.
+        The content of `out`/fidelity.json: `cases` {name: {policy, load, requests, result}}, `rankings` {load:
+        ranking}, `verdicts`: [{case, what, error, allowed, spread, within}], and the profile's held-out error and
+        drift.
 
     Raises:
         TandemError: `out` holds no measured study.
     """
-    found = sorted(out.glob("*/trace.parquet"))
+    found = sorted(path.parent for path in out.glob(f"*/{TRACE}"))
     if not found:
         raise TandemError(f"{out} holds no measured study: make one with tandem fidelity measure")
     profile = read_profile(out / "profile")
     drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
-    cases = {path.parent.name: _judge_case(path.parent, profile, drift, progress) for path in found}
+    cases = {folder.name: _judged_case(folder, profile, progress, drift) for folder in found}
+    by_load: defaultdict[float, list[str]] = defaultdict(list)
+    for name, case in cases.items():
+        by_load[case["load"]].append(name)
+    rankings = {load: _runs(out, names) for load, names in sorted(by_load.items()) if len(names) > 1}
+    verdicts = (judge_case(name, case["load"], case["result"], targets) for name, case in cases.items())
     study = {
         "profile": {name: getattr(profile.meta, name) for name in ("device", "dtype", "held_out")},
         "drift": drift,
         "cases": cases,
-        "rankings": _rankings(out, cases),
-        "verdicts": [verdict for name, case in cases.items() for verdict in _verdicts(name, case)],
+        "rankings": {f"{load:.0%}": rank_runs(runs) for load, runs in rankings.items()},
+        "verdicts": [verdict for of_case in verdicts for verdict in of_case],
     }
     write_json(out / "fidelity.json", study)
     return study
 
 
-def _judge_case(
-    folder: Path, profile: Profile, drift: Mapping[str, float] | None, progress: Progress
+def _judged_case(
+    folder: Path, profile: Profile, progress: Progress, drift: Mapping[str, float] | None
 ) -> dict[str, Any]:
     real, *repeats = (read_run(path) for path in [folder / "real", *sorted(folder.glob("repeat-*"))])
-    config = manifest.config_of(real.manifest)
-    trace = read_trace(folder / "trace.parquet")
-    simulate_run(trace, profile, config, folder / "sim", progress, real, RunOptions(overwrite=True))
-    sim = read_run(folder / "sim")
-    comparison = compare_runs(sim, real, repeats, profile, folder, progress, drift=drift)
+    result = judge_runs(read_trace(folder / TRACE), real, repeats, profile, folder, progress, drift)
     policy, _, load = folder.name.rpartition("-")
-    return {"policy": policy, "load": int(load) / 100, "requests": len(real.tables["requests"]), "result": comparison}
-
-
-def _rankings(out: Path, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    by_load: defaultdict[float, list[str]] = defaultdict(list)
-    for name, case in cases.items():
-        by_load[case["load"]].append(name)
-    return {f"{load:.0%}": rank(_runs(out, names)) for load, names in sorted(by_load.items()) if len(names) > 1}
+    return {"policy": policy, "load": int(load) / 100, "requests": len(real.tables["requests"]), "result": result}
 
 
 def _runs(out: Path, names: Sequence[str]) -> dict[str, RunRecords]:
@@ -216,81 +265,121 @@ def _runs(out: Path, names: Sequence[str]) -> dict[str, RunRecords]:
     return {f"{path.parent.name}/{path.name}": read_run(path) for path in folders}
 
 
-def _verdicts(name: str, case: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    result, full = case["result"], case["load"] >= FULL_LOAD
-    for kind, allowed in MODEL_TARGETS.items():
-        if kind in result["latency_model"]:
-            error = result["latency_model"][kind]["mape"]
-            yield _verdict(name, f"latency model, {kind}", error, allowed, None)
-    for latency, (usual, most) in LATENCY_TARGETS.items():
-        for statistic in STATISTICS:
-            error = result["closed_loop"][latency][statistic]["error"]
-            spread = result["repeat_spread"][latency][statistic]
-            allowed = FULL_TARGETS[latency] if full else max(usual, min(spread or 0.0, most))
-            yield _verdict(name, f"{statistic} {LATENCIES[latency]}", error, allowed, spread)
+def rank_runs(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) -> dict[str, Any]:
+    """As `analysis.comparison.ranking.rank`, with a `sentence` that says how many orders are right."""
+    ranking = rank(runs, allow_different)
+    return ranking | {"sentence": ranking_sentence(ranking)}
 
 
-def _verdict(case: str, what: str, error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:
-    within = None if error is None else abs(error) <= allowed
-    return {"case": case, "what": what, "error": error, "allowed": allowed, "spread": spread, "within": within}
+# -- a validation ----------------------------------------------------------------------------------------------
 
 
-def study_tables(study: Mapping[str, Any]) -> list[TextTable]:
-    """The latency model and the closed loop of every case, the rankings, and what is not within its target."""
-    cases = sorted(study["cases"].values(), key=lambda case: (case["policy"], case["load"]))
-    said = [sentence for name, case in study["cases"].items() for sentence in _caveats(name, case["result"])]
-    before = [TextTable("Before the numbers", "\n".join(said), (), ())] if said else []
-    tables = [*before, _model_table(cases), *(_closed_loop_table(cases, latency) for latency in LATENCIES)]
-    for load, ranking in study["rankings"].items():
-        tables += [replace(table, title=f"{load} load: {table.title}") for table in ranking_tables(ranking)]
-    return [*tables, _verdict_table(study["verdicts"])]
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Requests of ShareGPT, to be served for real and in simulation.
+
+    Attributes:
+        out: where everything is put.
+        loading: the model.
+        requests, rate, seed: how many, how many a second, and of the sample and the arrivals.
+        max_total: the longest prompt and output together.
+        repeats: further real runs.
+        limits: of the runs.
+        overwrite: whether runs in `out` are replaced.
+        targets: the errors allowed.
+    """
+
+    out: Path
+    loading: Loading
+    requests: int
+    rate: float
+    seed: int
+    max_total: int
+    repeats: int
+    limits: Limits
+    overwrite: bool
+    targets: Targets = RUN_TARGETS
+
+    def check_new(self, runs: Iterable[str]) -> None:
+        """Raises TandemError if its trace or one of `runs` would replace what is to stay."""
+        check_new(self.out / TRACE, self.overwrite)
+        for run in runs:
+            check_out(self.out / run, self.overwrite)
+
+    def trace(self, progress: Progress) -> Trace:
+        """Sample the requests, and write them."""
+        lengths = LengthFilter(max_total=self.max_total)
+        trace = sharegpt_trace(self.loading.model, self.requests, self.seed, progress, lengths=lengths)
+        for note in trace.notes:
+            progress.note(f"note: {note}")
+        trace = assign_arrivals(trace, "poisson", rate=self.rate, seed=self.seed)
+        keep_trace(trace, self.out)
+        return trace
+
+    def profile(self, executor: Executor, config: ServingConfig, progress: Progress) -> Profile:
+        """Of this machine."""
+        return profile_in(self.out / "profile", executor, config, progress, renew=True, overwrite=self.overwrite)
 
 
-def _caveats(name: str, result: Mapping[str, Any]) -> Iterator[str]:
-    """Whom a case's runs did not serve, and what of it was extrapolated."""
-    yield from (f"{name}, {sentence}" for sentence in sentences_by_run(result["not_completed"], result["asked"]))
-    if beyond := beyond_sentence(result["coverage"]):
-        yield f"{name}: {beyond[0].lower()}{beyond[1:]}"
+def validate(job: Validation, progress: Progress) -> dict[str, Any]:
+    """Simulate, serve for real, and compare. Returns the comparison, as `compare_runs`."""
+    names = ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
+    job.check_new(("sim", *names))
+    executor, settled = load_within(job.loading, job.limits, progress)
+    trace, config = job.trace(progress), settled.config
+    profile = job.profile(executor, config, progress)
+    options = RunOptions(overwrite=job.overwrite, facts=settled.facts)
+    # Before the real run: it is a prediction.
+    sim = simulate_run(trace, profile, config, job.out / "sim", progress, options=options)
+    real, *repeats = [real_run(trace, executor, config, job.out / name, progress, options) for name in names]
+    drift = drift_since(profile, executor, progress)
+    return compare_runs(sim, real, repeats, profile, job.out, progress, drift=drift, targets=job.targets)
 
 
-def _model_table(cases: Sequence[Mapping[str, Any]]) -> TextTable:
+def validate_matrix(job: Validation, progress: Progress) -> list[dict[str, Any]]:
+    """Compare decisions for every policy at both depths under memory pressure, and with the model's own stops.
+
+    Returns:
+        For each run {run, steps, preemptions, stopped, identical, controls}: whether its replay decided the same, and
+        whether falsified times were noticed.
+    """
+    job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
+    cases = {f"{policy}-depth{depth}": (policy, depth) for policy, depth in product(sorted(POLICIES), (1, 2))}
+    cases[STOPS] = "chunked_prefill", 2
+    job.check_new(f"{case}/{run}" for case in cases for run in ("real", "sim"))
+    executor = load_executor(job.loading, progress)
+    config = _scarce(real_limits(executor, job.limits).config, job.max_total)
+    trace = job.trace(progress)
+    profile = job.profile(executor, config, progress)
     rows = []
-    for case in cases:
-        decisions, model = case["result"]["decisions"], case["result"]["latency_model"]
-        known = [model.get(kind, {}) for kind in MODEL_TARGETS]
-        errors = [f"{percent(of.get('mape'))} ({signed(of.get('mean_error'))})" for of in known]
-        identical = "identical" if decisions["identical"] else "DIFFER"
-        rows.append((*_label(case), identical, f"{decisions['steps']:,}", *errors))
-    columns = ("policy", "load", "decisions", "steps", *MODEL_TARGETS)
-    title = "Latency model: MAPE (mean error) of predicted against measured time of the same batches"
-    return TextTable(title, "", columns, rows, labels=3)
+    for name, (policy, depth) in cases.items():
+        rule, requests = ("model", _open_ended(trace, job.max_total)) if name == STOPS else ("trace", trace)
+        limits, folder = replace(config, scheduler=policy, pipeline_depth=depth), job.out / name
+        progress.note(f"{name}:")
+        options = RunOptions(rule, overwrite=job.overwrite)
+        real = real_run(requests, executor, limits, folder / "real", progress, options)
+        decisions = judge_runs(requests, real, (), profile, folder, progress, overwrite=job.overwrite)["decisions"]
+        rows.append({"run": name} | _row(real, decisions))
+    return rows
 
 
-def _closed_loop_table(cases: Sequence[Mapping[str, Any]], latency: str) -> TextTable:
-    rows = []
-    for case in cases:
-        result = case["result"]
-        pairs = [result["closed_loop"][latency][statistic] for statistic in STATISTICS]
-        spreads = [result["repeat_spread"][latency][statistic] for statistic in STATISTICS]
-        cells = [
-            f"{number(pair['real'])} {signed(pair['error'])} ({percent(spread)})"
-            for pair, spread in zip(pairs, spreads, strict=True)
-        ]
-        rows.append((*_label(case), *cells))
-    title = f"Closed loop: {LATENCIES[latency]}: real ms, error, (spread of repeated real runs)"
-    return TextTable(title, "", ("policy", "load", *STATISTICS), rows, labels=2)
+def _row(real: RunRecords, decisions: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "steps": decisions["steps"],
+        "preemptions": real.summary["preemptions"],
+        "stopped": real.tables["requests"]["outcome"].to_pylist().count("stop"),
+        "identical": decisions["identical"],
+        "controls": all(noticed is not False for noticed in decisions["negative_controls"].values()),
+    }
 
 
-def _label(case: Mapping[str, Any]) -> tuple[str, str]:
-    return str(case["policy"]), f"{case['load']:.0%}"
+def _scarce(config: ServingConfig, max_total: int) -> ServingConfig:
+    blocks = int(SCARCE * max_total) // config.block_size
+    return replace(config, num_blocks=blocks, max_batched_tokens=max(config.max_batched_tokens, max_total))
 
 
-def _verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> TextTable:
-    judged = [verdict for verdict in verdicts if verdict["within"] is not None]
-    outside = [verdict for verdict in judged if not verdict["within"]]
-    rows = [
-        (each["case"], each["what"], signed(each["error"]), percent(each["allowed"]), percent(each["spread"]))
-        for each in outside
-    ]
-    note = f"{len(judged) - len(outside)} of {len(judged)} errors are within what is allowed."
-    return TextTable("Not within what is allowed", note, ("case", "what", "error", "allowed", "spread"), rows, labels=2)
+def _open_ended(trace: Trace, max_total: int) -> Trace:
+    """The same requests, each allowed to go on until the model stops, within `OPEN_ENDED` and `max_total`."""
+    limits = [min(OPEN_ENDED, max_total - each.prompt_len) for each in trace.requests]
+    pairs = zip(trace.requests, limits, strict=True)
+    return replace(trace, requests=[replace(each, max_tokens=limit, output_len=limit) for each, limit in pairs])

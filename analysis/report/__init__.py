@@ -1,1 +1,1 @@
-"""Tables, sentences, figures and pages."""
+"""Tables, sentences, figures and HTML pages."""

@@ -1,6 +1,6 @@
-"""What a reader must know before any number: which requests were not served and why, and what was extrapolated.
+"""Sentences that come before any number: requests that were not served, extrapolation, and the state of the machine.
 
-It says in words what `analysis.metrics.summary` and the latency model have counted, and may not count itself.
+The counts come from `analysis.metrics.summary`, the latency model and `analysis.jobs.machine_watch`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from analysis.metrics.summary import P99_REQUESTS
+from analysis.metrics.names import P99_REQUESTS
 from engine.request import CANCELLED, REJECTED
 
 LOUD = 0.02  # shares of the CPUs from which something is worth naming
 NOTHING_COMPLETED = "No request completed: there are no latencies."
 
-# What a scheduler says when it rejects -> for people, with the largest and the limit, and which option helps.
+# A scheduler's reason to reject -> for people, with the largest and the limit, and which option helps.
 _REASONS = (
     (
         re.compile(r"prompt \+ max_tokens is (\d+), max_model_len (\d+)"),
@@ -46,7 +46,7 @@ _NO_REASON = {
 
 
 def completed_sentences(summary: Mapping[str, Any], asked: int) -> Iterator[str]:
-    """What became of the requests that did not complete, what would help, and whose the latencies are.
+    """The fate of the requests that did not complete, the option that would help, and the scope of the latencies.
 
     Args:
         summary: of a run, with `completed` and `not_completed`.
@@ -95,13 +95,20 @@ def p99_sentence(requests: int) -> str:
 
 
 def beyond_sentence(coverage: Mapping[str, Any] | None) -> str:
-    """What of a prediction was extrapolated: by table, in one line; nothing if all was measured.
+    """The extrapolated shares of a prediction by table, in one line; nothing if all was measured.
 
     Args:
         coverage: as `sim.latency_model.LatencyModel.coverage`, or None where it is not on record.
     """
     tables = [_beyond(table, of) for table, of in (coverage or {}).get("beyond", {}).items()]
     return f"Beyond the profile: {'; '.join(tables)}." if tables else ""
+
+
+def beyond_sentences(coverages: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
+    """As `beyond_sentence`, of several runs by name."""
+    for name, coverage in coverages.items():
+        if beyond := beyond_sentence(coverage):
+            yield f"{name}: {beyond[0].lower()}{beyond[1:]}"
 
 
 def _beyond(table: str, of: Mapping[str, Any]) -> str:
@@ -115,14 +122,14 @@ def _share(fraction: float) -> str:
 
 
 def _off(axis: str, asked: Sequence[float], measured: Sequence[float]) -> str:
-    """How far what was asked along an axis lies beyond what was measured."""
+    """How far a look-up lies beyond the measured range along an axis."""
     if asked[1] > measured[1]:
         return f"{axis} to {asked[1]:,.0f}, measured to {measured[1]:,.0f}"
     return f"{axis} from {asked[0]:,.0f}, measured from {measured[0]:,.0f}" if asked[0] < measured[0] else ""
 
 
 def seen_sentences(machines: Mapping[str, Mapping[str, Any] | None]) -> Iterator[str]:
-    """What was seen during each of several runs.
+    """The state of the machine during each of several runs.
 
     Args:
         machines: by the run's name, as `analysis.jobs.machine_watch` has seen it; None where nothing is on record.

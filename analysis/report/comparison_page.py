@@ -6,56 +6,33 @@ It may not compute an error or a verdict: those come from `analysis.comparison`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
-from analysis.comparison.ablation import ablation_tables
-from analysis.comparison.attribution import attribution_tables
-from analysis.comparison.compare import (
-    CLOSED_LOOP,
-    NOISY,
-    NOTHING,
-    OUTSIDE,
-    STATISTICS,
-    WITHIN,
-    flatten_manifest,
-)
-from analysis.metrics.summary import LATENCIES, TOTALS
-from analysis.report.caveats import (
-    NOTHING_COMPLETED,
-    beyond_sentence,
-    p99_sentence,
-    seen_sentences,
-    sentences_by_run,
-)
-from analysis.report.figures import LATENCY_NAMES, html_figures
-from analysis.report.html import write_page
-from analysis.report.tables import TextTable, amount, html_table, number, percent, print_tables, signed
+from analysis.comparison.compare import equal_steps
+from analysis.comparison.runs import flatten_manifest
+from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, LATENCIES, TOTALS
+from analysis.report.attribution_tables import ablation_tables, attribution_tables
+from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
+from analysis.report.figures import cdf_figure, steps_figure, time_figure
+from analysis.report.html import Definitions, Part, write_page
+from analysis.report.tables import TextTable, amount, number, percent, print_tables, signed
+from analysis.report.verdict import decisions_sentence, difference_table, spread_cell, verdict_sentences, verdict_table
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-JUDGED_NAMES = {
-    "mean_ttft": "mean TTFT",
-    "mean_tpot": "mean TPOT",
-    "mean_e2el": "mean E2E",
-    "latency_model_mape": "latency model MAPE",
-}
-
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
-    """Print what is missing, the three parts of a comparison, where its error comes from, then the verdict and what it
-    means."""
+    """Print caveats, the three parts of a comparison, the sources of its error, and the verdict."""
     from rich.text import Text
 
     if said := [*_caveats(comparison)]:
         console.print(Text("\n".join(said) + "\n"))
-    print_tables((*_parts(comparison), *_explanations(comparison), _verdict_table(comparison)), console)
-    console.print(Text(" ".join(_sentences(comparison))))
+    print_tables((*_parts(comparison), *_explanations(comparison), verdict_table(comparison)), console)
+    console.print(Text(" ".join(verdict_sentences(comparison))))
 
 
 def write_report(
@@ -68,162 +45,62 @@ def write_report(
         sim: the simulated run.
         real: the real run.
         replayed: the real run's batches with predicted times.
-        path: the page.
+        path: the file.
         title: its heading.
 
     Raises:
-        TandemError: the page cannot be written.
+        TandemError: the file cannot be written.
     """
-    decisions, latency_model, closed_loop = (html_table(table) for table in _parts(comparison))
-    body = _BODY.substitute(
-        verdict=html_table(_verdict_table(comparison)),
-        decisions=decisions,
-        latency_model=latency_model,
-        closed_loop=closed_loop,
-        explanations="".join(html_table(table) for table in _explanations(comparison)),
-        definitions="".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(LATENCIES[key])}</dd>" for key, name in LATENCY_NAMES.items()
-        ),
-        totals=html_table(_totals_table(comparison["metrics"])),
-        manifest=html_table(_manifest_table(real, sim)),
-        **html_figures(comparison, sim, real, replayed),
+    decisions, latency_model, closed_loop = _parts(comparison)
+    runs = {"measured": real, "simulated": sim}
+    parts: tuple[Part, ...] = (
+        verdict_table(comparison),
+        decisions,
+        latency_model,
+        steps_figure(real, replayed, equal_steps(comparison["decisions"])),
+        closed_loop,
+        Definitions({LATENCIES[name].label: LATENCIES[name].definition for name in COMPARED_LATENCIES}),
+        cdf_figure(runs),
+        *_explanations(comparison),
+        time_figure(runs),
+        _totals_table(comparison["metrics"]),
+        _manifest_table(real, sim),
     )
-    write_page(path, title, headline(comparison), body)
-
-
-# -- words -------------------------------------------------------------------------------------------------
+    write_page(path, title, headline(comparison), parts)
 
 
 def headline(comparison: Mapping[str, Any]) -> str:
-    """What is missing, what was compared and what came of it, in plain sentences."""
-    return " ".join((*_caveats(comparison), *_sentences(comparison)))
+    """Caveats, scope and verdicts in plain sentences."""
+    return " ".join((*_caveats(comparison), *verdict_sentences(comparison)))
 
 
 def _caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What must be known before any number: requests that did not complete, and what was extrapolated."""
+    """Sentences before any number: requests that did not complete, and extrapolation."""
     yield from sentences_by_run(comparison["not_completed"], comparison["asked"])
     if not comparison["requests"]:
         yield NOTHING_COMPLETED
-    elif _is_some_missing(comparison):
+    elif comparison["requests"] < comparison["asked"]:
         yield f"Latencies are of the {comparison['requests']:,} that completed in both runs."
     if beyond := beyond_sentence(comparison["coverage"]):
         yield beyond
 
 
-def _is_some_missing(comparison: Mapping[str, Any]) -> bool:
-    return bool(comparison["requests"] < comparison["asked"])
-
-
-def _sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{comparison['requests']:,} requests were served for real and in simulation."
-    yield _decisions_sentence(comparison["decisions"])
-    for word, opening in (
-        (OUTSIDE, "Outside the error allowed"),
-        (NOISY, "The machine was too noisy to judge (it differs from itself by more than the error allowed)"),
-        (NOTHING, "Nothing to judge for"),
-        (WITHIN, "Within the error allowed"),
-    ):
-        items = [_judged(name, item) for name, item in comparison["verdict"].items() if item["verdict"] == word]
-        if items:
-            yield f"{opening}: {', '.join(items)}."
-        if items and word == NOISY:
-            yield from _noise_sentences(comparison)
-    if not comparison["repeats"]:
-        yield "The real run was not repeated, so its own noise is unknown."
-    for name in comparison["partial"]:
-        yield f"The {name} run was interrupted: it counts up to there."
-    if fields := comparison["manifest_differences"]:
-        yield f"The runs were allowed to differ in {', '.join(fields)}."
-
-
-def _judged(name: str, item: Mapping[str, Any]) -> str:
-    """The name of what is judged; of what cannot be, why not."""
-    if item["verdict"] != NOISY:
-        return JUDGED_NAMES[name]
-    if _is_spread(item):
-        spread, allowed = percent(item["spread"]), percent(item["allowed"])
-        return f"{JUDGED_NAMES[name]} (repeats differ by {spread}, {allowed} is allowed)"
-    return f"{JUDGED_NAMES[name]} (the machine has moved by {signed(item['drift'])} since it was profiled)"
-
-
-def _is_spread(item: Mapping[str, Any]) -> bool:
-    return item["spread"] is not None and item["spread"] > item["allowed"]
-
-
-def _noise_sentences(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What was seen of the machine, and what to do about its noise."""
-    yield from seen_sentences(comparison["machine"])
-    noisy = [_is_spread(item) for item in comparison["verdict"].values() if item["verdict"] == NOISY]
-    if any(noisy):
-        yield (
-            "Close what else runs on the machine, pin the engine to cores of its own (taskset), serve a longer trace, "
-            "or give more runs with --repeat."
-        )
-    if not all(noisy):
-        yield "Profile the machine again, and simulate on that."
-
-
-def _decisions_sentence(decisions: Mapping[str, Any]) -> str:
-    if changed := decisions.get("changed_sources"):
-        return f"{', '.join(changed)} changed since the real run was recorded. {_equal_steps_sentence(decisions)}"
-    return _equal_steps_sentence(decisions)
-
-
-def _equal_steps_sentence(decisions: Mapping[str, Any]) -> str:
-    if decisions["identical"]:
-        same = f"Given the real run's times, the simulator planned all {decisions['steps']:,} steps the same."
-        return f"{same} {_controls_sentence(decisions.get('negative_controls') or {})}".rstrip()
-    first, steps = decisions["first_difference"]["step"], decisions["steps"]
-    return f"Given the real run's times, the simulator planned {first:,} of {steps:,} steps the same, then differently."
-
-
-def _controls_sentence(controls: Mapping[str, bool | None]) -> str:
-    """What became of the falsifications of `sim.negative_controls`."""
-    tried = {name.replace("_", " "): noticed for name, noticed in controls.items() if noticed is not None}
-    missed = [name for name, noticed in tried.items() if not noticed]
-    if missed:
-        return f"NOT NOTICED, so that this proves little: {', '.join(missed)}."
-    return f"Falsified times were noticed ({', '.join(tried)})." if tried else ""
+# -- tables ----------------------------------------------------------------------------------------------------
 
 
 def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTable]:
+    decisions = comparison["decisions"]
+    title = "1. Decisions: the real run against its replay"
     return (
-        _decisions_table(comparison["decisions"]),
+        difference_table(title, decisions_sentence(decisions), decisions, ("real", "replay")),
         _latency_model_table(comparison["latency_model"]),
         _closed_loop_table(comparison),
     )
 
 
 def _explanations(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """Where the error comes from, and what the model's terms are worth if that was asked for."""
+    """Where the error comes from, and the worth of the model's terms if that was asked for."""
     return [*attribution_tables(comparison["attribution"]), *ablation_tables(comparison.get("ablation"))]
-
-
-def _verdict_table(comparison: Mapping[str, Any]) -> TextTable:
-    rows = []
-    for name, item in comparison["verdict"].items():
-        if item["verdict"] == NOTHING:
-            continue
-        error = (percent if name == "latency_model_mape" else signed)(item["error"])
-        noise = (_spread(item["spread"], comparison["repeats"]), signed(item["drift"]))
-        shown = (error, percent(item["allowed"]), *noise)
-        rows.append((JUDGED_NAMES[name], item["verdict"], *shown))
-    note = (
-        "Spread: of repeats of the real run; for the latency model, the MAPE that a perfect one would show. "
-        "Drift: of the machine since it was profiled, on the same batches."
-    )
-    return TextTable("Verdict", note, ("", "verdict", "error", "allowed", "spread", "drift"), rows, labels=2)
-
-
-def _decisions_table(decisions: Mapping[str, Any]) -> TextTable:
-    rows: list[tuple[str, str, str]] = []
-    if difference := decisions["first_difference"]:
-        shared = {name: {"real": difference[name], "replay": difference[name]} for name in ("step", "iteration")}
-        digests = {"digest": {"real": difference["real"], "replay": difference["replay"]}}
-        compared = shared | digests | difference["columns"]
-        rows = [(name, amount(both["real"]), amount(both["replay"])) for name, both in compared.items()]
-    columns = ("at the first difference", "real", "replay")
-    return TextTable("1. Decisions: the real run against its replay", _decisions_sentence(decisions), columns, rows)
 
 
 def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
@@ -236,63 +113,39 @@ def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
 
 
 def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:
-    columns = ("", "", "real ms", "sim ms", "error", "spread", "MAPE", "KS")
     rows = []
-    for name in CLOSED_LOOP:
+    for name in COMPARED_LATENCIES:
         part, spread = comparison["closed_loop"][name], comparison["repeat_spread"][name]
-        whole = (percent(part["mape"]), number(part["ks"]))
-        for stat in STATISTICS:
-            pair, first = part[stat], stat == STATISTICS[0]
-            if pair["real"] is None and pair["sim"] is None:
-                continue
-            values = (number(pair["real"]), number(pair["sim"]), signed(pair["error"]))
-            spread_shown = _spread(spread[stat], comparison["repeats"])
-            head, tail = (LATENCY_NAMES[name], whole) if first else ("", ("", ""))
-            rows.append((head, stat, *values, spread_shown, *tail))
+        head, tail = LATENCIES[name].label, (percent(part["mape"]), number(part["ks"]))
+        for stat in COMPARED_STATISTICS:
+            real, sim, error = part[stat].values()
+            if (real, sim) != (None, None):
+                values = number(real), number(sim), signed(error), spread_cell(spread[stat], comparison)
+                rows.append((head, stat, *values, *tail))
+                head, tail = "", ("", "")
     note = "Spread: of repeats of the real run. MAPE: per request. KS: distance of the two distributions."
     note = f"{note} {p99_sentence(comparison['requests'])}".rstrip() if rows else NOTHING_COMPLETED
+    columns = ("", "", "real ms", "sim ms", "error", "spread", "MAPE", "KS")
     return TextTable(f"3. Closed loop: what {_whose(comparison)} saw", note, columns, rows, labels=2)
 
 
 def _whose(comparison: Mapping[str, Any]) -> str:
-    if not _is_some_missing(comparison):
+    if comparison["requests"] == comparison["asked"]:
         return "the requests"
     return f"the {comparison['requests']:,} of {comparison['asked']:,} requests that completed in both runs"
 
 
-def _totals_table(of_runs: Mapping[str, Any]) -> TextTable:
-    known = {name: text for name, text in TOTALS.items() if any(of[name] is not None for of in of_runs.values())}
-    rows = [(name, text, *(amount(of_runs[run][name]) for run in ("real", "sim"))) for name, text in known.items()]
+def _totals_table(metrics: Mapping[str, Mapping[str, Any]]) -> TextTable:
+    real, sim = metrics["real"], metrics["sim"]
+    rows = [
+        (name, total.definition, amount(real[name]), amount(sim[name]))
+        for name, total in TOTALS.items()
+        if (real[name], sim[name]) != (None, None)
+    ]
     return TextTable("Totals", "", ("", "", "real", "sim"), rows, labels=2)
 
 
 def _manifest_table(real: RunRecords, sim: RunRecords) -> TextTable:
     ours, theirs = (flatten_manifest(run, ("workload", "system", "provenance")) for run in (real, sim))
-    fields = list(dict.fromkeys([*ours, *theirs]))
-    rows = [(field, str(ours.get(field, "–")), str(theirs.get(field, "–"))) for field in fields]
+    rows = [(field, str(ours.get(field, "–")), str(theirs.get(field, "–"))) for field in ours | theirs]
     return TextTable("Manifest", "", ("field", "real", "simulated"), rows, labels=3)
-
-
-def _spread(fraction: float | None, repeats: int) -> str:
-    return percent(fraction) if repeats else "not repeated"
-
-
-# -- the page ----------------------------------------------------------------------------------------------
-
-
-_BODY = Template("""$verdict
-$decisions
-$latency_model
-<figure>$steps_figure<figcaption>Each dot is a step of the real run. Above the line, the latency model predicts too
-much. Where there are many, evenly spaced ones are drawn.</figcaption></figure>
-$closed_loop
-<dl>$definitions</dl>
-<figure>$cdf_figure<figcaption>The fraction of values at or below a latency: of requests, or for ITL of all
-gaps. Where there are many, evenly spaced ones are drawn.</figcaption></figure>
-$explanations
-<h2>Batch and KV cache over time</h2>
-<figure>$time_figure<figcaption>As each step was planned; 0 while the serving loop waits for arrivals. In a long run,
-a point is the highest of several steps.</figcaption></figure>
-$totals
-$manifest
-""")

@@ -1,4 +1,4 @@
-"""Tables about a card: what its memory goes to, and how far it has moved from its profile."""
+"""Tables about a GPU: the terms of its memory, and how far it has moved from its profile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sim.memory_model import Memory, check_fits
 from sim.sources.roofline import data_sheet
 
 TERMS = {
-    "usable": "90 % of the card",
+    "usable": "90 % of the GPU",
     "context": "CUDA with its kernels loaded, and cuBLAS's workspace",
     "weights": "of the model",
     "buffers": "a step's packed integers",
@@ -21,11 +21,11 @@ TERMS = {
 }
 
 
-def card_memory(hardware: str, model: ModelConfig, dtype: str, config: ServingConfig) -> dict[str, Any]:
-    """The terms of a card's memory in bytes, and the KV blocks that it holds.
+def gpu_memory(hardware: str, model: ModelConfig, dtype: str, config: ServingConfig) -> dict[str, Any]:
+    """The terms of a GPU's memory in bytes, and the KV blocks that it holds.
 
     Raises:
-        TandemError: no such card, or not even one request fits.
+        TandemError: no such GPU, or not even one request fits.
     """
     sheet = data_sheet(hardware)
     memory = Memory.of(sheet.memory_gib, model, dtype, config)
@@ -34,7 +34,7 @@ def card_memory(hardware: str, model: ModelConfig, dtype: str, config: ServingCo
 
 
 def memory_table(terms: dict[str, Any], title: str) -> TextTable:
-    """What `card_memory` found, for people."""
+    """What `gpu_memory` found, for people."""
     rows = [(name, what, f"{'' if name == 'usable' else '-'}{_gib(terms[name])}") for name, what in TERMS.items()]
     held = terms["room"] // terms["block"]
     rows.append(("KV cache", f"{held:,} blocks of {terms['block'] / 2**20:g} MiB", _gib(terms["room"])))
@@ -45,18 +45,11 @@ def memory_table(terms: dict[str, Any], title: str) -> TextTable:
 
 def drift_table(report: dict[str, Any]) -> TextTable:
     """What `sim.profiling.drift.drift_report` says, for people."""
-    rows = [
-        (
-            each["table"],
-            each["verdict"],
-            str(each["points"]),
-            signed(each["median"]),
-            f"±{percent(each['error'])}",
-            signed(each["worst"]),
-            ", ".join(f"{name} {value}" for name, value in each["at"].items()),
-        )
-        for each in report["tables"]
-    ]
+    rows = []
+    for each in report["tables"]:
+        errors = signed(each["median"]), f"±{percent(each['error'])}", signed(each["worst"])
+        at = ", ".join(f"{name} {value}" for name, value in each["at"].items())
+        rows.append((each["table"], each["verdict"], str(each["points"]), *errors, at))
     title = f"Drift: measured now on {report['device']}, against the profile of {report['profiled']}"
     columns = ("table", "verdict", "points", "median", "2 std errors", "worst", "at")
     return TextTable(title, report["why"], columns, rows, labels=2)

@@ -1,58 +1,50 @@
-"""The frame of every HTML page: one file that needs no network, and prints well."""
+"""HTML pages: one file each, which needs no network and prints well."""
 
 from __future__ import annotations
 
-from html import escape
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
+from analysis.report.tables import TextTable
 from traces.trace import atomic_file
 
 
-def write_page(path: Path, title: str, headline: str, body: str) -> None:
-    """Write a page, whole or not at all.
+@dataclass(frozen=True, slots=True)
+class HtmlFigure:
+    """A figure as HTML, with a caption and perhaps a title, both as text."""
+
+    html: str
+    caption: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Definitions:
+    """Words and their meanings."""
+
+    meanings: Mapping[str, str]
+    title: str = ""
+
+
+Part = TextTable | HtmlFigure | Definitions
+
+
+def write_page(path: Path, title: str, headline: str, parts: Iterable[Part]) -> None:
+    """Write an HTML page, whole or not at all.
 
     Args:
-        path: the page.
+        path: the file.
         title: its heading, as text.
-        headline: what it says in plain sentences, as text.
-        body: the rest, as HTML.
+        headline: a summary in plain sentences, as text.
+        parts: the rest, in order.
 
     Raises:
-        TandemError: the page cannot be written.
+        TandemError: the file cannot be written.
     """
-    page = _FRAME.substitute(title=escape(title), headline=escape(headline), body=body)
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True).from_string(Path(__file__).with_name("page.html").read_text())
+    page = template.render(title=title, headline=headline, parts=parts)
     with atomic_file(path) as file:
         file.write(page.encode())
-
-
-_FRAME = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2.5rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; break-after: avoid; }
-.headline { font-size: 1.05rem; max-width: 50rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-th { font-weight: 600; border-bottom: 1px solid #888; }
-.label { text-align: left; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
-figure { margin: 1rem 0; break-inside: avoid; }
-figcaption, dd { color: #555; font-size: .9rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dd { margin: 0; }
-@media print { body { margin: 0; max-width: none; } .modebar { display: none; } tr { break-inside: avoid; } }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="headline">$headline</p>
-$body
-</body>
-</html>
-""")

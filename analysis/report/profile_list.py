@@ -9,9 +9,10 @@ from analysis.report.tables import TextTable, percent
 from sim.profile.format import TABLES, read_meta, shipped_profiles
 
 MEASURED = [table for table in TABLES if table != "host"]
+COLUMNS = ("profile", "gpu", "model", "dtype", "kernels", "kib")
 
 
-def shelf() -> list[dict[str, Any]]:
+def list_profiles() -> list[dict[str, Any]]:
     """A row for each profile that ships; `held_out` as in its meta.yaml."""
     return [_row(name, folder) for name, folder in shipped_profiles().items()]
 
@@ -30,39 +31,28 @@ def _row(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def shelf_tables(rows: list[dict[str, Any]]) -> list[TextTable]:
-    """The rows of `shelf` for people."""
-    columns = ("profile", "gpu", "model", "dtype", "kernels", "kib")
-    sources = [f"{row['profile']}: {row['source']}" for row in rows]
-    what = [[str(row[column]) for column in columns] for row in rows]
-    errors = [
-        [row["profile"], *(_error(row["held_out"], table) for table in MEASURED), _whole(row["held_out"])]
-        for row in rows
-    ]
+def profile_tables(profiles: list[dict[str, Any]]) -> list[TextTable]:
+    """The rows of `list_profiles` for people."""
+    sources = [f"{profile['profile']}: {profile['source']}" for profile in profiles]
+    note = "\n".join(["Simulate on one with --profile PROFILE.", *sources])
+    rows = [[str(profile[column]) for column in COLUMNS] for profile in profiles]
+    held_out = (
+        "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if\n"
+        "no context was measured. Of whole steps: MAPE on batches that are in no table."
+    )
+    columns = ("profile", *(table.replace("_", " ") for table in MEASURED), "whole steps")
+    errors = [[profile["profile"], *_errors(profile["held_out"])] for profile in profiles]
     return [
-        TextTable(
-            "Profiles that ship",
-            "\n".join(["Simulate on one with --profile PROFILE.", *sources]),
-            columns,
-            what,
-            labels=5,
-        ),
-        TextTable(
-            "Held-out error",
-            "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if\n"
-            "no context was measured. Of whole steps: MAPE on batches that are in no table.",
-            ("profile", *(table.replace("_", " ") for table in MEASURED), "whole steps"),
-            errors,
-        ),
+        TextTable("Profiles that ship", note, COLUMNS, rows, labels=5),
+        TextTable("Held-out error", held_out, columns, errors),
     ]
 
 
-def _error(held_out: dict[str, Any], table: str) -> str:
-    of_table = held_out.get(table, {})
-    mark = "" if "along" in of_table or "across" not in of_table else "*"
+def _errors(held_out: dict[str, Any]) -> list[str]:
+    return [*(_error(held_out.get(table, {})) for table in MEASURED), percent(held_out.get("mape"))]
+
+
+def _error(of_table: dict[str, Any]) -> str:
+    star = "" if "along" in of_table or "across" not in of_table else "*"
     found = of_table.get("along") or of_table.get("across") or of_table
-    return f"{percent(found['median'])} / {percent(found['p95'])}{mark}" if found else percent(None)
-
-
-def _whole(held_out: dict[str, Any]) -> str:
-    return percent(held_out.get("mape"))
+    return f"{percent(found['median'])} / {percent(found['p95'])}{star}" if found else percent(None)

@@ -1,13 +1,9 @@
-"""Tables for people: on a console and in HTML, numbers and words laid out alike in both.
-
-It may not know what the numbers are about.
-"""
+"""Tables for people: one type, shown on a console or in HTML. A table may not know what its numbers are about."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,17 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """A table, if it has rows, and a sentence about it. The first `labels` columns are words, the others numbers."""
+    """A table, if it has rows, and a note about it. The first `labels` columns are words, the others numbers."""
 
     title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    note: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
     labels: int = 1
 
 
 def print_tables(tables: Iterable[TextTable], console: Console) -> None:
-    """Print tables, each under its title and above its note."""
+    """Print tables, each under its title and above its note. `analysis.report.html` makes HTML of them."""
     from rich.text import Text
 
     for table in tables:
@@ -47,23 +43,8 @@ def _rich_table(table: TextTable) -> RichTable:
     for position, name in enumerate(table.columns):
         shown.add_column(Text(name), justify="left" if position < table.labels else "right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*map(Text, row))
     return shown
-
-
-def html_table(table: TextTable) -> str:
-    """The same as HTML."""
-    head = _html_row("th", table.columns, table.labels)
-    body = "".join(_html_row("td", row, table.labels) for row in table.rows)
-    shown = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>" if table.rows else ""
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{escape(table.title)}</h2>\n{shown}{note}"
-
-
-def _html_row(tag: str, cells: Sequence[str], labels: int) -> str:
-    attributes = [' class="label"' if position < labels else "" for position, _ in enumerate(cells)]
-    row = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(attributes, cells, strict=True))
-    return f"<tr>{row}</tr>"
 
 
 # -- numbers; a dash stands for one that could not be computed -------------------------------------------------

@@ -21,15 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from residuals import COMPUTE_BOUND, MEMORIES_MS, Steps, by_captured_size, memory_correlation, recent_rate, study_steps
 
-from analysis.comparison.compare import STATISTICS
+from analysis.comparison.targets import STUDY_TARGETS
+from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, LATENCIES, latency_label
 from analysis.metrics.summary import latencies
-from analysis.report.figures import COLOURS, LATENCY_NAMES
+from analysis.report.figures import COLOURS
 from engine.model.graph_sizes import GraphSizes
 from engine.records.run_folder import read_run
 from sim.profile.format import read_profile
 
-LATENCIES = ("ttft", "tpot", "e2el")
-ALLOWED = {"ttft": 5, "tpot": 2, "e2el": 2}  # percent, up to 90 % load
 MEMORY_MS = 40
 BINS = 12
 STYLE = {
@@ -56,11 +55,11 @@ def loads_figure(study: Mapping[str, Any]) -> Figure:
     policies = by_policy(study)
     main = max(policies, key=lambda policy: len(policies[policy]))
     figure = Figure((10, 5.6), layout="constrained")
-    axes = figure.subplots(2, len(LATENCIES), sharex=True)
-    for column, latency in enumerate(LATENCIES):
+    axes = figure.subplots(2, len(JUDGED_LATENCIES), sharex=True)
+    for column, latency in enumerate(JUDGED_LATENCIES):
         for policy, marker in zip(policies, "osD^v", strict=False):
             _means(axes[0, column], policies[policy], latency, marker, policy)
-        axes[0, column].set(title=f"mean {LATENCY_NAMES[latency]}, ms", ylim=(0, None))
+        axes[0, column].set(title=f"{latency_label('mean', latency)}, ms", ylim=(0, None))
         _errors(axes[1, column], policies[main], latency)
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].set_ylabel(f"error of {main}, %")
@@ -80,9 +79,10 @@ def _means(axes: Axes, cases: Cases, latency: str, marker: str, policy: str) -> 
 
 def _errors(axes: Axes, cases: Cases, latency: str) -> None:
     loads = [100 * case["load"] for case in cases]
-    axes.axhspan(-ALLOWED[latency], ALLOWED[latency], color="#888", alpha=0.12)
+    allowed = 100 * STUDY_TARGETS.of_latency(latency)
+    axes.axhspan(-allowed, allowed, color="#888", alpha=0.12)
     axes.axhline(0, color="#888", lw=0.8)
-    for statistic, dashes in zip(STATISTICS, ("-", "--", "-.", ":"), strict=True):
+    for statistic, dashes in zip(COMPARED_STATISTICS, ("-", "--", "-.", ":"), strict=True):
         errors = [case["result"]["closed_loop"][latency][statistic]["error"] for case in cases]
         percents = [np.nan if error is None else 100 * error for error in errors]
         axes.plot(loads, percents, dashes, marker="o", ms=3, color=COLOURS["measured"], label=statistic)
@@ -93,14 +93,14 @@ def cdf_figure(folder: Path) -> Figure:
     names = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     runs = {name: read_run(folder / name) for name in names}
     figure = Figure((10, 3), layout="constrained")
-    panels = figure.subplots(1, len(LATENCIES), sharey=True)
+    panels = figure.subplots(1, len(JUDGED_LATENCIES), sharey=True)
     for name, run in runs.items():
         kind, values = "simulated" if name == "sim" else "measured", latencies(run)
         width, dashes = (1.4, "--") if name == "sim" else (1.0, "-")
-        for axes, latency in zip(panels, LATENCIES, strict=True):
+        for axes, latency in zip(panels, JUDGED_LATENCIES, strict=True):
             points = np.sort(values[latency])
             axes.plot(points, np.arange(1, len(points) + 1) / len(points), dashes, lw=width, color=COLOURS[kind])
-            axes.set(xscale="log", xlabel=f"{LATENCY_NAMES[latency]}, ms", ylim=(0, 1))
+            axes.set(xscale="log", xlabel=f"{LATENCIES[latency].label}, ms", ylim=(0, 1))
             axes.xaxis.set_major_locator(LogLocator(subs=(1,) if points[-1] > 30 * points[0] else (1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.xaxis.set_minor_formatter(NullFormatter())

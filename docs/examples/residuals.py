@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from analysis.metrics.summary import Floats, Ints, column, step_kinds
+from analysis.metrics.columns import Floats, Ints, column, step_kinds
 from analysis.report.tables import TextTable, number, print_tables, signed
 from engine.model.graph_sizes import GraphSizes
 from engine.records.manifest import config_of

@@ -23,7 +23,8 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.progress import track
 
-from analysis.metrics.summary import column, completed_requests, request_metrics
+from analysis.metrics.columns import column, completed_requests
+from analysis.metrics.summary import request_metrics
 from analysis.report.figures import COLOURS
 from analysis.report.tables import TextTable, print_tables, signed
 from engine.config import ServingConfig

@@ -19,7 +19,7 @@ from engine.executor.cpu.runner import Runner
 from engine.executor.machine import Machine, SwapTimes
 from engine.executor.model import Llama
 from engine.executor.tokenizer import model_path
-from engine.executor.weights import dummy_weights, load_weights
+from engine.executor.weights import DTYPES, dummy_weights, load_weights
 from engine.instance import Instance
 from engine.model.config import load_model_config
 from engine.records.recorder import Recorder
@@ -29,8 +29,6 @@ from traces.request import TraceRequest
 
 if TYPE_CHECKING:
     from engine.executor.cuda.meter import CudaMeter
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Executor:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from engine.model.config import ModelConfig, first_line, open_gguf, read_json
 from traces.errors import TandemError
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 @dataclass(slots=True)
 class LayerWeights:
