@@ -56,23 +56,23 @@ def is_point(line: list[str]) -> bool:
     return line[0].replace(".", "").isdigit() or " ".join(line[:-6]) in swiftllm.OTHERWISE
 
 
-@pytest.mark.parametrize(("card", "rate"), [("A100", 1.0), ("RTX 4090", 4.0)])
-def test_the_points_it_shows_are_those_of_the_full_experiment(card, rate, shown):
-    runs = {each: [] for each in swiftllm.published(card, "swiftllm")}
+@pytest.mark.parametrize(("gpu", "rate"), [("A100", 1.0), ("RTX 4090", 4.0)])
+def test_the_points_it_shows_are_those_of_the_full_experiment(gpu, rate, shown):
+    runs = {each: [] for each in swiftllm.published(gpu, "swiftllm")}
     runs |= {each: [dict.fromkeys(swiftllm.METRICS, 0.0)] for each in runs}
-    runs[rate] = [swiftllm.SAME.serve(card, rate, seed) for seed in range(3)]
-    row = next(row for row in swiftllm.closeness(card, runs).rows if float(row[0]) == rate)
+    runs[rate] = [swiftllm.SAME.serve(gpu, rate, seed) for seed in range(3)]
+    row = next(row for row in swiftllm.closeness(gpu, runs).rows if float(row[0]) == rate)
     assert list(row) in shown
 
 
 def test_it_names_the_kv_blocks_that_were_given():
-    given_blocks = [swiftllm.SAME.config(swiftllm.SAME.profile(card)).num_blocks for card in swiftllm.PROFILES]
+    given_blocks = [swiftllm.SAME.config(swiftllm.SAME.profile(gpu)).num_blocks for gpu in swiftllm.PROFILES]
     assert "| KV blocks | {:,} and {:,} |".format(*given_blocks) in PAGE.read_text()
 
 
-@pytest.mark.parametrize("card", swiftllm.PROFILES)
-def test_the_published_ratio_at_low_load_tells_how_prompts_were_sampled(card):
-    lowest = swiftllm.published(card, "swiftllm")[1.0]
+@pytest.mark.parametrize("gpu", swiftllm.PROFILES)
+def test_the_published_ratio_at_low_load_tells_how_prompts_were_sampled(gpu):
+    lowest = swiftllm.published(gpu, "swiftllm")[1.0]
     published = lowest["per_token"] / lowest["per_output_token"]
     shares = {}
     for name in ("sharegpt-turns", "sharegpt-lengths"):

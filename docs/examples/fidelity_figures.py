@@ -1,9 +1,9 @@
-"""Draws a judged study: latencies by load, their distributions, and what the latency model leaves unexplained.
+"""Draws a judged study: latencies by load, their distributions, and the remaining error of the latency model.
 
     python docs/examples/fidelity_figures.py STUDY FOLDER
 
-STUDY is a folder that `tandem fidelity judge` has judged; FOLDER gets loads.png, cdf.png and residuals.png. Needs
-matplotlib, which Tandem does not install.
+STUDY is a folder that `tandem fidelity judge` has judged. FOLDER gets loads.png, cdf.png and residuals.png. The program
+needs matplotlib, which Tandem does not install.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def by_policy(study: Mapping[str, Any]) -> dict[str, Cases]:
 
 
 def loads_figure(study: Mapping[str, Any]) -> Figure:
-    """Above, mean latencies by load, real and simulated; below, the errors of the policy with the most loads."""
+    """Mean latencies by load, real and simulated, above the errors of the policy with the most loads."""
     policies = by_policy(study)
     main = max(policies, key=lambda policy: len(policies[policy]))
     figure = Figure((10, 5.6), layout="constrained")
@@ -89,17 +89,17 @@ def _errors(axes: Axes, cases: Cases, latency: str) -> None:
 
 
 def cdf_figure(folder: Path) -> Figure:
-    """Distributions over the requests of a case: of each real run, and of the simulated one."""
+    """Distributions over the requests of a case, for each real run and for the simulated run."""
     names = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     runs = {name: read_run(folder / name) for name in names}
     figure = Figure((10, 3), layout="constrained")
     panels = figure.subplots(1, len(LATENCIES), sharey=True)
     for name, run in runs.items():
-        rider, values = "simulated" if name == "sim" else "measured", latencies(run)
+        kind, values = "simulated" if name == "sim" else "measured", latencies(run)
         width, dashes = (1.4, "--") if name == "sim" else (1.0, "-")
         for axes, latency in zip(panels, LATENCIES, strict=True):
             points = np.sort(values[latency])
-            axes.plot(points, np.arange(1, len(points) + 1) / len(points), dashes, lw=width, color=COLOURS[rider])
+            axes.plot(points, np.arange(1, len(points) + 1) / len(points), dashes, lw=width, color=COLOURS[kind])
             axes.set(xscale="log", xlabel=f"{LATENCY_NAMES[latency]}, ms", ylim=(0, 1))
             axes.xaxis.set_major_locator(LogLocator(subs=(1,) if points[-1] > 30 * points[0] else (1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,g}")
@@ -113,7 +113,7 @@ def cdf_figure(folder: Path) -> Figure:
 
 
 def residuals_figure(cases: Mapping[str, Steps], sizes: GraphSizes | None) -> Figure:
-    """What goes with the latency model's error: what was computed just before, over which time, and captured sizes."""
+    """The latency model's error against three causes: the memory, the rate just before, and the captured size."""
     figure = Figure((10, 3.4), layout="constrained")
     memory, rate, size = figure.subplots(1, 3)
     colours = dict(zip(cases, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(cases))), strict=True))

