@@ -176,7 +176,7 @@ def _host_table(cases: dict[str, Steps]) -> TextTable:
 
 
 def tables(study: Path) -> Iterator[TextTable]:
-    """All of them; that by captured size if the profile is of captured steps."""
+    """All tables. The table by captured size exists only if the profile is of captured steps."""
     cases, graphs = study_steps(study), read_profile(study / "profile").meta.graphs
     yield from (_error_table(cases), _memory_table(cases))
     if graphs:

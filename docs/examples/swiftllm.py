@@ -113,8 +113,8 @@ class Experiment:
 def swiftllm_blocks(profile: Profile, memory: Memory, step_tokens: int) -> int:
     """KV blocks as swiftLLM counts them, without graphs, beside context, weights and its largest forward.
 
-    The largest forward needs five hidden states (input, residual, q, attended values,
-    attention's output), k, v, up and gate.
+    The largest forward needs five hidden states (input, residual, q, attended values, attention's output).
+    It also needs k, v, up and gate.
     """
     model = profile.model
     widths = 5 * model.hidden_size + 2 * model.num_kv_heads * model.head_dim + 2 * model.intermediate_size
