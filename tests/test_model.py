@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import KINDS, PagedPool, load_llama, tiny_model
 from transformers import LlamaForCausalLM
 
+from engine.executor.cpu import ops as cpu_ops
 from engine.executor.model import Llama
+from engine.executor.reference import ops
 
 
 def reload(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
@@ -151,3 +153,13 @@ def test_marks_follow_every_group_of_operations(gqa: tuple[LlamaForCausalLM, Lla
     attention = ["norm", "qkv", "rope_and_cache", "attention_decode", "attention_prefill", "o"]
     layer = [*attention, "norm", "gate_up", "silu", "down"]
     assert names == ["plan", "embed", *layer, *layer, "head"]
+
+
+def test_packed_products_are_the_plain_ones_and_a_pytorch_without_the_operators_multiplies_plainly(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((3, 48), (64, 48), (64,)))
+    expected = ops.linear(x, weight, bias)
+    torch.testing.assert_close(cpu_ops.linear(x, cpu_ops.pack(weight), bias), expected)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_ops, "_ONE_DNN", cpu_ops._one_dnn())
+    assert cpu_ops.pack(weight) is weight and torch.equal(cpu_ops.linear(x, weight, bias), expected)

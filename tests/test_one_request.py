@@ -25,6 +25,7 @@ from engine.server.engine_client import EngineClient
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
 from sim.profile.format import write_profile
+from traces.request import TraceRequest
 from traces.trace import read_trace
 
 MODELS_TOKENS, TOKENIZERS_TOKENS = 101, 150  # as where tokens were added to a tokenizer, and no rows to the embedding
@@ -264,7 +265,7 @@ def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
     async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         sinks = [TokenSink(False), TokenSink(True), TokenSink(False)]
         for sink in sinks:
-            engine.submit(sink, [1, 2], 0, 12, StopCondition())
+            engine.submit(sink, TraceRequest(0, 0, 2, 12, 12, [1, 2]), 0, StopCondition())
         ends = [await sink.ended for sink in sinks]
         assert [outcome for outcome, _ in ends] == ["length", "broken", "length"]
         assert sinks[0].tokens == sinks[2].tokens == [1, 2, 3] * 4

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from served import TANDEM, Server, eventually, serving, sim
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from analysis.bench.server_path import steady_profile
+from engine.server.http_protocol import http_protocol
 from sim.profile.format import write_profile
 
 KB = 1024
@@ -115,6 +117,14 @@ def test_headers_that_never_end_are_cut_off(server, flood):
             answer = b""
         assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0]
     assert server.get("/health").status_code == 200
+
+
+def test_without_the_names_that_it_needs_of_uvicorn_the_server_runs_on_h11(monkeypatch):
+    assert issubclass(http_protocol(), HttpToolsProtocol)
+    monkeypatch.delattr(HttpToolsProtocol, "send_400_response")
+    assert http_protocol() == "h11"
+    monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    assert http_protocol() == "h11"
 
 
 def test_a_long_request_in_one_piece_is_not_taken_for_a_head(server):

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.executor.batch import ForwardBatch, KVCache
+from engine.executor.cpu import ops
 from engine.executor.model import Llama
 from engine.executor.weights import Weights, load_weights
 from engine.model.config import load_model_config
@@ -110,7 +111,7 @@ def assert_same(weights: Weights, model: LlamaForCausalLM) -> None:
 
 def load_llama(path: Path, dtype: torch.dtype = torch.float32) -> Llama:
     config = load_model_config(path)
-    return Llama(config, load_weights(path, config, dtype, "cpu"))
+    return Llama(config, load_weights(path, config, dtype, "cpu"), ops)
 
 
 @dataclass

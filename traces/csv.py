@@ -25,7 +25,7 @@ _AZURE = _Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _BURSTGPT = _Layout("Timestamp", "Request tokens", "Response tokens")
 
 
-def read_rows(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
+def read_csv(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
     """Yields the place and the content of every row with output tokens; dates count from the first."""
     rows: dict[str, Row] = {}
     dropped = 0

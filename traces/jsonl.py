@@ -14,7 +14,7 @@ from traces.request import TraceRequest
 from traces.rows import COLUMNS, Row, errors_at, read_header, write_header, written_value
 
 
-def read_rows(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
+def read_jsonl(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
     """Yields the place and the content of every row; fills `meta` from the header, which files from elsewhere lack."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -40,7 +40,7 @@ def json_object(line: bytes) -> Row:
     return row
 
 
-def write(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:
+def write_jsonl(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:
     """Writes a header and a line for each request."""
     file.write(f"{write_header(meta)}\n".encode())
     for request in requests:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 4096
 
 
-def read_rows(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
+def read_parquet(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
     """Yields the place and the content of every row; fills `meta` from the header, which files from elsewhere lack."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -55,7 +55,7 @@ def _int32(ids: pa.Array | None) -> array[int] | None:
     return None if ids is None else array("i", ids.to_numpy().tobytes())
 
 
-def write(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:
+def write_parquet(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:
     """Writes a header and a row for each request."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -147,7 +147,7 @@ def sample_requests(
         seed: of the shuffle.
         tokenizer_name: recorded in `meta`.
         lengths: which pairs are kept, by their recorded lengths.
-        max_tokens: the limit that every client asks for; outputs are cut to it. None: each asks for its own length, so
+        max_tokens: the limit that every client asks for; outputs are cut to it. None: the length of each output, so
             that a scheduler knows where each request stops.
         strict: a file that ends early is an error.
 

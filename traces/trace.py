@@ -15,16 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from traces import csv, jsonl, parquet
+from traces.csv import read_csv
 from traces.errors import TandemError, reason
+from traces.jsonl import read_jsonl, write_jsonl
+from traces.parquet import read_parquet, write_parquet
 from traces.request import TraceRequest
 from traces.request_list import CompactRequests
 from traces.rows import FIELD_OF, errors_at, request_of
+
+_Function = TypeVar("_Function")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def read_trace(path: str | Path) -> Trace:
         TandemError: the file is missing, damaged, empty, of another schema version, or has an invalid request.
     """
     path = Path(path)
-    read_rows = _by_suffix(path, {".jsonl": jsonl, ".parquet": parquet, ".csv": csv}).read_rows
+    read_rows = _by_suffix(path, {".jsonl": read_jsonl, ".parquet": read_parquet, ".csv": read_csv})
     requests = CompactRequests()
     meta: dict[str, Any] = {}
     notes: list[str] = []
@@ -133,9 +136,9 @@ def write_trace(path: str | Path, trace: Trace) -> None:
         TandemError: the suffix is unknown, or the file cannot be written (no such folder, disk full).
     """
     path = Path(path)
-    file_format = _by_suffix(path, {".jsonl": jsonl, ".parquet": parquet})
+    write = _by_suffix(path, {".jsonl": write_jsonl, ".parquet": write_parquet})
     with atomic_file(path) as file:
-        file_format.write(file, trace.requests, trace.meta)
+        write(file, trace.requests, trace.meta)
 
 
 @contextmanager
@@ -158,10 +161,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _by_suffix(path: Path, formats: dict[str, ModuleType]) -> ModuleType:
-    if path.suffix not in formats:
-        raise TandemError(f"{path}: unknown suffix {path.suffix!r}: use {', '.join(formats)}")
-    return formats[path.suffix]
+def _by_suffix(path: Path, functions: dict[str, _Function]) -> _Function:
+    if path.suffix not in functions:
+        raise TandemError(f"{path}: unknown suffix {path.suffix!r}: use {', '.join(functions)}")
+    return functions[path.suffix]
 
 
 def _count_late(arrivals_ns: Sequence[int]) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from engine.backend import Completion, Launch, Shown
@@ -144,42 +144,25 @@ class ThreadedDataPlane:
 
     def __init__(self, runner: Runs) -> None:
         self._runner = runner
-        self._steps: SimpleQueue[Step | None] = SimpleQueue()
-        self._results: SimpleQueue[CompletedStep | BaseException | None] = SimpleQueue()
-        self._worker = Thread(target=self._work, name="data-plane", daemon=True)
+        self._thread = ThreadPoolExecutor(1, "data-plane", runner.prepare_thread)
+        self._in_flight: deque[Future[CompletedStep]] = deque()
 
     def __enter__(self) -> ThreadedDataPlane:
-        self._worker.start()
-        self._next_result()  # the thread is ready
+        self._thread.submit(int).result()  # the thread is ready
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._steps.put(None)
-        self._worker.join()
+        self._thread.shutdown()
 
     def launch(self, step: Step) -> None:
         """Hands the step to the thread."""
-        self._steps.put(step)
+        self._in_flight.append(self._thread.submit(self._run, step))
 
     def complete(self) -> CompletedStep:
         """Waits for the thread; raises its error."""
-        work = self._next_result()
-        assert work is not None
-        return work
+        return self._in_flight.popleft().result()
 
-    def _next_result(self) -> CompletedStep | None:
-        result = self._results.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def _work(self) -> None:
-        try:
-            self._runner.prepare_thread()
-            self._results.put(None)
-            while (step := self._steps.get()) is not None:
-                start_ns = time.perf_counter_ns()
-                shown = self._runner.run(step)
-                self._results.put(CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
-        except BaseException as error:
-            self._results.put(error)
+    def _run(self, step: Step) -> CompletedStep:
+        start_ns = time.perf_counter_ns()
+        shown = self._runner.run(step)
+        return CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown)

@@ -7,8 +7,7 @@ that one copy brings them to a device, and so that a CUDA graph finds those of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -163,7 +162,12 @@ class Packing(NamedTuple):
         _write(out.tiles, query_tiles(spans, first, self.tile_rows) if self.tile_rows else out.tiles[:0], 0)
         return spans
 
-    def _slots(self, tables: Ints, positions: Any, *rows: Any) -> Any:
+    def _slots(
+        self,
+        tables: Ints,  # (requests, blocks), or of one request (blocks,)
+        positions: Any,  # (tokens,)
+        *rows: Any,  # (tokens,) the request of each token, if there are several
+    ) -> Any:
         return tables[(*rows, positions // self.block_size)] * self.block_size + positions % self.block_size
 
 
@@ -197,7 +201,7 @@ def _write(
     section[len(values) :] = padding
 
 
-@dataclass
+@dataclass(slots=True)
 class KVCache:
     """The paged KV cache of all layers, in one allocation so that swapping a block moves one strided slice.
 
@@ -207,11 +211,10 @@ class KVCache:
     """
 
     data: torch.Tensor  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+    layers: tuple[torch.Tensor, ...] = field(init=False)  # (2, num_blocks, block_size, kv_heads, head_dim) each: views
 
-    @cached_property
-    def layers(self) -> tuple[torch.Tensor, ...]:
-        """Of each layer, a view (2, num_blocks, block_size, kv_heads, head_dim)."""
-        return self.data.unbind(0)
+    def __post_init__(self) -> None:
+        self.layers = self.data.unbind(0)
 
     @classmethod
     def allocate(

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,43 +170,33 @@ def _load(parts: list[_Part], checkpoint: _Checkpoint, dtype: torch.dtype, devic
 
 
 def _open_folder(folder: Path) -> _Checkpoint:
-    for name, open_file in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_bin)):
+    for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
-        if index.exists():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            files = [folder / shard for shard in shards]
-        elif (folder / name).exists():
-            files = [folder / name]
-        else:
-            continue
-        return _Checkpoint(folder, False, {name: read for file in files for name, read in open_file(file).items()})
+        shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
+        if index.exists() or (folder / name).exists():
+            readers = [_open_shard(folder / shard).items() for shard in shards]
+            return _Checkpoint(folder, False, dict(chain.from_iterable(readers)))
     raise TandemError(f"{folder}: no model.safetensors or pytorch_model.bin (or their index) in it")
 
 
-def _open_safetensors(file: Path) -> _Readers:
+def _open_shard(file: Path) -> _Readers:
     try:
-        shard: Any = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise TandemError(f"{file}: missing, corrupt or cut off ({first_line(error)}); download it again") from None
-    names: list[str] = shard.keys()
-    return {name: partial(shard.get_tensor, name) for name in names}
-
-
-def _open_bin(file: Path) -> _Readers:
-    try:
+        if file.suffix == ".safetensors":
+            shard: Any = safe_open(file, framework="pt")
+            names: list[str] = shard.keys()
+            return {name: partial(shard.get_tensor, name) for name in names}
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        return {name: partial(torch.Tensor.detach, tensor) for name, tensor in tensors.items()}
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise TandemError(f"{file}: missing, corrupt or cut off ({first_line(error)}); download it again") from None
-    return {name: partial(torch.Tensor.detach, tensor) for name, tensor in tensors.items()}
 
 
 def _open_gguf(path: Path, config: ModelConfig) -> _Checkpoint:
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    readers: _Readers = {}
-    for tensor in open_gguf(path).tensors:
-        permuted = heads.get(tensor.name.split(".")[-2])
-        readers[tensor.name] = partial(_read_gguf, tensor, permuted)
-    return _Checkpoint(path, True, readers)
+    tensors = open_gguf(path).tensors
+    return _Checkpoint(
+        path, True, {each.name: partial(_read_gguf, each, heads.get(each.name.split(".")[-2])) for each in tensors}
+    )
 
 
 def _read_gguf(tensor: Any, heads: int | None) -> torch.Tensor:

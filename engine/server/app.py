@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from engine.server.protocol import (
 from engine.server.response import Answer, AnswerResponse
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
+from traces.request import TraceRequest
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
 RETRY_AFTER_S = "1"
@@ -190,31 +192,37 @@ class _Api:
     def _answer(
         self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, format: type[CompletionFormat]
     ) -> AnswerResponse:
-        limits = [self._limit(body, len(ids)) for ids in prompts]
+        sources = [self._source(body, ids) for ids in prompts]
+        condition = StopCondition(body.ignore_eos, body.min_tokens, body.output_len)
         self._answers += 1
         written = format(self._answers, int(time.time()), self._limits.model, body.wants_usage)
         writers = [Writer(self._text.tokens, body.stops, body.min_tokens) for _ in prompts]
         answer = Answer(self._engine, written, bool(body.stream), writers)
-        for output, ids, limit in zip(answer.outputs, prompts, limits, strict=True):
-            answer.prompt_tokens += len(ids)
-            output.request_id = self._engine.submit(
-                output,
-                ids,
-                arrived_ns,
-                max_tokens=limit,
-                condition=StopCondition(body.ignore_eos, body.min_tokens, body.output_len),
-                priority=body.priority,
-                client=body.user,
-                predicted_length=body.predicted_length,
-            )
+        for output, source in zip(answer.outputs, sources, strict=True):
+            answer.prompt_tokens += source.prompt_len
+            output.request_id = self._engine.submit(output, source, arrived_ns, condition)
         return AnswerResponse(answer)
 
+    def _source(self, body: Generate, ids: list[int]) -> TraceRequest:
+        limit = self._limit(body, len(ids))
+        return TraceRequest(
+            id=0,
+            arrival_ns=0,
+            prompt_len=len(ids),
+            output_len=limit,
+            max_tokens=limit,
+            prompt_token_ids=array("i", ids),
+            predicted_length=body.predicted_length,
+            priority=body.priority,
+            client=body.user,
+        )
+
     def _limit(self, body: Generate, prompt_len: int) -> int:
-        room = self._engine.ready.config.max_model_len - prompt_len
+        longest = self._engine.ready.config.max_model_len
+        room = longest - prompt_len
         limit = room if body.limit is None else body.limit
         if limit < 1 or limit > room:
             asked = "" if body.limit is None else f" and {body.limit} new ones"
-            longest = self._engine.ready.config.max_model_len
             raise Refused(
                 400, f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here", "prompt"
             )

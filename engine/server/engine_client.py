@@ -6,10 +6,9 @@ import asyncio
 import pickle
 import time
 import traceback
-from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from queue import SimpleQueue
 from threading import Thread
@@ -104,38 +103,17 @@ class EngineClient:
         """Requests that have not ended."""
         return len(self._open)
 
-    def submit(
-        self,
-        sink: TokenSink,
-        prompt: Sequence[int],
-        arrived_ns: int,
-        max_tokens: int,
-        condition: StopCondition,
-        priority: int = 0,
-        client: str | None = None,
-        predicted_length: int | None = None,
-    ) -> int:
+    def submit(self, sink: TokenSink, source: TraceRequest, arrived_ns: int, condition: StopCondition) -> int:
         """Give the engine a request that arrived at `arrived_ns` (`perf_counter_ns`); returns its number.
 
-        Requests are numbered in the order of arrival: one that was overtaken while its prompt was read counts as
-        arrived with the one that overtook it.
+        The number and the arrival of `source` are set here. Requests are numbered in the order of arrival. One that was
+        overtaken while its prompt was read counts as arrived with the one that overtook it.
         """
         request_id, self._submitted = self._submitted, self._submitted + 1
-        arrival_ns = self._last_arrival_ns = max(arrived_ns - self.ready.start_ns, self._last_arrival_ns)
-        source = TraceRequest(
-            id=request_id,
-            arrival_ns=arrival_ns,
-            prompt_len=len(prompt),
-            output_len=max_tokens,
-            max_tokens=max_tokens,
-            prompt_token_ids=array("i", prompt),
-            predicted_length=predicted_length,
-            priority=priority,
-            client=client,
-        )
-        self._open[request_id] = _Open(sink, arrived_ns, len(prompt))
+        self._last_arrival_ns = max(arrived_ns - self.ready.start_ns, self._last_arrival_ns)
+        self._open[request_id] = _Open(sink, arrived_ns, source.prompt_len)
         self.without_token += 1
-        self._outbox.put(Arrive(source, condition))
+        self._outbox.put(Arrive(replace(source, id=request_id, arrival_ns=self._last_arrival_ns), condition))
         return request_id
 
     def cancel(self, request_id: int, reason: str) -> None:

@@ -136,11 +136,8 @@ class CudaMeter:
         def rows(width: int) -> torch.Tensor:
             return torch.randn(tokens, width, dtype=model.dtype, device=device)
 
-        hidden, update, attended = (
-            rows(config.hidden_size),
-            rows(config.hidden_size),
-            rows(config.num_heads * config.head_dim),
-        )
+        hidden, update = rows(config.hidden_size), rows(config.hidden_size)
+        attended = rows(config.num_heads * config.head_dim)
         gate_up, inner = rows(2 * config.intermediate_size), rows(config.intermediate_size)
         qkv = rows((config.num_heads + 2 * config.num_kv_heads) * config.head_dim).view(tokens, -1, config.head_dim)
         ids = torch.arange(tokens, dtype=torch.int32, device=device)
