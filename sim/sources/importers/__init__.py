@@ -57,7 +57,8 @@ def import_profile(
             continue
         if table in TABLES:
             _check_unit(of, table, floor)
-        origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
+        provenance = {name: of.about[name] for name in ("source", "engine", "dtype")}
+        origin[table] = {"how": "measured"} | provenance | _rules(of, table)
         held_out[table] = cross_check(table, of.tables[table])
         tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta.data_sheet))
     for each in found:
@@ -146,13 +147,9 @@ def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> f
     return model.num_layers * in_layer + once
 
 
-def _provenance(of: Measured) -> dict[str, Any]:
-    return {name: of.about[name] for name in ("source", "engine", "dtype")}
-
-
 def _rules(of: Measured, table: str) -> dict[str, Any]:
     rules = [of.rules[table]] if of.rules.get(table) else []
-    if table == "decode_attention" and not of.unevenness:
+    if table == "decode_attention" and not of.imbalance:
         rules.append("contexts all alike: uneven ones were not measured")
     if table == "prefill_attention":
         rules.append(RULES["chunks"])
