@@ -1,9 +1,9 @@
-"""How many KV blocks a card holds, term by term. Nothing is measured here.
+"""How many KV blocks a GPU holds, term by term. Nothing is measured here.
 
 Memory is taken as by `engine.executor.cuda.memory`.
 
-The terms follow from what the executor allocates (`cuda.py`, `model.py`, `shapes.py`), except for three that belong to
-the driver and to libraries: the context, the workspace and what a node of a graph takes. Those are what others saw.
+The terms follow from what the executor allocates (`engine.executor.cuda`, `engine.executor.model`). Three belong to the
+driver and to libraries: the context, the workspace and what a node of a graph takes. Those are what others saw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from traces.errors import TandemError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CONTEXT_BYTES = 512 * 2**20  # of a process with kernels loaded (torch 2.11 on an A100: JBjoernskov/Twin4Build #134)
-WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, as torch sizes it on Hopper; a few MiB on other cards
+WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, as torch sizes it on Hopper; a few MiB on other GPUs
 NODE_BYTES = 10 * 2**10  # of a kernel in an instantiated graph (NVIDIA/cccl #3768)
 LAYER_NODES, OTHER_NODES = 10, 10  # kernels of a captured step: in each layer, and around them
 MEMORY_LIMITS = ("max_seqs", "max_batched_tokens", "max_model_len")  # of a config, beside its KV blocks
@@ -27,10 +27,10 @@ TILE_ROWS = 64  # query rows of the smallest tile of a chunk
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A card's memory, in bytes.
+    """A GPU's memory, in bytes.
 
     Attributes:
-        usable: the share of the card that a run may use.
+        usable: the share of it that a run may use.
         context: CUDA's context with the kernels loaded, and cuBLAS's workspace.
         weights: of the model.
         buffers: a step's packed integers and newest tokens, rotary frequencies.
@@ -64,7 +64,7 @@ class Memory:
         """The terms for runs within `config`, whose own number of blocks does not matter.
 
         Args:
-            memory_gib: of the card, as a process sees it.
+            memory_gib: of the GPU, as a process sees it.
 
         Raises:
             TandemError: no such dtype.
@@ -81,15 +81,15 @@ class Memory:
             context=CONTEXT_BYTES + WORKSPACE_BYTES,
             weights=item * model.num_parameters,
             buffers=_buffer_bytes(model, config, longest),
-            step=pass_bytes(model, item, rows, config.max_seqs),
-            graphs=pass_bytes(model, item, captured, min(captured, config.max_seqs)) + nodes * NODE_BYTES,
+            step=step_bytes(model, item, rows, config.max_seqs),
+            graphs=step_bytes(model, item, captured, min(captured, config.max_seqs)) + nodes * NODE_BYTES,
             block=config.block_size * model.kv_bytes_per_token(item),
             most=config.max_seqs * longest,
         )
 
 
-def pass_bytes(model: ModelConfig, item: int, rows: int, samples: int) -> int:
-    """What torch's allocator has taken once a pass over `rows` tokens is done: all that was ever alive at once.
+def step_bytes(model: ModelConfig, item: int, rows: int, samples: int) -> int:
+    """What torch's allocator has taken once a step over `rows` tokens is done: all that was ever alive at once.
 
     In a layer's MLP these are alive: the residual stream, its normed copy, the update of the attention before and the
     one that is made, gate and up, and their product. Of the attention before, what is not used again stays taken: qkv,
@@ -110,20 +110,20 @@ def _buffer_bytes(model: ModelConfig, config: ServingConfig, longest: int) -> in
     return 4 * words + 8 * (seqs + 1) + 2 * model.head_dim
 
 
-def card_blocks(profile: Profile, config: ServingConfig) -> int:
+def gpu_blocks(profile: Profile, config: ServingConfig) -> int:
     """KV blocks for a simulation within `config`: those that were measured with the profile, where they hold, else what
-    the memory of its card holds.
+    the memory of its GPU holds.
 
     Raises:
-        TandemError: not even one request of the longest length fits, or the profile says nothing of its card.
+        TandemError: not even one request of the longest length fits, or the profile says nothing of its GPU.
     """
     measured = measured_blocks(profile, config)
     if measured is not None:
         return measured
-    card = _gpu_gib(profile)
-    if card is None:
-        raise TandemError("the profile does not say what memory its card has: give --kv-blocks")
-    memory = Memory.of(card, profile.model, profile.meta.dtype, config)
+    memory_gib = _gpu_gib(profile)
+    if memory_gib is None:
+        raise TandemError("the profile does not say what memory its GPU has: give --kv-blocks")
+    memory = Memory.of(memory_gib, profile.model, profile.meta.dtype, config)
     check_fits(memory, profile.name, config)
     return memory.blocks
 
@@ -133,7 +133,7 @@ def measured_blocks(profile: Profile, config: ServingConfig) -> int | None:
     more than its limits can use.
 
     Returns:
-        None if none were measured, or `config` is beyond the limits that they were measured within, and what the card's
+        None if none were measured, or `config` is beyond the limits that they were measured within, and what the GPU's
         memory holds then is known.
     """
     found = profile.meta.kv_blocks
@@ -151,7 +151,7 @@ def beyond_measured(profile: Profile, config: ServingConfig) -> bool:
 
 
 def _gpu_gib(profile: Profile) -> float | None:
-    """The memory of a profile's card, by its data sheet or as it was measured; None where neither says."""
+    """The memory of a profile's GPU, by its data sheet or as it was measured; None where neither says."""
     if profile.meta.data_sheet:
         return profile.meta.data_sheet.memory_gib
     return profile.meta.memory.usable / MEMORY_FRACTION / 2**30 if profile.meta.memory else None

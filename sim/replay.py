@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import count
 from operator import add
@@ -153,19 +153,6 @@ class RecordedTiming:
 
 # -- the workload --------------------------------------------------------------------------------------------------
 
-AS_RECORDED = (
-    "arrival_ns",
-    "prompt_len",
-    "max_tokens",
-    "predicted_length",
-    "priority",
-    "client",
-    "cancel_ns",
-    "ttft_slo_ns",
-    "e2e_slo_ns",
-)
-PREFIX = ("hash_ids", "hash_block_size", "output_ids")
-
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     """The workload of a recorded run in order of arrival, each request stopping where it did stop."""
@@ -174,9 +161,10 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
 
 
 def _request(row: Mapping[str, Any]) -> TraceRequest:
-    names = AS_RECORDED if row["hash_ids"] is None else (*AS_RECORDED, *PREFIX)
-    output_len = row["output_len"] if row["outcome"] == STOP else row["max_tokens"]
-    return TraceRequest(id=row["request"], output_len=output_len, **{name: row[name] for name in names})
+    names = {field.name for field in fields(TraceRequest)}
+    known = {name: value for name, value in row.items() if name in names and value is not None}
+    stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
+    return TraceRequest(**known | {"id": row["request"]} | stop)
 
 
 def refusals(run: RunRecords) -> dict[int, str]:

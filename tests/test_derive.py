@@ -20,7 +20,7 @@ from engine.config import ServingConfig
 from engine.model.config import ModelConfig, load_model_config
 from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
-from sim.memory_model import card_blocks
+from sim.memory_model import gpu_blocks
 from sim.profile.format import Profile, find_profile, read_profile
 from sim.profiling.drift import DriftCheck
 from sim.sources.derive import PRODUCTS, derive_profile
@@ -190,7 +190,7 @@ def test_what_was_estimated_can_be_checked_on_the_card():
 
 def test_its_kv_blocks_are_those_of_the_other_model():
     config = ServingConfig(1, max_seqs=512, max_model_len=4096)
-    assert card_blocks(derived(shipped(), LLAMA2), config) < card_blocks(shipped(), config) / 3
+    assert gpu_blocks(derived(shipped(), LLAMA2), config) < gpu_blocks(shipped(), config) / 3
 
 
 def test_what_cannot_be_derived_is_refused():

@@ -17,7 +17,7 @@ from analysis.jobs.limits import simulated_limits
 from analysis.jobs.options import Limits
 from engine.config import ServingConfig
 from engine.model.config import load_model_config
-from sim.memory_model import Memory, card_blocks, pass_bytes
+from sim.memory_model import Memory, gpu_blocks, step_bytes
 from sim.profile.format import find_profile, read_profile
 from sim.sources.roofline import data_sheet, roofline_profile
 from traces.errors import TandemError
@@ -51,7 +51,7 @@ def test_it_holds_as_many_of_a_model_without_grouped_queries_as_its_profile_foun
 
 def test_what_a_larger_step_takes_follows_from_the_model_without_any_constant():
     small, large = MEASURED
-    taken = pass_bytes(LLAMA3, 2, 65536, 256) - pass_bytes(LLAMA3, 2, 2048, 256)
+    taken = step_bytes(LLAMA3, 2, 65536, 256) - step_bytes(LLAMA3, 2, 2048, 256)
     assert taken / 2**23 == pytest.approx(MEASURED[small] - MEASURED[large], rel=0.005)
 
 
@@ -72,9 +72,9 @@ def test_higher_limits_never_leave_more_room(seqs, tokens, length):
 
 
 def test_logits_count_where_nothing_of_the_layers_is_large_enough_for_them():
-    few, many = (pass_bytes(LLAMA3, 2, 64, samples) for samples in (1, 64))
+    few, many = (step_bytes(LLAMA3, 2, 64, samples) for samples in (1, 64))
     assert many - few == 2 * 64 * LLAMA3.vocab_size
-    assert pass_bytes(LLAMA3, 2, 2048, 256) == pass_bytes(LLAMA3, 2, 2048, 1)
+    assert step_bytes(LLAMA3, 2, 2048, 256) == step_bytes(LLAMA3, 2, 2048, 1)
 
 
 def test_a_simulation_gets_what_its_card_holds_within_its_limits():
@@ -90,21 +90,21 @@ def test_a_simulation_gets_what_its_card_holds_within_its_limits():
 def test_a_simulation_gets_no_more_than_its_limits_can_use():
     h200 = roofline_profile("h200", LLAMA3)
     config = ServingConfig(1, max_seqs=4, max_model_len=160)
-    assert card_blocks(h200, config) == 40
+    assert gpu_blocks(h200, config) == 40
 
 
 def test_a_number_that_was_measured_stands():
     profile = small_profile()
     measured = replace(profile, meta=replace(profile.meta, kv_blocks=77))
-    assert card_blocks(measured, ServingConfig(1)) == 77
+    assert gpu_blocks(measured, ServingConfig(1)) == 77
 
 
 def test_limits_that_leave_no_room_are_refused_with_what_takes_it():
     rtx4090 = roofline_profile("rtx4090", LLAMA3)
     with pytest.raises(TandemError, match=r"llama-3-8b float16 on .* weights take 15.0 GiB, a full step .* lower"):
-        card_blocks(rtx4090, ServingConfig(1, max_batched_tokens=65536))
-    with pytest.raises(TandemError, match="does not say what memory its card has"):
-        card_blocks(replace(rtx4090, meta=replace(rtx4090.meta, data_sheet=None, memory=None)), ServingConfig(1))
+        gpu_blocks(rtx4090, ServingConfig(1, max_batched_tokens=65536))
+    with pytest.raises(TandemError, match="does not say what memory its GPU has"):
+        gpu_blocks(replace(rtx4090, meta=replace(rtx4090.meta, data_sheet=None, memory=None)), ServingConfig(1))
 
 
 def tandem(*args: object) -> subprocess.CompletedProcess[str]:

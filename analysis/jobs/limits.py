@@ -14,7 +14,7 @@ from engine.config import ServingConfig
 from engine.model.config import ModelConfig
 from engine.records import manifest
 from engine.records.run_folder import RunRecords
-from sim.memory_model import MEMORY_LIMITS, beyond_measured, card_blocks, measured_blocks
+from sim.memory_model import MEMORY_LIMITS, beyond_measured, gpu_blocks, measured_blocks
 from sim.profile.format import Profile
 from traces.errors import TandemError
 
@@ -93,7 +93,7 @@ def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = N
     settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, profile.model.max_position_embeddings)
     if said.num_blocks is not None:
         return settled
-    settled = _held(settled, partial(card_blocks, profile))
+    settled = _held(settled, partial(gpu_blocks, profile))
     if measured_blocks(profile, settled.config) is None:
         return settled
     notes = (_narrower(profile),) if beyond_measured(profile, settled.config) else ()

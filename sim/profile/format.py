@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Profile:
         for table, keys in KEYS.items():
             if table in TABLES or table in self.tables:
                 _check_table(table, keys, self.tables.get(table, []))
-        _check_in_service(self.tables.get(IN_SERVICE), self.meta)
+        _check_captured(self.tables, self.meta)
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
@@ -106,11 +106,13 @@ def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
-def _check_in_service(rows: Sequence[Row] | None, meta: ProfileMeta) -> None:
+def _check_captured(tables: Mapping[str, Sequence[Row]], meta: ProfileMeta) -> None:
     again = "calibrate the profile again (tandem profile calibrate)"
-    if (rows is None) != (meta.power is None):
+    if "graph" in tables and meta.graphs is None:
+        raise TandemError("profile table graph needs the entry graphs: measure the profile again")
+    if (IN_SERVICE in tables) != (meta.power is not None):
         raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {again}")
-    for number, row in enumerate(rows or ()):
+    for number, row in enumerate(tables.get(IN_SERVICE, ())):
         if not _is_time(row.get("slowed_us")):
             raise TandemError(
                 f"profile table {IN_SERVICE}, row {number}: slowed_us is {row.get('slowed_us')}, "

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.config import ServingConfig
-from sim.profile.format import Row
 from sim.profile.meta import ProfileMeta
 from sim.profiling.batches import BatchShape, shuffled
+from sim.profiling.device_profiler import DeviceProfiler, Point
 from sim.profiling.held_out import TimedSteps, mixed_batches
-from sim.profiling.samples import Sample, rows_of_samples
+from sim.profiling.samples import Sample
 from sim.terms import up_to
 
 if TYPE_CHECKING:
@@ -26,13 +25,16 @@ SHORT_TOKENS, SHORT_REPEATS, LONG_REPEATS = 32, 12, 5  # short batches are quick
 HELD_OUT, HELD_OUT_REPEATS = 12, 3
 
 
-class CpuProfiler:
-    """Implements `sim.profiling.device_profiler.DeviceProfiler`."""
+class CpuProfiler(DeviceProfiler):
+    """Runs each batch as a whole, which gives samples of all that it runs."""
 
     def __init__(self, executor: Executor, config: ServingConfig) -> None:
-        self._executor = executor
-        self._config = config
-        self.work = shuffled(shape for shape in grid(config) for _ in range(_repeats(shape)))
+        super().__init__(executor, config)
+        self.work = shuffled(
+            Point("prefill_attention" if shape.chunks else "decode_attention", shape)
+            for shape in grid(config)
+            for _ in range(_repeats(shape))
+        )
         self.held_out = mixed_batches(config, HELD_OUT)
 
     def __enter__(self) -> CpuProfiler:
@@ -48,25 +50,17 @@ class CpuProfiler:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def state(self, when: str = "before") -> dict[str, Any]:
-        """As in `DeviceProfiler`: a CPU tells nothing."""
-        return {}
-
-    def table_of(self, item: BatchShape) -> str:
-        """As in `DeviceProfiler`, the others of its tables aside."""
-        return "prefill_attention" if item.chunks else "decode_attention"
-
-    def measure(self, item: BatchShape) -> list[Sample]:
-        """Run a batch."""
-        groups = self._run(item)
-        samples = []
-        if item.chunks:
-            samples.append(Sample("prefill_attention", item.chunks[0], groups.pop("attention_prefill")))
-        if item.decodes:
-            key = (len(item.decodes), item.kv_tokens, 1.0)
+    def measure(self, point: Point) -> list[Sample]:
+        """As in `DeviceProfiler`."""
+        shape, samples = BatchShape(*point.key), []
+        groups = self._run(shape)
+        if shape.chunks:
+            samples.append(Sample("prefill_attention", shape.chunks[0], groups.pop("attention_prefill")))
+        if shape.decodes:
+            key = (len(shape.decodes), shape.kv_tokens, 1.0)
             samples.append(Sample("decode_attention", key, groups.pop("attention_decode")))
-        samples.append(Sample("head", (len(item.chunks) + len(item.decodes),), groups.pop("head")))
-        return samples + [Sample("dense", (group, item.tokens), time_us) for group, time_us in groups.items()]
+        samples.append(Sample("head", (len(shape.chunks) + len(shape.decodes),), groups.pop("head")))
+        return samples + [Sample("dense", (group, shape.tokens), time_us) for group, time_us in groups.items()]
 
     def batch_us(self, shape: BatchShape) -> float:
         """As in `DeviceProfiler`: of a few runs."""
@@ -96,10 +90,6 @@ class CpuProfiler:
         """As in `DeviceProfiler`: how often a batch ran."""
         repeats = {f"up to {SHORT_TOKENS} tokens": SHORT_REPEATS, "longer": LONG_REPEATS}
         return replace(meta, notes=meta.notes | {"repeats": repeats})
-
-    def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
-        """As in `DeviceProfiler`: as they are."""
-        return rows_of_samples(samples)
 
 
 def _repeats(shape: BatchShape) -> int:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +19,10 @@ from engine.step import Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
 from sim.profiling.batches import BatchShape
-from sim.profiling.device_profiler import profiler_for
+from sim.profiling.device_profiler import Point
 from sim.profiling.held_out import errors, held_out_batches
 from sim.profiling.host import measure_host
+from sim.profiling.profiler import profiler_for
 from sim.profiling.samples import Sample, typical
 from sim.terms import Host
 from traces.errors import TandemError
@@ -140,15 +142,13 @@ class DriftCheck:
         self._held_out = held_out_batches(profile) if self._config == limits else []  # others may not fit
         self.total = TURNS * len(self._sample) + len(self._held_out)
 
-    def _spread(self, generator: random.Random) -> Iterator[Any]:
-        """Of each table's work one item in every stretch of equal length, from small to large."""
-        by_table: defaultdict[str, list[Any]] = defaultdict(list)
-        for item in sorted(set(self._device.work)):
-            by_table[self._device.table_of(item)].append(item)
-        for items in by_table.values():
-            count = min(POINTS, len(items))
-            edges = [len(items) * part // count for part in range(count + 1)]
-            yield from (items[generator.randrange(*edges[part : part + 2])] for part in range(count))
+    def _spread(self, generator: random.Random) -> Iterator[Point]:
+        """Of each table's points one in every stretch of equal length, from small to large."""
+        for _, of_table in groupby(sorted(set(self._device.work)), lambda point: point.table):
+            points = list(of_table)
+            count = min(POINTS, len(points))
+            edges = [len(points) * part // count for part in range(count + 1)]
+            yield from (points[generator.randrange(*edges[part : part + 2])] for part in range(count))
 
     def run(self, show: Callable[[int], None] = lambda done: None) -> list[TableDrift]:
         """Measure; `show` is told how many of `total` measurements are done.
@@ -175,8 +175,8 @@ class DriftCheck:
         for turn in range(TURNS):
             if turn and time.perf_counter() - start > TURN_LIMIT_S:
                 break
-            for item in self._sample:
-                samples += self._device.measure(item)
+            for point in self._sample:
+                samples += self._device.measure(point)
                 show(done := done + 1)
         return samples
 

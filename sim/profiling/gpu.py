@@ -13,15 +13,16 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from sim.profile.format import Row
 from sim.profile.meta import MemoryFacts, ProfileMeta
 from sim.profiling.batches import BatchShape, shuffled
+from sim.profiling.device_profiler import DeviceProfiler, Point
 from sim.profiling.held_out import RESTS, TimedSteps, serving_batches
-from sim.profiling.samples import Sample, rows_of_samples
+from sim.profiling.samples import Sample
 from sim.terms import CapturedSteps, DecodeAttention, Dense, Head, PrefillAttention
 
 if TYPE_CHECKING:
@@ -34,20 +35,11 @@ TYPICAL, TYPICAL_IMBALANCE = 384, 1.7  # mean context of the decodes in a stream
 HELD_OUT = 48
 
 
-class Point(NamedTuple):
-    """Something to measure: a point of a table, all of table `graph` at once, or all that its steps attend to."""
-
-    table: str
-    key: tuple[Any, ...] = ()
-    shape: BatchShape | None = None
-
-
-class GpuProfiler:
-    """Implements `sim.profiling.device_profiler.DeviceProfiler`."""
+class GpuProfiler(DeviceProfiler):
+    """Its work are points of tables, table `graph` as a whole, and `attended`: all that captured steps attend to."""
 
     def __init__(self, executor: Executor, config: ServingConfig) -> None:
-        self._executor = executor
-        self._config = config
+        super().__init__(executor, config)
         self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
         shapes = {(kind, rows): self._captured(kind, rows) for kind, rows in CapturedSteps.points(self._sizes)}
         self._captures = {key: shape for key, shape in shapes.items() if shape}
@@ -90,22 +82,18 @@ class GpuProfiler:
         """As in `DeviceProfiler`: clocks, power, temperature and driver."""
         return {when: self._meter.state(refuse_busy=when == "before")}
 
-    def table_of(self, item: Point) -> str:
+    def measure(self, point: Point) -> list[Sample]:
         """As in `DeviceProfiler`."""
-        return item.table
-
-    def measure(self, item: Point) -> list[Sample]:
-        """Time a point, or a step of every captured size."""
-        if item.shape:
-            return [Sample(item.table, item.key, self._meter.attention_us(item.shape))]
-        if item.table == "graph":
+        table, key, shape = point
+        if shape:
+            return [Sample(table, key, self._meter.attention_us(shape))]
+        if table == "graph":
             return self._stream()
-        if item.table == "attended":
-            return [Sample("attended", key, self._meter.attention_us(shape)) for key, shape in self._captures.items()]
-        if item.table == "head":
-            return [Sample("head", item.key, self._meter.head_us(*item.key))]
-        times = self._meter.operations_us(*item.key)
-        return [Sample("dense", (name, *item.key), time_us) for name, time_us in times.items()]
+        if table == "attended":
+            return [Sample(table, key, self._meter.attention_us(shape)) for key, shape in self._captures.items()]
+        if table == "head":
+            return [Sample(table, key, self._meter.head_us(*key))]
+        return [Sample(table, (name, *key), time_us) for name, time_us in self._meter.operations_us(*key).items()]
 
     def _stream(self) -> list[Sample]:
         """Every size that prefills once, and before each of them some that only decode, all in random order."""
@@ -134,7 +122,7 @@ class GpuProfiler:
 
     def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
         """As in `DeviceProfiler`: a captured step without the attention of those that were measured."""
-        tables = rows_of_samples(_undisturbed(samples))
+        tables = super().tables([*_undisturbed(samples)])
         attended = {(row["kind"], row["rows"]): row["time_us"] for row in tables.pop("attended")}
         tables["graph"] = [
             row | {"time_us": row["time_us"] - attended[row["kind"], row["rows"]]} for row in tables["graph"]

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from engine.config import ServingConfig
 from sim.profile.format import KEYS, Profile
 from sim.profile.meta import ProfileMeta
-from sim.profiling.device_profiler import DeviceProfiler, profiler_for
+from sim.profiling.cpu import CpuProfiler
+from sim.profiling.device_profiler import DeviceProfiler, Point
+from sim.profiling.gpu import GpuProfiler
 from sim.profiling.held_out import HeldOutBatch, held_out_rows, with_held_out_error
 from sim.profiling.host import measure_host
 from sim.profiling.samples import OUTLIER, Sample, row_of_repeats
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from engine.executor.executor import Executor
 
 TIMED = 3  # a plan of a profile is timed by as many measurements of each table
+
+
+def profiler_for(executor: Executor, config: ServingConfig) -> DeviceProfiler:
+    """The device profiler for an executor's machine."""
+    return (GpuProfiler if executor.captures else CpuProfiler)(executor, config)
 
 
 def measure_profile(
@@ -51,8 +58,8 @@ def measure_profile(
         state = device.state()
         kept = Notes.open(notes, meta.to_dict())
         samples: list[Sample] = []
-        for done, item in enumerate(device.work, start=1):
-            samples += kept.next() or kept.add(device.measure(item))
+        for done, point in enumerate(device.work, start=1):
+            samples += kept.next() or kept.add(device.measure(point))
             show(done)
         batches = []
         for done, shape in enumerate(device.held_out, start=len(device.work) + 1):
@@ -76,21 +83,21 @@ def count_work(executor: Executor, config: ServingConfig) -> int:
 def estimate(executor: Executor, config: ServingConfig) -> tuple[dict[str, int], float]:
     """What `measure_profile` would measure: points by table, and about how many seconds it would take."""
     with profiler_for(executor, config) as device:
-        work: defaultdict[str, list[Any]] = defaultdict(list)
-        for item in device.work:
-            work[device.table_of(item)].append(item)
-        seconds = sum(len(items) * _seconds_each(device, items) for items in work.values())
+        work: defaultdict[str, list[Point]] = defaultdict(list)
+        for point in device.work:
+            work[point.table].append(point)
+        seconds = sum(len(points) * _seconds_each(device, points) for points in work.values())
         held_out_s = seconds / len(device.work) * len(device.held_out)
-        return {table: len(set(items)) for table, items in work.items()}, seconds + held_out_s
+        return {table: len(set(points)) for table, points in work.items()}, seconds + held_out_s
 
 
-def _seconds_each(device: DeviceProfiler, items: Sequence[Any]) -> float:
+def _seconds_each(device: DeviceProfiler, points: Sequence[Point]) -> float:
     """Of the first few, once one has compiled what all need."""
-    device.measure(items[0])
+    device.measure(points[0])
     start = time.perf_counter()
-    for item in items[:TIMED]:
-        device.measure(item)
-    return (time.perf_counter() - start) / len(items[:TIMED])
+    for point in points[:TIMED]:
+        device.measure(point)
+    return (time.perf_counter() - start) / len(points[:TIMED])
 
 
 @dataclass(slots=True)

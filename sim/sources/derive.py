@@ -1,4 +1,4 @@
-"""A profile of another model on a profiled card: what the two models share is reused, the rest is estimated, marked so.
+"""A profile of another model on a profiled GPU: what the two models share is reused, the rest is estimated, marked so.
 
 An operation's time belongs to its shape: a matrix product of n x k, or attention of so many heads, takes as long in one
 model as in another, as often as there are layers. What has another shape is estimated from the nearest that was
@@ -30,13 +30,13 @@ KEPT = ("sources", "statistic")  # of the notes
 
 
 def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
-    """Make a profile of `model` from one of another model on the same card.
+    """Make a profile of `model` from one of another model on the same GPU.
 
     Args:
         name: what to call `source` in the result's data sheet.
 
     Raises:
-        TandemError: the source is itself derived, its card has no data sheet, or an operation is not known.
+        TandemError: the source is itself derived, its GPU has no data sheet, or an operation is not known.
     """
     if source.meta.derived:
         raise TandemError(f"{name} is itself derived: derive from the profile that was measured")

@@ -25,10 +25,10 @@ SEQUENCES = TOKENS[:11]
 
 
 def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) -> Profile:
-    """A profile of `model` in fp16 on a card of `sim/sources/hardware`.
+    """A profile of `model` in fp16 on a GPU of `sim/sources/hardware`.
 
     Raises:
-        TandemError: no such card, or the model does not fit it.
+        TandemError: no such GPU, or the model does not fit it.
     """
     sheet = data_sheet(hardware)
     memory = memory_facts(sheet, model, BYTES, block_size)
@@ -72,7 +72,7 @@ def memory_facts(sheet: DataSheet, model: ModelConfig, item: int, block_size: in
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The least that a model's operations can take on a card, in microseconds."""
+    """The least that a model's operations can take on a GPU, in microseconds."""
 
     flops_per_us: float
     bytes_per_us: float
@@ -81,7 +81,7 @@ class Floor:
 
     @classmethod
     def of(cls, sheet: DataSheet, model: ModelConfig, item: int = BYTES) -> Floor:
-        """By a card's data sheet."""
+        """By a GPU's data sheet."""
         return cls(sheet.tflops * 1e6, sheet.memory_gb_per_s * 1e3, model, item)
 
     def us(self, flops: float, traffic: float) -> float:
@@ -122,11 +122,7 @@ def small_kernels(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     residual, rotary embedding and the write to the cache, activation."""
     width, kv_width = _widths(model)
     norm, rotated = 4 * model.hidden_size, width + kv_width // 2
-    return {
-        "norm": (norm, norm),
-        "rope_and_cache": (2 * rotated, 2 * kv_width),
-        "silu": (3 * model.intermediate_size,),
-    }
+    return {"norm": (norm, norm), "rope_and_cache": (2 * rotated, 2 * kv_width), "silu": (3 * model.intermediate_size,)}
 
 
 def _widths(model: ModelConfig) -> tuple[int, int]:

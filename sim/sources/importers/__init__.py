@@ -1,6 +1,6 @@
 """Makes latency profiles of measurements that others published.
 
-Such a profile is of other kernels and another engine, and says so. What its sources lack is filled in from the card's
+Such a profile is of other kernels and another engine, and says so. What its sources lack is filled in from the GPU's
 data sheet or by a rule; `meta.yaml` says so too, table by table.
 """
 
@@ -24,7 +24,7 @@ from traces.errors import TandemError
 
 FORMATS = {"llmservingsim": llmservingsim, "aiconfigurator": aiconfigurator, "vidur": vidur}
 BELIEVED = (0.3, 30.0)  # times the data sheet's floor: outside of this, a file's times are in another unit
-LEAST_KERNEL_US = 2.0  # what the smallest kernels take on either card: 1.9 us and up (RTX 4090), 2 us and up (A100)
+LEAST_KERNEL_US = 2.0  # what the smallest kernels take on either GPU: 1.9 us and up (RTX 4090), 2 us and up (A100)
 LOGIT_BYTES = 10  # greedy sampling reads a logit, writes it in float32, and reads that
 
 
@@ -38,11 +38,11 @@ def import_profile(
     """Make a profile of what `sources` measured; where several have a table, the first one's is taken.
 
     Args:
-        hardware: a card of `sim/sources/hardware`; can be left out if a source names its device.
+        hardware: a GPU of `sim/sources/hardware`; can be left out if a source names its device.
         source_format: of `FORMATS`; None: found out from the files.
 
     Raises:
-        TandemError: a source is damaged, of no known format, or of another model or card than is asked for.
+        TandemError: a source is damaged, of no known format, or of another model or GPU than is asked for.
     """
     found = [_reader(source, source_format).read(source, model) for source in sources]
     hardware = _hardware(found, hardware)
@@ -57,7 +57,8 @@ def import_profile(
             continue
         if table in TABLES:
             _check_unit(of, table, floor)
-        origin[table] = {"how": "measured"} | _provenance(of) | _rules(of, table)
+        provenance = {name: of.about[name] for name in ("source", "engine", "dtype")}
+        origin[table] = {"how": "measured"} | provenance | _rules(of, table)
         held_out[table] = cross_check(table, of.tables[table])
         tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta.data_sheet))
     for each in found:
@@ -121,7 +122,7 @@ def _check_unit(of: Measured, table: str, floor: Profile) -> None:
     if not BELIEVED[0] < ratio < BELIEVED[1]:
         raise TandemError(
             f"{of.path}: {table} takes {ratio:.3g} times what the data sheet's rates allow, at its largest: "
-            "times in another unit, or of another card"
+            "times in another unit, or of another GPU"
         )
 
 
@@ -146,13 +147,9 @@ def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> f
     return model.num_layers * in_layer + once
 
 
-def _provenance(of: Measured) -> dict[str, Any]:
-    return {name: of.about[name] for name in ("source", "engine", "dtype")}
-
-
 def _rules(of: Measured, table: str) -> dict[str, Any]:
     rules = [of.rules[table]] if of.rules.get(table) else []
-    if table == "decode_attention" and not of.unevenness:
+    if table == "decode_attention" and not of.imbalance:
         rules.append("contexts all alike: uneven ones were not measured")
     if table == "prefill_attention":
         rules.append(RULES["chunks"])

@@ -10,12 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from engine.model.config import ModelConfig
-from sim.profile.format import Points
+from sim.profile.format import Points, read_yaml
 from sim.sources.importers.points import errors
-from sim.sources.importers.source import Measured, Publication, check_shape, read_rows
+from sim.sources.importers.source import Measured, Publication, check_shape, dense_points, read_rows
 from traces.errors import TandemError
 
 PUBLISHED = Publication(
@@ -36,7 +34,7 @@ OPS = {
 }
 HEAD = ("lm_head", "sampler")
 ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
-Shape = tuple[int, int]  # of an uneven batch: sequences, and how many of them are long
+Shape = tuple[int, int]  # of a batch with imbalance: sequences, and how many of them are long
 
 
 def recognizes(source: Path) -> bool:
@@ -55,16 +53,9 @@ def read(source: Path, model: ModelConfig) -> Measured:
         "model": meta["model"],
         "measured": str(meta.get("profiled_at", "unknown")),
     }
-    measured = Measured(
-        source,
-        about,
-        {
-            "dense": _dense(source / "dense.csv", model.num_layers),
-            "head": _head(source / "per_sequence.csv"),
-            "prefill_attention": prefill,
-            "decode_attention": decode,
-        },
-    )
+    dense, head = _dense(source / "dense.csv", model.num_layers), _head(source / "per_sequence.csv")
+    tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
+    measured = Measured(source, about, tables)
     if mixed:
         measured.tables["mixed_decode_attention"] = _beside(prefill, mixed)
         measured.rules["mixed_decode_attention"] = (
@@ -72,19 +63,17 @@ def read(source: Path, model: ModelConfig) -> Measured:
         )
     measured.rules["dense"] = "the final norm counts here, by tokens, as the engine runs it"
     if (source / "skew.csv").exists():
-        _add_unevenness(measured, source / "skew.csv")
+        _add_imbalance(measured, source / "skew.csv")
     return measured
 
 
 def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
+    meta = read_yaml(path)
     try:
-        meta = yaml.safe_load(path.read_text())
         shape = meta["engine_effective"]["hf_overrides"]
         wanted = {name: meta[name] for name in ("vllm_version", "variant", "gpu", "model")}
         found = {name: shape[name] for name in ("intermediate_size", "vocab_size")}
         found |= {"num_heads": shape["num_attention_heads"], "num_kv_heads": shape["num_key_value_heads"]}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     except (KeyError, TypeError) as error:
         raise TandemError(f"{path}: no entry {error}: it is no meta.yaml of LLMServingSim's profiler") from error
     check_shape(path, found, model)
@@ -94,18 +83,8 @@ def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def _dense(path: Path, layers: int) -> Points:
-    times = {
-        (row["layer"], row["tokens"]): row["time_us"] for row in read_rows(path, ["tokens"], ["time_us"], ["layer"])
-    }
-    sizes = {tokens for _, tokens in times}
-    points: Points = {}
-    for theirs, (ours, in_layer, once) in OPS.items():
-        for tokens in sizes:
-            if (theirs, tokens) not in times:
-                raise TandemError(f"{path}: no {theirs} of {tokens} tokens")
-            time_us = (in_layer * layers + once) * times[theirs, tokens]
-            points[ours, tokens] = points.get((ours, tokens), 0.0) + time_us
-    return points
+    found = read_rows(path, ["tokens"], ["time_us"], ["layer"])
+    return dense_points(path, OPS, {(row["layer"], row["tokens"]): row["time_us"] for row in found}, layers)
 
 
 def _head(path: Path) -> Points:
@@ -146,28 +125,28 @@ def _beside(prefill: Points, mixed: Points) -> Points:
     return {key: max(0.0, median(times)) for key, times in added.items()}
 
 
-def _add_unevenness(measured: Measured, path: Path) -> None:
-    """By sequences, how much longer decodes take per unit of unevenness, from batches of short and long contexts.
+def _add_imbalance(measured: Measured, path: Path) -> None:
+    """By sequences, how much longer decodes take per unit of imbalance, from batches of short and long contexts.
 
     Times there are sums over repeats (of 3), so that they are used as ratios only.
     """
     found = read_rows(path, ["n", "nb", "kvs", "kv_big"], ["t_mean_us", "t_skew_us"], ["regime"])
-    samples: dict[Shape, list[tuple[float, float]]] = {}  # excess unevenness and excess time
+    samples: dict[Shape, list[tuple[float, float]]] = {}  # excess imbalance and excess time
     for row in found:
         if row["regime"] == "pure":
-            excess = _unevenness(row["n"], row["nb"], row["kvs"] + 1, row["kv_big"] + 1) - 1
+            excess = _imbalance(row["n"], row["nb"], row["kvs"] + 1, row["kv_big"] + 1) - 1
             samples.setdefault((row["n"], row["nb"]), []).append((excess, row["t_skew_us"] / row["t_mean_us"] - 1))
-    measured.unevenness = {count: _slope(samples, count, None) for count in sorted({n for n, _ in samples})}
+    measured.imbalance = {count: _slope(samples, count, None) for count in sorted({n for n, _ in samples})}
     measured.rules["decode_attention"] = (
         "level 2 by a line through level 1 for each number of sequences, fitted to batches of two lengths; "
         "held out: each number of long ones among so many; `without`: level 1 alone"
     )
     pairs = [(_slope(samples, of[0], of), *sample) for of, batch in samples.items() for sample in batch]
-    measured.checks["unevenness"] = errors((1 + slope * excess) / (1 + gain) - 1 for slope, excess, gain in pairs)
-    measured.checks["unevenness"]["without"] = errors(1 / (1 + gain) - 1 for _, _, gain in pairs)
+    found_errors = errors((1 + slope * excess) / (1 + gain) - 1 for slope, excess, gain in pairs)
+    measured.checks["unevenness"] = found_errors | {"without": errors(1 / (1 + gain) - 1 for _, _, gain in pairs)}
 
 
-def _unevenness(count: int, many: int, short: int, long: int) -> float:
+def _imbalance(count: int, many: int, short: int, long: int) -> float:
     mean = (many * long + (count - many) * short) / count
     return (many * long**2 + (count - many) * short**2) / count / mean**2
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from sim.profile.curves import Curve, Surface
-from sim.profile.format import KEYS, Points, Row
+from sim.profile.format import Points, Row, rows_of
 from sim.sources.importers.source import Measured
 
 Plane = dict[tuple[float, float], float]  # time by two axes
@@ -39,7 +39,7 @@ def plane(table: str, points: Points) -> Plane:
     if table == "head":
         return {(0, samples): time for (samples,), time in points.items()}
     if table == "decode_attention":
-        return {(n, kv / n): time for (n, kv, level), time in points.items() if level == 1}
+        return {(n, kv / n): time for (n, kv, imbalance), time in points.items() if imbalance == 1}
     if table == "mixed_decode_attention":
         return {(n, kv / n): time for (n, kv), time in points.items()}
     return {(chunk, context): time for (chunk, context), time in points.items()}
@@ -50,8 +50,8 @@ def complete(table: str, measured: Measured) -> Points:
     points = measured.tables[table]
     if table == "prefill_attention":
         return dict(between_chunks(with_contexts(plane(table, points))))
-    if table == "decode_attention" and measured.unevenness:
-        gain = Curve({1.0: 0.0} | measured.unevenness)
+    if table == "decode_attention" and measured.imbalance:
+        gain = Curve({1.0: 0.0} | measured.imbalance)
         return points | {(n, kv, 2.0): time * (1 + gain(n)) for (n, kv, _), time in points.items()}
     return points
 
@@ -87,10 +87,7 @@ def with_contexts(points: Plane) -> Plane:
 
 def rows(table: str, points: Points) -> list[Row]:
     """A table's rows, times to four digits. Sources state no spread of their repeats."""
-    return [
-        dict(zip(KEYS[table], key, strict=True)) | {"time_us": float(f"{time:.4g}"), "spread": 0.0}
-        for key, time in sorted(points.items())
-    ]
+    return rows_of(table, {key: float(f"{time:.4g}") for key, time in sorted(points.items())})
 
 
 # -- held-out error ----------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, first_line
 from sim.profile.format import Points, Row
 from traces.errors import TandemError
 
 Line = dict[int, float]  # time by tokens, samples or sequences
+Operations = Mapping[str, tuple[str, int, int]]  # theirs -> ours, and how often it runs: in each layer, and once a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Measured:
         tables: points by table; a table that the source has not is absent.
         rules: by table, what of it was not measured and how it was filled in.
         lacks: of `small` (norms, rotary embedding, activation) and `sampling`, what the tables do not hold.
-        unevenness: by sequences, the share of time that decode attention gains as unevenness goes from 1 to 2.
+        imbalance: by sequences, the share of time that decode attention gains as context imbalance goes from 1 to 2.
         checks: held-out errors that the reader found itself, by name.
     """
 
@@ -51,7 +52,7 @@ class Measured:
     tables: dict[str, Points]
     rules: dict[str, str] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
-    unevenness: dict[float, float] = field(default_factory=dict)
+    imbalance: dict[float, float] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +69,7 @@ def read_rows(path: Path, counts: Sequence[str], times: Sequence[str], texts: Se
     try:
         table = pc.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise TandemError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
     wanted = [*counts, *times, *texts]
     missing = [column for column in wanted if column not in table.column_names]
     if missing:
@@ -88,6 +89,18 @@ def _check_row(place: str, row: Row, counts: Sequence[str], times: Sequence[str]
     for column in times:
         if type(row[column]) not in (int, float) or not 0 < row[column] < math.inf:
             raise TandemError(f"{place}: {column} is {row[column]!r}, not a time above 0")
+
+
+def dense_points(path: Path, operations: Operations, times: Mapping[tuple[str, int], float], layers: int) -> Points:
+    """Table `dense` from times (us) by their operation and tokens. Raises TandemError if one is missing."""
+    points: Points = {}
+    for theirs, (ours, in_layer, once) in operations.items():
+        for tokens in {tokens for _, tokens in times}:
+            if (theirs, tokens) not in times:
+                raise TandemError(f"{path}: no {theirs} of {tokens} tokens")
+            time_us = (in_layer * layers + once) * times[theirs, tokens]
+            points[ours, tokens] = points.get((ours, tokens), 0.0) + time_us
+    return points
 
 
 def check_shape(path: Path, found: Mapping[str, int], model: ModelConfig) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from engine.model.config import ModelConfig
-from sim.profile.format import Points
-from sim.sources.importers.source import Measured, Publication, check_shape, read_rows
+from sim.sources.importers.source import Measured, Publication, check_shape, dense_points, read_rows
 from traces.errors import TandemError
 
 PUBLISHED = Publication(
@@ -56,19 +55,16 @@ def recognizes(source: Path) -> bool:
 
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a file. Raises TandemError if it is damaged, or of another model."""
-    columns = {f"time_stats.{theirs}.median": OPS[theirs] for theirs in OPS}
-    found = [row for row in read_rows(source, ["num_tokens", TP, *SHAPE], list(columns)) if row[TP] == 1]
+    columns = {theirs: f"time_stats.{theirs}.median" for theirs in OPS}
+    found = [row for row in read_rows(source, ["num_tokens", TP, *SHAPE], [*columns.values()]) if row[TP] == 1]
     if not found:
         raise TandemError(f"{source}: no rows of {TP} 1")
     check_shape(source, {ours: found[0][theirs] for theirs, ours in SHAPE.items()}, model)
-    times: defaultdict[int, list[dict[str, float]]] = defaultdict(list)
+    times: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     for row in found:
-        times[row["num_tokens"]].append(row)
-    points: Points = {}
-    for tokens, repeats in times.items():
-        for column, (ours, in_layer, once) in columns.items():
-            time_us = 1000 * (in_layer * model.num_layers + once) * fmean(row[column] for row in repeats)
-            points[ours, tokens] = points.get((ours, tokens), 0.0) + time_us
+        for theirs, column in columns.items():
+            times[theirs, row["num_tokens"]].append(1000 * row[column])
+    points = dense_points(source, OPS, {key: fmean(repeats) for key, repeats in times.items()}, model.num_layers)
     about = PUBLISHED.of(source) | {"engine": "Sarathi-Serve", "dtype": "float16", "device": None}
     rules = {"dense": "the final norm counts here and costs what another does; form factor of the card not stated"}
     return Measured(source, about, {"dense": points}, rules)
