@@ -14,7 +14,7 @@ from sim.coverage import Coverage, Note
 from sim.profile.format import IN_SERVICE, Profile
 from sim.terms import STEP_TERMS, CapturedSteps, DecodeAttention, Decodes, Power, PrefillAttention, Swap
 
-IMBALANCE = "skew"  # what context imbalance adds, as comparisons and --ablate call it
+IMBALANCE = "imbalance"  # what context imbalance adds
 PARTS = (*(term.part for term in STEP_TERMS), "prefill_attention", "decode_attention", IMBALANCE, "power")
 """The parts of a step's time: layers by tokens, the head by samples, padding to a captured size, attention of prefill
 chunks, attention of decodes were their contexts all alike, context imbalance, and the power limit."""

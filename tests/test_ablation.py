@@ -84,22 +84,22 @@ def test_without_the_host_batches_take_as_long_and_tokens_come_sooner():
 
 
 @pytest.mark.parametrize(
-    ("term", "kind"), [("graph-padding", "decode"), ("graph-padding", "prefill"), ("skew", "decode")]
+    ("term", "kind"), [("graph-padding", "decode"), ("graph-padding", "prefill"), ("imbalance", "decode")]
 )
 def test_without_a_term_the_steps_that_it_lengthens_are_too_short(term, kind):
     uneven = [TraceRequest(i, i * MS, 10 + 120 * (i % 2), 30, 30) for i in range(4)]  # the first prefills 10 alone
     profile = detailed_profile()
     real = real_run(profile, uneven)
     parts, kinds = replay(real, CONFIG, profile).parts_us, step_kinds(real.tables["steps"])
-    part = {"graph-padding": "padding", "skew": "skew"}[term]
+    part = {"graph-padding": "padding", "imbalance": "imbalance"}[term]
     shares = [of[part] / sum(of.values()) for of, its in zip(parts, kinds, strict=True) if its == kind]
     errors = ablate(real, profile, [term])[term]["latency_model"]
     assert errors[kind]["mean_error"] == pytest.approx(-np.mean(shares), rel=1e-3) != 0
 
 
 def test_without_a_term_that_this_machine_does_not_have_nothing_changes():
-    result = ablate(real_run(small_profile(), sparse()), small_profile(), ["skew", "graph-padding"])
-    assert result["skew"] == result["graph-padding"] == result["full"]
+    result = ablate(real_run(small_profile(), sparse()), small_profile(), ["imbalance", "graph-padding"])
+    assert result["imbalance"] == result["graph-padding"] == result["full"]
 
 
 def test_a_naive_model_of_memory_has_blocks_for_requests_that_in_truth_had_to_wait():
@@ -121,12 +121,12 @@ def test_a_profile_that_does_not_know_its_memory_says_so():
 
 
 def test_terms_are_read_with_commas_or_one_by_one_and_each_counts_once():
-    assert read_terms(["host,skew", "head", "skew"], small_profile()) == ["host", "skew", "head"]
+    assert read_terms(["host,imbalance", "head", "imbalance"], small_profile()) == ["host", "imbalance", "head"]
 
 
 @pytest.mark.parametrize("said", ["tail", "host,", ""])
 def test_an_unknown_term_is_refused_with_those_there_are(said):
-    with pytest.raises(TandemError, match="choose from host, skew, head, graph-padding, power, kv-blocks"):
+    with pytest.raises(TandemError, match="choose from host, imbalance, head, graph-padding, power, kv-blocks"):
         read_terms([said], small_profile())
 
 

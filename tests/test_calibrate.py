@@ -41,7 +41,7 @@ def measured() -> Profile:
 
 @pytest.fixture(scope="module")
 def truth(measured) -> Profile:
-    """The card while it serves: decodes a little slower than measured, mixed steps faster, and slower under load."""
+    """The GPU while it serves: decodes a little slower than measured, mixed steps faster, and slower under load."""
     factors = {"decode": 1.01, "mixed": 0.95}
     served = [
         row | {"time_us": row["time_us"] * factors[row["kind"]], "slowed_us": row["time_us"] * SLOWED[row["kind"]]}
@@ -150,8 +150,8 @@ def test_by_command_the_requests_that_calibrate_a_card_are_made_served_and_learn
         asked = [TANDEM, *command.split()]
         done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    card, found = (read_profile(path).tables["served"] for path in (shipped_profiles()[shipped], tmp_path / "p"))
-    for true, learned in zip(card, found, strict=True):
+    gpu, found = (read_profile(path).tables["served"] for path in (shipped_profiles()[shipped], tmp_path / "p"))
+    for true, learned in zip(gpu, found, strict=True):
         assert learned["time_us"] == pytest.approx(true["time_us"], rel=0.025)
 
 

@@ -68,7 +68,7 @@ def test_simulate_run_and_compare_work_from_files_to_a_report(work):
     seen = read_run(work / "real").manifest["provenance"]["machine"]
     assert seen.keys() == {"cores", "load_average", "steal", "others"}
     compare = ("sim", "real", "--repeat", "again", "--profile", "profile", "--out", "cmp")
-    printed = compared(*compare, "--ablate", "host,head", "--ablate", "skew", cwd=work)
+    printed = compared(*compare, "--ablate", "host,head", "--ablate", "imbalance", cwd=work)
     assert printed == json.loads((work / "cmp/compare.json").read_text())
     assert printed["decisions"]["identical"] is True
     assert printed["decisions"]["negative_controls"] == {"arrival_moved": True, "step_longer": True}
@@ -76,7 +76,7 @@ def test_simulate_run_and_compare_work_from_files_to_a_report(work):
     assert printed["repeat_spread"]["ttft"]["mean"] is not None
     assert set(printed["closed_loop"]["tpot"]["mean"]) == {"real", "sim", "error"}
     assert printed["attribution"]["sentence"] and printed["attribution"]["kernels"]["steps"] > 50
-    assert list(printed["ablation"]) == ["full", "host", "head", "skew"]
+    assert list(printed["ablation"]) == ["full", "host", "head", "imbalance"]
     assert (work / "cmp/report.html").stat().st_size > 1_000_000  # plotly.js is inside: no network
 
 
@@ -87,7 +87,7 @@ def test_policies_are_ranked_from_runs_of_both_riders(work):
         tandem(*run, "--out", f"{policy}-real", cwd=work)
         simulate = ("simulate", "--trace", "t.parquet", "--profile", "profile", "--like", f"{policy}-real")
         tandem(*simulate, "--out", f"{policy}-sim", cwd=work)
-    runs = [f"{policy}-{rider}" for policy in policies for rider in ("real", "sim")]
+    runs = [f"{policy}-{kind}" for policy in policies for kind in ("real", "sim")]
     done = tandem("compare", "--rank", *runs, "--json", "--out", "ranked", cwd=work)
     ranking = json.loads(done.stdout)
     assert ranking == json.loads((work / "ranked/ranking.json").read_text())
@@ -379,7 +379,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "no weights": ((*REAL, "--model", "llama-3-8b"), "--load-format dummy"),
     "unknown dtype": ((*REAL, "--model", "model", "--dtype", "int4"), "float32"),
     "unknown stop rule": ((*REAL, "--model", "model", "--stops", "never"), "trace or model"),
-    "unknown card": (("profile", "--roofline", "abacus", "--model", "llama-3-8b", "--out", "x"), "a100-80gb"),
+    "unknown GPU": (("profile", "--roofline", "abacus", "--model", "llama-3-8b", "--out", "x"), "a100-80gb"),
     "unknown option": (("simulate", "--speed", "high"), "--speed"),
     "option forgotten": (("simulate", "--out", "x"), "--trace"),
     "out holds a run": (("simulate", "-t", "t.parquet", "-p", "a100", "-o", "run-t"), KEPT),
@@ -432,7 +432,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {  # the command, and words t
     "compare without out": (("compare", "run-t", "real-t", "-p", "a100"), "--out"),
     "unknown term": (
         ("compare", "run-t", "real-t", "-p", "a100", "-o", "x", "--ablate", "host,tail"),
-        "host, skew, head, graph-padding, power, kv-blocks",
+        "host, imbalance, head, graph-padding, power, kv-blocks",
     ),
     "no memory in profile": (
         ("compare", "run-t", "real-t", "-p", "no-memory", "-o", "x", "--ablate", "kv-blocks"),
@@ -466,9 +466,9 @@ def test_nothing_is_overwritten_unless_the_user_says_so(work):
     assert read_run(work / "once").manifest["system"]["scheduler"] == "fcfs"
     tandem("trace", "convert", "t.parquet", "--out", "mine.jsonl", cwd=work)
     tandem("trace", "convert", "t.parquet", "--rate", 9, "--out", "mine.jsonl", "--overwrite", cwd=work)
-    tandem("profile", "--roofline", "h200", "--model", "llama-2-7b", "--out", "card", cwd=work)
-    tandem("profile", "--roofline", "h200", "--model", "llama-3-8b", "--out", "card", "--overwrite", cwd=work)
-    assert read_profile(work / "card").model.name == "llama-3-8b"
+    tandem("profile", "--roofline", "h200", "--model", "llama-2-7b", "--out", "gpu", cwd=work)
+    tandem("profile", "--roofline", "h200", "--model", "llama-3-8b", "--out", "gpu", "--overwrite", cwd=work)
+    assert read_profile(work / "gpu").model.name == "llama-3-8b"
 
 
 def test_without_a_command_the_help_is_shown(tmp_path):

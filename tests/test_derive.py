@@ -1,4 +1,4 @@
-"""Another model on a profiled card: equal shapes are reused, the rest is estimated, and the data sheet says which."""
+"""Another model on a profiled GPU: equal shapes are reused, the rest is estimated, and the data sheet says which."""
 
 from __future__ import annotations
 

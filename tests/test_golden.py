@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = {path.parent.name: path.parent for path in sorted((ROOT / "tests/golden").glob("*/manifest.json"))}
 CHUNKED, PREFILL_FIRST = "h100-llama-3-8b-chunked_prefill-90", "h100-llama-3-8b-prefill_first-90"
 ON_H200, OF_7B = "h200-llama-3-8b-chunked_prefill-90", "h100-llama-2-7b-chunked_prefill-90"
-CARDS = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA H200": "h200"}
+GPUS = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA H200": "h200"}
 PAGE = (ROOT / "docs/fidelity.md").read_text()
 
 
@@ -48,8 +48,8 @@ def test_another_policy_decides_otherwise(run):
 
 
 def profile_for(run: RunRecords) -> Profile:
-    card, model = CARDS[run.manifest["system"]["device"]], run.manifest["workload"]["model"]
-    return read_profile(shipped_profiles()[f"{card}/{model}"])
+    gpu, model = GPUS[run.manifest["system"]["device"]], run.manifest["workload"]["model"]
+    return read_profile(shipped_profiles()[f"{gpu}/{model}"])
 
 
 def by_kind(name: str, profile: Profile | None = None) -> dict[str, dict[str, float]]:

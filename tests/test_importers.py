@@ -33,7 +33,7 @@ needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the publish
 
 TOKENS, CACHED = (1, 8, 64, 512, 2048), (16, 64, 256, 1024, 4096)
 MIXED = 3.0  # in the sample, how much longer decodes take beside a prefill
-SKEW = 0.5  # in the sample, how much longer decodes take per unit of unevenness
+SHARE = 0.5  # in the sample, how much longer decodes take per unit of context imbalance
 FIXED = {"qkv": 50.0, "o": 35.0, "gate_up": 240.0, "down": 120.0, "small": 2.0}  # us, of one operation
 PER_TOKEN = {"qkv": 0.3, "o": 0.2, "gate_up": 1.4, "down": 0.7, "small": 0.01}
 
@@ -84,7 +84,7 @@ def vllm(tmp_path: Path) -> Path:
     ]
     names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     write_csv(folder / "attention.csv", [dict(zip(names, row, strict=True)) for row in prefill + decode + mixed])
-    skew = [
+    imbalanced = [
         {
             "regime": "pure",
             "n": n,
@@ -92,13 +92,13 @@ def vllm(tmp_path: Path) -> Path:
             "kvs": 99,
             "kv_big": 399,
             "t_mean_us": 50,
-            "t_skew_us": 50 * (1 + SKEW * u),
+            "t_skew_us": 50 * (1 + SHARE * u),
         }
         for n in (8, 64)
         for nb in (1, n // 2)
         for u in [n * (nb * 16 + n - nb) / (nb * 4 + n - nb) ** 2 - 1]
     ]
-    write_csv(folder / "skew.csv", skew)
+    write_csv(folder / "skew.csv", imbalanced)
     shape = {"intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     meta = {
         "vllm_version": "0.19.0",
@@ -196,10 +196,10 @@ def test_decodes_beside_a_prefill_cost_what_they_add_to_it_in_the_median(vllm):
     assert latency._coverage.asked["mixed_decode_attention"] == 1 and not latency.coverage()["beyond"]
 
 
-def test_unevenness_costs_its_share_beside_a_prefill_too(vllm):
+def test_context_imbalance_costs_its_share_beside_a_prefill_too(vllm):
     latency = LatencyModel(import_profile([vllm], LLAMA3))
     alone, mixed = (latency.parts_us(uneven()._replace(chunks=chunks)) for chunks in ({}, prefill(128).chunks))
-    shares = [parts["skew"] / parts["decode_attention"] for parts in (alone, mixed)]
+    shares = [parts["imbalance"] / parts["decode_attention"] for parts in (alone, mixed)]
     assert shares[0] == pytest.approx(shares[1]) and shares[0] > 0.1
 
 
@@ -214,7 +214,7 @@ def test_without_mixed_measurements_a_mixed_step_is_the_sum_of_both(vllm):
 
 def test_uneven_contexts_cost_more_as_the_source_measured(vllm):
     parts = LatencyModel(import_profile([vllm], LLAMA3)).parts_us(uneven())
-    assert parts["skew"] == pytest.approx(SKEW * 0.36 * parts["decode_attention"], rel=0.01)
+    assert parts["imbalance"] == pytest.approx(SHARE * 0.36 * parts["decode_attention"], rel=0.01)
 
 
 def uneven() -> Step:

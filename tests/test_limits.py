@@ -76,12 +76,12 @@ def test_a_derived_profile_has_the_limits_of_its_source_up_to_the_models_positio
 
 
 def test_a_longest_request_that_nobody_gave_fits_into_memory():
-    card = roofline_profile("rtx4090", load_model_config("llama-3.1-8b"))
-    settled = simulated_limits(card, Limits())
+    gpu = roofline_profile("rtx4090", load_model_config("llama-3.1-8b"))
+    settled = simulated_limits(gpu, Limits())
     assert settled.config.max_model_len == 131_072 // 4 and settled.origins["max_model_len"] == "memory"
     assert settled.config.num_blocks * 16 >= settled.config.max_model_len
     with pytest.raises(TandemError, match=r"one request of 131072 tokens .* lower"):
-        simulated_limits(card, Limits(max_model_len=131_072))
+        simulated_limits(gpu, Limits(max_model_len=131_072))
 
 
 def test_fewer_tokens_a_step_than_usual_sequences_are_fewer_sequences():
@@ -107,7 +107,7 @@ def test_blocks_that_were_measured_are_as_many_bytes_of_another_size():
 def test_beyond_the_limits_they_were_measured_within_memory_says_how_many_there_are(wider):
     settled = simulated_limits(H100, Limits(**wider, allow_long_context=True))
     assert settled.origins["num_blocks"] == "memory"
-    if "max_batched_tokens" in wider:  # 5,972 were measured on the card: tests/test_memory.py
+    if "max_batched_tokens" in wider:  # 5,972 were measured on the GPU: tests/test_memory.py
         assert settled.config.num_blocks == pytest.approx(5972, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""The memory of a card: as many KV blocks as the executor found on one, and every term where it belongs."""
+"""The memory of a GPU: as many KV blocks as the executor found on one, and every term where it belongs."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_who_is_preempted_is_swapped_and_computes_nothing_twice():
 
 
 def test_who_starves_moves_to_the_top():
-    short = [TraceRequest(i, i * 4 * MS, 40, 4, 4) for i in range(500)]  # as many as one seat can serve, for 2 s
+    short = [TraceRequest(i, i * 4 * MS, 40, 4, 4) for i in range(500)]  # as many as one row can serve, for 2 s
     trace = Trace([TraceRequest(0, 0, 1500, 40, 40), *(replace(each, id=each.id + 1) for each in short)])
     waits = [
         of(trace, run(trace, f"fastserve:starve_ms={limit}", max_seqs=1), "e2el", lambda each: each.id == 0)[0]

@@ -293,7 +293,7 @@ def test_a_step_costs_what_the_captured_step_that_holds_it_costs():
     parts = latency.parts_us(Step(0, decodes=5, load=StepLoad(kv_tokens=5 * 9, kv_squares=5 * 81)))
     assert parts["dense"] + parts["head"] == pytest.approx(1050)
     assert parts["padding"] == pytest.approx(110)
-    assert parts["decode_attention"] == pytest.approx(50) and parts["skew"] == pytest.approx(0)
+    assert parts["decode_attention"] == pytest.approx(50) and parts["imbalance"] == pytest.approx(0)
 
 
 def test_imbalanced_contexts_cost_what_the_profile_says_of_them():
@@ -303,7 +303,7 @@ def test_imbalanced_contexts_cost_what_the_profile_says_of_them():
     imbalance = 16 * sum((each + 1) ** 2 for each in contexts) / (sum(contexts) + 16) ** 2
     assert imbalance > 1.9
     parts = latency.parts_us(one)
-    assert parts["skew"] == pytest.approx(parts["decode_attention"] * (min(imbalance, 2) - 1))
+    assert parts["imbalance"] == pytest.approx(parts["decode_attention"] * (min(imbalance, 2) - 1))
 
 
 def test_chunks_of_one_captured_step_attend_at_once():
@@ -314,7 +314,7 @@ def test_chunks_of_one_captured_step_attend_at_once():
     assert attention == pytest.approx([48, 48 + 36 * best_us])
 
 
-@pytest.mark.parametrize("part", ["dense", "head", "padding", "decode_attention", "skew"])
+@pytest.mark.parametrize("part", ["dense", "head", "padding", "decode_attention", "imbalance"])
 def test_an_ignored_part_counts_for_nothing(part):
     step = Step(0, decodes=5, load=StepLoad(kv_tokens=50, kv_squares=900))
     whole = LatencyModel(graph_profile())

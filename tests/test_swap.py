@@ -68,7 +68,7 @@ def test_a_policy_decides_who_is_swapped():
 @settings(max_examples=100, deadline=None)
 @given(workloads(), configs())
 def test_a_tier_that_is_not_used_changes_nothing(requests, config):
-    """With blocks and seats for all, the digests do not depend on the second tier."""
+    """With blocks and rows for all, the digests do not depend on the second tier."""
     budget = max(config.max_batched_tokens, len(requests))
     roomy = dataclasses.replace(config, num_blocks=4000, max_seqs=len(requests), max_batched_tokens=budget)
     with_tier, without = (

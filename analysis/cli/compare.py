@@ -40,7 +40,7 @@ def compare(
     ablate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Predict without these terms too: host, skew (context imbalance), head, graph-padding, power, "
+            help="Predict without these terms too: host, imbalance (of the contexts), head, graph-padding, power, "
             "kv-blocks, by commas."
         ),
     ] = None,

@@ -24,9 +24,16 @@ from sim.simulate import predict
 from traces.errors import TandemError
 
 KV_BLOCKS = "kv-blocks"
-TERMS = {"host": "host", "skew": "skew", "head": "head", "graph-padding": "padding", "power": "power", KV_BLOCKS: None}
+TERMS = {
+    "host": "host",
+    "imbalance": "imbalance",
+    "head": "head",
+    "graph-padding": "padding",
+    "power": "power",
+    KV_BLOCKS: None,
+}
 """What can be left out -> what `sim.simulate` calls it. `kv-blocks` is no term of the latency model: without it, a
-naive model of memory gives the number of KV blocks. `skew` is the context imbalance."""
+naive model of memory gives the number of KV blocks. `imbalance` is that of the contexts."""
 FULL = "full"
 
 

@@ -66,5 +66,5 @@ def read(source: Path, model: ModelConfig) -> Measured:
             times[theirs, row["num_tokens"]].append(1000 * row[column])
     points = dense_points(source, OPS, {key: fmean(repeats) for key, repeats in times.items()}, model.num_layers)
     about = PUBLISHED.of(source) | {"engine": "Sarathi-Serve", "dtype": "float16", "device": None}
-    rules = {"dense": "the final norm counts here and costs what another does; form factor of the card not stated"}
+    rules = {"dense": "the final norm counts here and costs what another does; form factor of the GPU not stated"}
     return Measured(source, about, {"dense": points}, rules)
