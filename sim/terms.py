@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
-from engine.step import Chunk, Copies, Step
+from engine.step import Chunk, Copies, Step, StepLoad
 from sim.coverage import Note
 from sim.power_state import PowerState
 from sim.profile.curves import Curve, Surface
@@ -193,6 +193,7 @@ class DecodeAttention:
     def __init__(self, profile: Profile) -> None:
         rows = profile.tables["decode_attention"]
         self._imbalances: list[float] = sorted({row["unevenness"] for row in rows})
+        self._knows_imbalance = len(self._imbalances) > 1
         self._surfaces = [
             _decodes([row for row in rows if row["unevenness"] == imbalance]) for imbalance in self._imbalances
         ]
@@ -208,10 +209,10 @@ class DecodeAttention:
 
     def us(self, decodes: Decodes, step: Step, note: Note) -> tuple[float, float]:
         """Time with contexts all alike, and what their imbalance adds."""
-        sequences = decodes.sequences
-        context = step.load.kv_tokens / sequences + 1  # a decode attends to its own token too
+        sequences, load = decodes.sequences, step.load
+        context = load.kv_tokens / sequences + 1  # a decode attends to its own token too
         alike = decodes.curves[0](context)
-        added = self._added(decodes, step, context, alike) if len(self._imbalances) > 1 else 0.0
+        added = self._added(decodes, load, context, alike) if self._knows_imbalance else 0.0
         for low, high in decodes.measured:
             if low <= context <= high:
                 self.covered += 1
@@ -230,9 +231,9 @@ class DecodeAttention:
             note("decode_attention", False, extrapolated_us, sequences, context)
         return alike, added
 
-    def _added(self, decodes: Decodes, step: Step, context: float, alike: float) -> float:
+    def _added(self, decodes: Decodes, load: StepLoad, context: float, alike: float) -> float:
         known, sequences = self._imbalances, decodes.sequences
-        squares = step.load.kv_squares + 2 * step.load.kv_tokens + sequences
+        squares = load.kv_squares + 2 * load.kv_tokens + sequences
         imbalance = min(squares / sequences / context**2, known[-1])
         right = bisect_right(known, imbalance, 1, len(known) - 1)
         low, high = known[right - 1], known[right]
