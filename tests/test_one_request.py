@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import uvloop
 from served import Server, serving
 from test_live import assert_replay_is_the_same
 from tiny_models import save_number_tokenizer, tiny_model
@@ -168,7 +169,7 @@ def ask_in_process(folder: Path, text: Text, ask: Ask) -> None:
         finally:
             engine.kill()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    uvloop.run(asyncio.wait_for(main(), 60))
 
 
 @pytest.mark.parametrize("words", ["2 two", "2 two " * 1000], ids=["short", "long enough for a thread"])
@@ -247,23 +248,36 @@ def test_a_fault_of_the_server_is_a_500_in_openais_format(folder, monkeypatch):
     ask_in_process(folder, text_of(), ask)
 
 
-def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
-    class TokenSink:
-        def __init__(self, fails: bool) -> None:
-            self.fails = fails
-            self.tokens: list[int] = []
-            self.ended: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
+class KeptTokens:
+    """A token sink that keeps its tokens, or fails at each."""
 
-        def take(self, token: int, last: bool) -> None:
-            if self.fails:
-                raise RuntimeError("clumsy")
-            self.tokens.append(token)
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.tokens: list[int] = []
+        self.ended: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
 
-        def end(self, outcome: str, reason: str | None) -> None:
-            self.ended.set_result((outcome, reason))
+    def take(self, token: int, last: bool) -> None:
+        if self.fails:
+            raise RuntimeError("clumsy")
+        self.tokens.append(token)
 
+    def end(self, outcome: str, reason: str | None) -> None:
+        self.ended.set_result((outcome, reason))
+
+
+def test_a_burst_of_more_requests_than_the_pipe_holds_is_served(folder):
     async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
-        sinks = [TokenSink(False), TokenSink(True), TokenSink(False)]
+        sinks = [KeptTokens() for _ in range(2000)]
+        for sink in sinks:
+            engine.submit(sink, TraceRequest(0, 0, 60, 1, 1, [1] * 60), 0, Terms())
+        assert {await sink.ended for sink in sinks} == {("length", None)}
+
+    ask_in_process(folder, text_of(), ask)
+
+
+def test_a_sink_that_fails_loses_its_own_tokens_alone(folder):
+    async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
+        sinks = [KeptTokens(), KeptTokens(fails=True), KeptTokens()]
         for sink in sinks:
             engine.submit(sink, TraceRequest(0, 0, 2, 12, 12, [1, 2]), 0, StopCondition())
         ends = [await sink.ended for sink in sinks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import time
 import traceback
@@ -86,6 +87,8 @@ class EngineClient:
         self._begun: asyncio.Future[None] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self._pipe.fileno(), self._read)
+        # uvloop made it non-blocking: a write to a full pipe would fail, and so would a read of half a message.
+        os.set_blocking(self._pipe.fileno(), True)
         self._sender.start()
         await self._begun
 
