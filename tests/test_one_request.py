@@ -269,7 +269,7 @@ def test_a_burst_of_more_requests_than_the_pipe_holds_is_served(folder):
     async def ask(client: httpx.AsyncClient, engine: EngineClient) -> None:
         sinks = [KeptTokens() for _ in range(2000)]
         for sink in sinks:
-            engine.submit(sink, TraceRequest(0, 0, 60, 1, 1, [1] * 60), 0, Terms())
+            engine.submit(sink, TraceRequest(0, 0, 60, 1, 1, [1] * 60), 0, StopCondition())
         assert {await sink.ended for sink in sinks} == {("length", None)}
 
     ask_in_process(folder, text_of(), ask)
