@@ -90,8 +90,8 @@ class ProfiledTiming:
         if step.swapped_out or step.swapped_in or self._copied_ns:
             copies_ns = self._copy(step, launched)
         if step.decodes or step.chunks:
-            start = max(launched, self._device_free_ns)
-            device_ns = self.latency.device_ns(step, start)
+            start = launched if launched > self._device_free_ns else self._device_free_ns
+            device_ns, _ = self.latency.predict(step, start)
             self._device_free_ns = start + device_ns
         else:
             device_ns = copies_ns
@@ -115,7 +115,8 @@ class ProfiledTiming:
     def complete(self, now: int) -> Noticed:
         """The host notices a little after the device's end, or at once if that is past."""
         start, device_ns, host = self._in_flight.popleft()
-        completed = max(now, start + device_ns + host.notice)
+        noticed = start + device_ns + host.notice
+        completed = now if now > noticed else noticed
         return Noticed(completed, start, device_ns, completed + host.turn)
 
     def wake(self, due_ns: int) -> int:

@@ -60,7 +60,7 @@ class LatencyModel:
         self._swap = Swap(profile)
         self._by_decodes: dict[int, _DecodeSteps] = {}
         self._tables = profile.tables
-        self._coverage = Coverage()  # but for the look-ups of `_DecodeSteps`, and attention of decodes that is covered
+        self._coverage = Coverage()  # but for the look-ups of `_DecodeSteps`, and attention that is covered
         self._note = self._coverage.note
         self._device_us = 0.0  # of all steps and copies
 
@@ -129,7 +129,8 @@ class LatencyModel:
         coverage.add(self._coverage)
         for of_number in self._by_decodes.values():
             coverage.add(of_number.coverage, of_number.steps)
-        coverage.asked["decode_attention"] += self._decode_attention.covered
+        for term in (self._prefill_attention, self._decode_attention):
+            coverage.asked[term.table] += term.covered
         graph = self._tables.get(IN_SERVICE, self._tables.get("graph", []))
         return coverage.report(self._tables | {"graph": graph}, self._device_us)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 BEYOND_GRAPHS = (4096, 8192, 16384, 32768, 65536)  # tokens of steps too large to be captured
 CONTEXTS_BY_4 = (0, 64, 256, 1024, 4096, 16384, 65536)
 CONTEXTS_BY_2 = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+BESIDE_CHUNKS = "mixed_decode_attention"  # the table of decodes whose kernel attends to chunks too
 IMBALANCES = (1.2, 1.8)  # serving ShareGPT brings the context imbalance to about 2
 IMBALANCED_SEQUENCES = (4, 8, 12, *range(16, 64, 8), *range(64, 256, 16), 256, 384, 512, 768, 1024)
 IMBALANCED_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
@@ -145,22 +147,31 @@ STEP_TERMS: tuple[type[Dense] | type[Head] | type[Padding], ...] = (Dense, Head,
 
 
 class PrefillAttention:
-    """Attention of prefill chunks. Those of a captured step attend at once: the longest leaves room for the others."""
+    """Attention of prefill chunks. Those of a captured step attend at once: the longest leaves room for the others.
+
+    Attributes:
+        covered: look-ups where it was measured; others are noted.
+    """
+
+    table = "prefill_attention"
 
     def __init__(self, profile: Profile) -> None:
         rows = profile.tables["prefill_attention"]
         self._surface = Surface({(row["chunk"], row["context"]): row["time_us"] for row in rows})
         captured = "graph" in profile.tables or IN_SERVICE in profile.tables
         self._pair_us = _least_pair_us(rows) if captured else None
+        self.covered = 0
 
     def us(self, chunks: Collection[Chunk], note: Note) -> float:
         """Time of all chunks together."""
         times = [self._surface(tokens, start) for start, tokens, _ in chunks]
         longest = max(range(len(times)), key=times.__getitem__)
         for place, (start, tokens, _) in enumerate(chunks):
-            counts = self._pair_us is None or place == longest  # else its time is by pairs
-            covered = self._surface.covers(tokens, start)
-            note("prefill_attention", covered, times[place] if counts else 0.0, tokens, start)
+            if self._surface.covers(tokens, start):
+                self.covered += 1
+            else:
+                counts = self._pair_us is None or place == longest  # else its time is by pairs
+                note(self.table, False, times[place] if counts else 0.0, tokens, start)
         if self._pair_us is None:
             return sum(times)
         pairs = [_pairs(tokens, start) for start, tokens, _ in chunks]
@@ -179,7 +190,7 @@ class Decodes(NamedTuple):
     """Attention of so many decodes by mean context: a curve for each measured imbalance, and the ranges measured."""
 
     sequences: int
-    curves: list[Curve]
+    by_imbalance: list[Curve]
     measured: list[tuple[float, float]]
 
 
@@ -190,14 +201,16 @@ class DecodeAttention:
         covered: look-ups where it was measured; others are noted.
     """
 
+    table = "decode_attention"
+
     def __init__(self, profile: Profile) -> None:
-        rows = profile.tables["decode_attention"]
+        rows = profile.tables[self.table]
         self._imbalances: list[float] = sorted({row["unevenness"] for row in rows})
         self._knows_imbalance = len(self._imbalances) > 1
         self._surfaces = [
             _decodes([row for row in rows if row["unevenness"] == imbalance]) for imbalance in self._imbalances
         ]
-        beside_chunks = profile.tables.get("mixed_decode_attention")
+        beside_chunks = profile.tables.get(BESIDE_CHUNKS)
         self._beside_chunks = _decodes(beside_chunks) if beside_chunks else None
         self.covered = 0
 
@@ -209,36 +222,35 @@ class DecodeAttention:
 
     def us(self, decodes: Decodes, step: Step, note: Note) -> tuple[float, float]:
         """Time with contexts all alike, and what their imbalance adds."""
-        sequences, load = decodes.sequences, step.load
+        (sequences, by_imbalance, measured), load = decodes, step.load
         context = load.kv_tokens / sequences + 1  # a decode attends to its own token too
-        alike = decodes.curves[0](context)
-        added = self._added(decodes, load, context, alike) if self._knows_imbalance else 0.0
-        for low, high in decodes.measured:
-            if low <= context <= high:
-                self.covered += 1
-                covered = True
-                break
-        else:
-            covered = False
-        extrapolated_us = alike + added
+        alike = noted_us = by_imbalance[0](context)
+        added = 0.0
+        if len(by_imbalance) > 1:
+            added = self._added(sequences, load, context, by_imbalance, alike)
+            noted_us += added
         if self._beside_chunks and step.chunks and alike:
             beside = self._beside_chunks(sequences, context)
-            alike, added = beside, added * beside / alike  # imbalance is taken to cost its share there too
-            inside = self._beside_chunks.covers(sequences, context)
-            note("mixed_decode_attention", inside, alike, sequences, context)
-            extrapolated_us = added
-        if not covered:
-            note("decode_attention", False, extrapolated_us, sequences, context)
+            added = added * beside / alike  # imbalance is taken to cost its share there too
+            alike, noted_us = beside, added
+            note(BESIDE_CHUNKS, self._beside_chunks.covers(sequences, context), beside, sequences, context)
+        for low, high in measured:
+            if low <= context <= high:
+                self.covered += 1
+                break
+        else:
+            note(self.table, False, noted_us, sequences, context)
         return alike, added
 
-    def _added(self, decodes: Decodes, load: StepLoad, context: float, alike: float) -> float:
-        known, sequences = self._imbalances, decodes.sequences
-        squares = load.kv_squares + 2 * load.kv_tokens + sequences
+    def _added(
+        self, sequences: int, load: StepLoad, context: float, by_imbalance: Sequence[Curve], alike: float
+    ) -> float:
+        known, squares = self._imbalances, load.kv_squares + 2 * load.kv_tokens + sequences
         imbalance = min(squares / sequences / context**2, known[-1])
         right = bisect_right(known, imbalance, 1, len(known) - 1)
         low, high = known[right - 1], known[right]
-        below = decodes.curves[right - 1](context) if right > 1 else alike
-        above = decodes.curves[right](context)
+        below = by_imbalance[right - 1](context) if right > 1 else alike
+        above = by_imbalance[right](context)
         return max(0.0, below + (imbalance - low) * (above - below) / (high - low)) - alike
 
     @staticmethod
@@ -261,11 +273,16 @@ class Power:
     def __init__(self, profile: Profile, calibration: PowerCalibration) -> None:
         self._state = PowerState(calibration.memory_us)
         self._limit, self._row_us = calibration.limit, calibration.row_us
-        self._operations = Dense(profile).curve
+        self._profile = profile
         largest = max(profile.tables[IN_SERVICE], key=lambda row: row["rows"])
         # Steps larger than captured are taken to slow down as the largest of those.
         self._most_slowed: float = largest["slowed_us"] / largest["time_us"]
         self._end_ns = 0  # of the last step
+
+    @cached_property
+    def _operations(self) -> Curve:
+        """Of steps that are launched kernel by kernel."""
+        return Dense(self._profile).curve
 
     def at_full_load_us(self, counts: Counts) -> float:
         """What full load adds to a step."""

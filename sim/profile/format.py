@@ -50,6 +50,7 @@ KEYS = TABLES | OPTIONAL_TABLES
 # now -> plan made -> launched; device end -> noticed; noticed -> next clock read; event due -> clock read
 HOST_TERMS = ("plan", "launch", "notice", "turn", "wake")
 HOST_TERMS_BY_KIND = ("plan", "launch")  # the others do not depend on what a step runs
+MEASURE, CALIBRATE = "measure the profile again", "calibrate the profile again (tandem profile calibrate)"
 
 Row = dict[str, Any]
 Points = dict[tuple[Any, ...], float]  # time (us, all layers) by a table's keys
@@ -69,7 +70,7 @@ class Profile:
         _check_captured(self.tables, self.meta)
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
-            raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; measure the profile again")
+            raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; {MEASURE}")
 
     @property
     def name(self) -> str:
@@ -89,35 +90,27 @@ def rows_of(table: str, points: Points) -> list[Row]:
 
 def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
     if not rows:
-        raise TandemError(f"profile table {table} is missing or empty; measure the profile again")
+        raise TandemError(f"profile table {table} is missing or empty; {MEASURE}")
     for number, row in enumerate(rows):
         absent = [column for column in (*keys, "time_us", "spread") if column not in row]
         if absent:
             raise TandemError(
                 f"profile table {table}: no column {absent[0]}, only {', '.join(row)}; times are microseconds"
             )
-        if not _is_time(row["time_us"]):
-            raise TandemError(
-                f"profile table {table}, row {number}: time_us is {row['time_us']}; times are microseconds >= 0"
-            )
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        for column in ("time_us", "slowed_us") if table == IN_SERVICE else ("time_us",):
+            value = row.get(column)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise TandemError(
+                    f"profile table {table}, row {number}: {column} is {value}; times are microseconds >= 0: "
+                    f"{CALIBRATE if column == 'slowed_us' else MEASURE}"
+                )
 
 
 def _check_captured(tables: Mapping[str, Sequence[Row]], meta: ProfileMeta) -> None:
-    again = "calibrate the profile again (tandem profile calibrate)"
     if "graph" in tables and meta.graphs is None:
-        raise TandemError("profile table graph needs the entry graphs: measure the profile again")
+        raise TandemError(f"profile table graph needs the entry graphs: {MEASURE}")
     if (IN_SERVICE in tables) != (meta.power is not None):
-        raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {again}")
-    for number, row in enumerate(tables.get(IN_SERVICE, ())):
-        if not _is_time(row.get("slowed_us")):
-            raise TandemError(
-                f"profile table {IN_SERVICE}, row {number}: slowed_us is {row.get('slowed_us')}, "
-                f"not microseconds >= 0: {again}"
-            )
+        raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {CALIBRATE}")
 
 
 def _check_units(folder: Path, profile: Profile) -> None:
@@ -183,7 +176,7 @@ def read_meta(path: Path) -> ProfileMeta:
         raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml")
     entries = read_yaml(path)
     if not isinstance(entries, dict) or entries.pop("schema", None) != SCHEMA_VERSION:
-        raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; measure the profile again")
+        raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; {MEASURE}")
     try:
         return ProfileMeta.from_dict(entries)
     except TandemError as error:
