@@ -106,7 +106,7 @@ class Step(NamedTuple):
     @property
     def is_steady(self) -> bool:
         """Whether it changes nothing: who decoded decodes on."""
-        return _is_steady(self)
+        return is_steady(self)
 
     @property
     def kind(self) -> str:
@@ -146,11 +146,6 @@ class StepDraft:
             part.pop(request_id, None)
         if request_id in self.skipped:
             self.skipped.remove(request_id)
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether it changes nothing: who decoded decodes on."""
-        return _is_steady(self)
 
     def seal(self, index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
         """The step, which follows one with the digest `previous`. The draft is used up."""
@@ -195,13 +190,18 @@ class StepDraft:
 
 def steady_step(index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
     """A step that changes nothing, as most do: what an empty draft would be sealed to, at a fraction of the cost."""
-    return Step(index, decodes, load=load, digest=_chain(previous, _STEADY.pack(ENCODING_VERSION, index, decodes)))
+    digest = blake2b(previous + _STEADY.pack(ENCODING_VERSION, index, decodes), digest_size=DIGEST_BYTES).digest()
+    return tuple.__new__(Step, (index, decodes, *_NO_CHANGE, load, digest))  # half the time of `Step(...)`
 
 
 _STEADY = struct.Struct("<3q64x")  # eight lists without an entry
 
 
-def _is_steady(step: Step | StepDraft) -> bool:
+_NO_CHANGE = Step(0)[2:-2]
+
+
+def is_steady(step: Step | StepDraft) -> bool:
+    """Whether a step changes nothing: who decoded decodes on."""
     return not (
         step.chunks
         or step.finishing

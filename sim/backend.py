@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import simpy
 
-from engine.backend import Completion, Filled, Shown, Stop
+from engine.backend import Filled, Shown, Stop
 from engine.decode_set import DecodeSet
 from engine.events import EventQueue, EventSource
 from engine.prefix_hash import Content, with_output
@@ -68,8 +68,8 @@ class SimBackend:
         """Waits for the oldest step in flight."""
         index, shown = self._in_flight.popleft()
         now = self._env.now
-        completed_ns, start_ns, device_ns, resume_ns = self._timing.complete(now)
-        return self._env.timeout(resume_ns - now, Completion(index, completed_ns, start_ns, device_ns, *shown))
+        completion, resume_ns = self._timing.complete(now, index, shown)
+        return self._env.timeout(resume_ns - now, completion)
 
     def wait(self, until_ns: int | None) -> simpy.Event | None:
         """Waits for the next external event, or until then."""

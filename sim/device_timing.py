@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
-from engine.backend import Launch
+from engine.backend import Completion, Launch, Shown
 from engine.copy_order import CopyOrder
 from engine.step import Step
 from sim.latency_model import LatencyModel
@@ -25,23 +25,14 @@ class DeviceWork(NamedTuple):
     device_ns: int
 
 
-class Noticed(NamedTuple):
-    """The host noticed that a step was done: when, what the device did, and when the loop goes on (ns)."""
-
-    completed_ns: int
-    start_ns: int
-    device_ns: int
-    resume_ns: int
-
-
 class DeviceTiming(Protocol):
     """What a simulated backend asks. The last value of each answer is when the loop goes on."""
 
     def launch(self, step: Step, now: int) -> tuple[Launch, int]:
         """The host launches a step."""
 
-    def complete(self, now: int) -> Noticed:
-        """The host waits for the oldest step in flight."""
+    def complete(self, now: int, step: int, shown: Shown) -> tuple[Completion, int]:
+        """The host waits for the oldest step in flight, whose index and tokens these are."""
 
     def wake(self, due_ns: int) -> int:
         """The host, idle, is woken by an event that is due at `due_ns`; returns when the loop goes on."""
@@ -112,12 +103,12 @@ class ProfiledTiming:
             self._copied_ns = {index: end for index, end in self._copied_ns.items() if index > needed}
         return copies_ns
 
-    def complete(self, now: int) -> Noticed:
+    def complete(self, now: int, step: int, shown: Shown) -> tuple[Completion, int]:
         """The host notices a little after the device's end, or at once if that is past."""
         start, device_ns, host = self._in_flight.popleft()
         noticed = start + device_ns + host.notice
         completed = now if now > noticed else noticed
-        return Noticed(completed, start, device_ns, completed + host.turn)
+        return Completion(step, completed, start, device_ns, *shown), completed + host.turn
 
     def wake(self, due_ns: int) -> int:
         """Timers are late."""

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backend import Launch
+from engine.backend import Completion, Launch, Shown
 from engine.config import ServingConfig
 from engine.events import Event, EventQueue
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.request import STOP, Request
 from engine.step import Step
-from sim.device_timing import DeviceWork, Noticed
+from sim.device_timing import DeviceWork
 from sim.latency_model import PARTS, LatencyModel
 from sim.profile.format import Profile
 from sim.simulate import simulate
@@ -132,12 +132,12 @@ class RecordedTiming:
             self.predictions.append(self._latency.predict(step, work.start_ns))
         return work
 
-    def complete(self, now: int) -> Noticed:
+    def complete(self, now: int, step: int, shown: Shown) -> tuple[Completion, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
         completed, work = self._row["completed_ns"], self._in_flight.popleft()
         if completed is None or work is None:
             raise ReplayOver
-        return Noticed(completed, *work, self._next_read(completed))
+        return Completion(step, completed, *work, *shown), self._next_read(completed)
 
     def wake(self, due_ns: int) -> int:
         """When the recorded run woke up. Raises ReplayOver if it was over by then."""

@@ -34,10 +34,10 @@ class NoisyTiming(ProfiledTiming):
         self._device_free_ns += self._jitter()
         return launch, resume + self._jitter()
 
-    def complete(self, now):
-        completed, start, device, resume = super().complete(now)
+    def complete(self, now, step, shown):
+        completion, resume = super().complete(now, step, shown)
         late = self._jitter()
-        return completed + late, start, device, resume + late + self._jitter()
+        return completion._replace(completed_ns=completion.completed_ns + late), resume + late + self._jitter()
 
     def wake(self, due_ns):
         return super().wake(due_ns) + self._jitter()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shadow import serve, small_profile
 from test_scheduling_properties import MS, configs, schedulers, workloads
 
+from engine.backend import Shown
 from engine.config import ServingConfig
 from engine.copy_order import CopyOrder
 from engine.prefix_hash import Content
@@ -330,7 +331,8 @@ def test_compute_that_depends_on_a_copy_starts_when_it_ends_and_other_compute_be
     for step in steps:
         timing.launch(step, 0)
     launched = timing.launch(chunk_step(3), 0)[0].launched_ns
-    _, starts, device_ns, _ = zip(*(timing.complete(0) for _ in range(4)), strict=True)
+    done = [timing.complete(0, index, Shown())[0] for index in range(4)]
+    starts, device_ns = [each.device_start_ns for each in done], [each.device_ns for each in done]
     assert starts[0] == launched
     assert starts[1] == launched + compute + copy
     assert starts[2] == launched + 2 * compute + copy
@@ -344,7 +346,8 @@ def test_compute_waits_for_the_copies_of_a_request_that_joined_in_a_step_without
     timing.launch(Step(0, swapped_in={1: eight}), 0)
     timing.launch(Step(1, swapped_in={2: eight}, joined={1: 100}), 0)
     timing.launch(Step(2, decodes=1, load=StepLoad(kv_tokens=100)), 0)
-    _, starts, device_ns, _ = zip(*(timing.complete(0) for _ in range(3)), strict=True)
+    done = [timing.complete(0, index, Shown())[0] for index in range(3)]
+    starts, device_ns = [each.device_start_ns for each in done], [each.device_ns for each in done]
     assert starts[2] == starts[0] + device_ns[0]
 
 

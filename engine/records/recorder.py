@@ -118,11 +118,11 @@ class Recorder:
         """A step's tokens are known."""
         step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
         _, completed_ns, start_ns, device_ns, stops, _ = completion
-        load, out, back = step.load, step.swapped_out, step.swapped_in
+        (kv_tokens, _, blocks_used, running, waiting), out, back = step.load, step.swapped_out, step.swapped_in
         self._steps += _pack_step(
             step.index, step.digest, now, planned_ns, launched_ns,
             step.prefill_tokens, len(step.chunks), step.decodes,
-            load.kv_tokens, load.kv_blocks_used, load.running, load.waiting,
+            kv_tokens, blocks_used, running, waiting,
             len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
             completed_ns, start_ns, device_ns,
         )  # fmt: skip

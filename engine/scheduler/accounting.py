@@ -16,7 +16,7 @@ from engine.decode_set import DecodeSet
 from engine.planner import PolicyError
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
 from engine.scheduler.kv_manager import KVManager
-from engine.step import GENESIS, Step, StepDraft, StepLoad, steady_step
+from engine.step import GENESIS, Step, StepDraft, StepLoad, is_steady, steady_step
 
 
 class Accounting(ABC):
@@ -309,7 +309,7 @@ class Accounting(ABC):
             self._count_chunks(draft)
         if decodes:
             self._count_decodes(draft)
-        if draft.is_steady:
+        if is_steady(draft):
             step = steady_step(self._index, decodes, load, self._digest)
         else:
             step, self._step = draft.seal(self._index, decodes, load, self._digest), StepDraft()
