@@ -206,7 +206,6 @@ class DecodeAttention:
     def __init__(self, profile: Profile) -> None:
         rows = profile.tables[self.table]
         self._imbalances: list[float] = sorted({row["unevenness"] for row in rows})
-        self._knows_imbalance = len(self._imbalances) > 1
         self._surfaces = [
             _decodes([row for row in rows if row["unevenness"] == imbalance]) for imbalance in self._imbalances
         ]
