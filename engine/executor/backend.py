@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from engine.backend import Completion, Launch, Shown
@@ -140,29 +140,49 @@ class Runs(Protocol):
 
 
 class ThreadedDataPlane:
-    """A data plane for a machine whose processors compute and launch alike: it runs in a thread of its own."""
+    """A data plane for a machine whose processors compute and launch alike: it runs in a thread of its own.
+
+    The thread is a daemon. Ctrl-C may break off anything, and Python waits for other threads before it exits.
+    """
 
     def __init__(self, runner: Runs) -> None:
         self._runner = runner
-        self._thread = ThreadPoolExecutor(1, "data-plane", runner.prepare_thread)
-        self._in_flight: deque[Future[CompletedStep]] = deque()
+        self._steps: SimpleQueue[Step | None] = SimpleQueue()
+        self._results: SimpleQueue[CompletedStep | BaseException | None] = SimpleQueue()
+        self._worker = Thread(target=self._work, name="data-plane", daemon=True)
 
     def __enter__(self) -> ThreadedDataPlane:
-        self._thread.submit(int).result()  # the thread is ready
+        self._worker.start()
+        self._next_result()  # the thread is ready
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+        self._steps.put(None)
+        self._worker.join()
 
     def launch(self, step: Step) -> None:
         """Hands the step to the thread."""
-        self._in_flight.append(self._thread.submit(self._run, step))
+        self._steps.put(step)
 
     def complete(self) -> CompletedStep:
         """Waits for the thread; raises its error."""
-        return self._in_flight.popleft().result()
+        completed = self._next_result()
+        assert completed is not None
+        return completed
 
-    def _run(self, step: Step) -> CompletedStep:
-        start_ns = time.perf_counter_ns()
-        shown = self._runner.run(step)
-        return CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown)
+    def _next_result(self) -> CompletedStep | None:
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def _work(self) -> None:
+        try:
+            self._runner.prepare_thread()
+            self._results.put(None)
+            while (step := self._steps.get()) is not None:
+                start_ns = time.perf_counter_ns()
+                shown = self._runner.run(step)
+                self._results.put(CompletedStep(step.index, start_ns, time.perf_counter_ns() - start_ns, shown))
+        except BaseException as error:
+            self._results.put(error)
