@@ -87,6 +87,6 @@ def test_every_file_and_option_it_names_exists():
             check=True,
             env={"COLUMNS": "200", "TERM": "dumb"},
         ).stdout
-        for command in (["serve"], ["replay"])
+        for command in (["serve"], ["load"])
     )
     assert options and all(option in known for option in options)

@@ -28,7 +28,7 @@ def run_kind(name: str, run: RunRecords) -> str:
     if backend == "client":
         raise TandemError(
             f"{name} is what a client saw, without steps: compare the server's own run (tandem serve --out), or give "
-            "tandem replay --against"
+            "tandem load --against"
         )
     if backend not in RUN_KINDS:
         raise TandemError(
