@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from shadow import small_profile
 
-from analysis.jobs.profile import measure
+from analysis.jobs.profile import check_profile, measure
 from analysis.report.console_progress import ConsoleProgress
 from engine.config import ServingConfig
 from engine.executor.batch_state import RunningBatch
@@ -337,3 +339,13 @@ def test_an_interrupted_profile_goes_on_where_it_was(tmp_path):
         None,
     ]
     assert Notes.open(path, {"device": "another"}).next() is None
+
+
+def test_a_profile_without_held_out_batches_is_found_before_anything_is_served():
+    profile = read_profile(shipped_profiles()["h100-80gb/llama-3-8b"])
+    meta = profile.meta
+    machine = SimpleNamespace(device=meta.device, dtype=meta.dtype, kernels=meta.kernels, model=meta.model)
+    check_profile(profile, machine, profile.meta.measured_within)
+    older = replace(profile, tables={name: rows for name, rows in profile.tables.items() if name != "held_out"})
+    with pytest.raises(TandemError, match="keeps no held-out batches"):
+        check_profile(older, machine, profile.meta.measured_within)

@@ -59,9 +59,12 @@ def check_drift(profile: Profile, executor: Executor, progress: Progress) -> dic
 
 
 def check_profile(profile: Profile, executor: Executor, config: ServingConfig) -> None:
-    """Raises TandemError if a profile is of another model, machine or dtype, or was measured for smaller batches."""
+    """Raises TandemError if a profile is of another model, machine or dtype, was measured for smaller batches, or keeps
+    no held-out batches: its drift could not be measured after the runs."""
     check_same(profile, executor, ("device", "dtype", "model shape"))
     for limit in MEMORY_LIMITS if profile.meta.limits else ():
         measured, wanted = getattr(profile.meta.limits, limit), getattr(config, limit)
         if measured < wanted:
             raise TandemError(f"the profile was measured for a {limit} of {measured}, not {wanted}")
+    if not count_drift(profile):
+        raise TandemError("the profile keeps no held-out batches, by which its drift is measured")
