@@ -509,7 +509,7 @@ def test_mixed_steps_on_the_rtx_4090_take_what_was_measured_of_batches_left_out(
             for chunk, context, sequences, tokens in of_fold:
                 cached = tokens // sequences - 1
                 if max(context, cached) <= 4096 and chunk + sequences <= 2048:
-                    step = replace(decodes(sequences, cached), chunks={0: Chunk(context, chunk, True)})
+                    step = decodes(sequences, cached)._replace(chunks={0: Chunk(context, chunk, True)})
                     parts = latency.parts_us(step)
                     true = parts["dense"] + parts["head"] + mixed[chunk, context, sequences, tokens]
                     found[name].append(sum(parts.values()) / true - 1)
