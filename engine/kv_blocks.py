@@ -42,6 +42,10 @@ class BlockPool:
         del self._free[len(self._free) - count :]
         return taken
 
+    def allocate_each(self, count: int) -> list[int]:
+        """As `count` calls that hand out one."""
+        return self.allocate(count)
+
     def release(self, blocks: Iterable[int]) -> None:
         """Take blocks back."""
         self._free.extend(blocks)
@@ -115,6 +119,10 @@ class PrefixCachingPool(BlockPool):
         for block in blocks:
             self._owners[block] = 1
         return blocks
+
+    def allocate_each(self, count: int) -> list[int]:
+        """As in `BlockPool`."""
+        return [block for _ in range(count) for block in self.allocate(1)]
 
     def _evict(self) -> None:
         block, _ = self._idle.popitem(last=False)

@@ -9,12 +9,13 @@ the next token. Mixing both in a step is SARATHI's piggybacking.
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ENCODING_VERSION = 2
 DIGEST_BYTES = 16
@@ -54,10 +55,16 @@ class StepLoad(NamedTuple):
     waiting: int = 0
 
 
-NO_LOAD, NO_COPIES = StepLoad(), MappingProxyType[int, Copies]({})
+NO_LOAD = StepLoad()
+_NOBODY = MappingProxyType[int, Any]({})
 
 
-class Step(NamedTuple):
+def _nobody() -> Mapping[int, Any]:
+    return _NOBODY
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
     """One iteration's plan. Order of effect: `dropped` and `preempted` leave, `swapped_out` leave and are copied,
     `skipped` leave the decode set, `swapped_in` are copied back, `joined` enter it, chunks and decodes run, `finishing`
     leave.
@@ -79,16 +86,16 @@ class Step(NamedTuple):
         digest: hash of this and all earlier steps, but for their loads.
     """
 
-    index: int  # type: ignore[assignment]  # hides tuple.index, of which a step has no use
+    index: int
     decodes: int = 0
     dropped: Sequence[int] = ()
     preempted: Sequence[int] = ()
-    swapped_out: Mapping[int, Copies] = NO_COPIES
-    swapped_in: Mapping[int, Copies] = NO_COPIES
-    joined: Mapping[int, int] = MappingProxyType({})
+    swapped_out: Mapping[int, Copies] = field(default_factory=_nobody)
+    swapped_in: Mapping[int, Copies] = field(default_factory=_nobody)
+    joined: Mapping[int, int] = field(default_factory=_nobody)
     skipped: Sequence[int] = ()
-    chunks: Mapping[int, Chunk] = MappingProxyType({})
-    blocks: Mapping[int, Sequence[int]] = MappingProxyType({})
+    chunks: Mapping[int, Chunk] = field(default_factory=_nobody)
+    blocks: Mapping[int, Sequence[int]] = field(default_factory=_nobody)
     finishing: Sequence[int] = ()
     load: StepLoad = NO_LOAD
     digest: bytes = b""
@@ -118,8 +125,10 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class StepDraft:
-    """A step under construction: attributes as in `Step`."""
+    """A step under construction, and the same object once it is sealed: attributes as in `Step`."""
 
+    index: int = 0
+    decodes: int = 0
     dropped: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     swapped_out: dict[int, Copies] = field(default_factory=dict)
@@ -127,18 +136,15 @@ class StepDraft:
     joined: dict[int, int] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
     chunks: dict[int, Chunk] = field(default_factory=dict)
-    blocks: dict[int, list[int]] = field(default_factory=dict)
+    blocks: defaultdict[int, list[int]] = field(default_factory=partial(defaultdict, list))
     finishing: list[int] = field(default_factory=list)
+    load: StepLoad = NO_LOAD
+    digest: bytes = b""
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
         return sum([chunk.tokens for chunk in self.chunks.values()]) if self.chunks else 0
-
-    def give(self, request_id: int, blocks: list[int]) -> None:
-        """Append blocks to a request's block table; the list is the draft's from now on."""
-        if (given := self.blocks.setdefault(request_id, blocks)) is not blocks:
-            given += blocks
 
     def take_out(self, request_id: int) -> None:
         """A request runs nothing in this step."""
@@ -148,24 +154,12 @@ class StepDraft:
             self.skipped.remove(request_id)
 
     def seal(self, index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
-        """The step, which follows one with the digest `previous`. The draft is used up."""
-        return Step(
-            index,
-            decodes,
-            self.dropped,
-            self.preempted,
-            self.swapped_out,
-            self.swapped_in,
-            self.joined,
-            self.skipped,
-            self.chunks,
-            self.blocks,
-            self.finishing,
-            load,
-            _chain(previous, self._encode(index, decodes)),
-        )
+        """Make it a step, which follows one with the digest `previous`."""
+        self.index, self.decodes, self.load = index, decodes, load
+        self.digest = blake2b(previous + self._encode(), digest_size=DIGEST_BYTES).digest()
+        return _frozen(self)
 
-    def _encode(self, index: int, decodes: int) -> bytes:
+    def _encode(self) -> bytes:
         """Canonical bytes of the decisions."""
         out = _encode_copies(self.swapped_out) if self.swapped_out else ()
         back = _encode_copies(self.swapped_in) if self.swapped_in else ()
@@ -173,7 +167,7 @@ class StepDraft:
         chunks = [n for each, chunk in self.chunks.items() for n in (each, *chunk)] if self.chunks else ()
         blocks = [n for each, new in self.blocks.items() for n in (each, len(new), *new)] if self.blocks else ()
         numbers = [
-            ENCODING_VERSION, index, decodes,
+            ENCODING_VERSION, self.index, self.decodes,
             len(self.dropped), *self.dropped,
             len(self.preempted), *self.preempted,
             len(out), *out,
@@ -190,14 +184,18 @@ class StepDraft:
 
 def steady_step(index: int, decodes: int, load: StepLoad, previous: bytes) -> Step:
     """A step that changes nothing, as most do: what an empty draft would be sealed to, at a fraction of the cost."""
-    digest = blake2b(previous + _STEADY.pack(ENCODING_VERSION, index, decodes), digest_size=DIGEST_BYTES).digest()
-    return tuple.__new__(Step, (index, decodes, *_NO_CHANGE, load, digest))  # half the time of `Step(...)`
+    digest = blake2b(previous + _pack_steady(ENCODING_VERSION, index, decodes), digest_size=DIGEST_BYTES).digest()
+    return _frozen(StepDraft(index, decodes, *_NO_CHANGE, load, digest))  # type: ignore[call-arg]
 
 
-_STEADY = struct.Struct("<3q64x")  # eight lists without an entry
+def _frozen(draft: StepDraft) -> Step:
+    """The draft, which nobody can change any more. It has a step's slots, so that nothing is copied."""
+    draft.__class__ = Step  # type: ignore[assignment]
+    return draft  # type: ignore[return-value]
 
 
-_NO_CHANGE = Step(0)[2:-2]
+_pack_steady = struct.Struct("<3q64x").pack  # eight lists without an entry
+_NO_CHANGE: Sequence[Any] = [getattr(Step(0), each.name) for each in fields(Step)[2:-2]]
 
 
 def is_steady(step: Step | StepDraft) -> bool:
@@ -213,11 +211,6 @@ def is_steady(step: Step | StepDraft) -> bool:
         or step.swapped_out
         or step.swapped_in
     )
-
-
-def _chain(previous: bytes, delta: bytes) -> bytes:
-    """d_n = H(d_{n-1}, canonical bytes of the delta): 16 bytes that stand for every decision so far."""
-    return blake2b(previous + delta, digest_size=DIGEST_BYTES).digest()
 
 
 @cache

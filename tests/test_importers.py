@@ -187,7 +187,7 @@ def test_a_prefill_costs_what_the_sources_operations_add_up_to(vllm):
 
 def test_decodes_beside_a_prefill_cost_what_they_add_to_it_in_the_median(vllm):
     latency = LatencyModel(import_profile([vllm], LLAMA3))
-    mixed = decodes(8, 1024)._replace(chunks=prefill(128).chunks)
+    mixed = replace(decodes(8, 1024), chunks=prefill(128).chunks)
     parts = latency.parts_us(mixed)
     assert parts["prefill_attention"] == pytest.approx(LAYERS * prefill_us(128, 0), rel=1e-3)
     assert parts["decode_attention"] == pytest.approx(MIXED * LAYERS * decode_us(8, 1024), rel=1e-3)
@@ -198,7 +198,7 @@ def test_decodes_beside_a_prefill_cost_what_they_add_to_it_in_the_median(vllm):
 
 def test_context_imbalance_costs_its_share_beside_a_prefill_too(vllm):
     latency = LatencyModel(import_profile([vllm], LLAMA3))
-    alone, mixed = (latency.parts_us(uneven()._replace(chunks=chunks)) for chunks in ({}, prefill(128).chunks))
+    alone, mixed = (latency.parts_us(replace(uneven(), chunks=chunks)) for chunks in ({}, prefill(128).chunks))
     shares = [parts["imbalance"] / parts["decode_attention"] for parts in (alone, mixed)]
     assert shares[0] == pytest.approx(shares[1]) and shares[0] > 0.1
 
@@ -208,7 +208,7 @@ def test_without_mixed_measurements_a_mixed_step_is_the_sum_of_both(vllm):
     profile = import_profile([vllm], LLAMA3)
     assert "mixed_decode_attention" not in profile.tables
     latency = LatencyModel(profile)
-    mixed, alone = (latency.parts_us(decodes(8, 1024)._replace(chunks=chunks)) for chunks in (prefill(128).chunks, {}))
+    mixed, alone = (latency.parts_us(replace(decodes(8, 1024), chunks=chunks)) for chunks in (prefill(128).chunks, {}))
     assert mixed["decode_attention"] == alone["decode_attention"]
 
 
@@ -509,7 +509,7 @@ def test_mixed_steps_on_the_rtx_4090_take_what_was_measured_of_batches_left_out(
             for chunk, context, sequences, tokens in of_fold:
                 cached = tokens // sequences - 1
                 if max(context, cached) <= 4096 and chunk + sequences <= 2048:
-                    step = decodes(sequences, cached)._replace(chunks={0: Chunk(context, chunk, True)})
+                    step = replace(decodes(sequences, cached), chunks={0: Chunk(context, chunk, True)})
                     parts = latency.parts_us(step)
                     true = parts["dense"] + parts["head"] + mixed[chunk, context, sequences, tokens]
                     found[name].append(sum(parts.values()) / true - 1)

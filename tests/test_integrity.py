@@ -256,7 +256,7 @@ class Stingy(ChunkedPrefill):
     def schedule(self, now: int) -> Step | None:
         made = super().schedule(now)
         if made and made.index == 3:
-            return made._replace(blocks={max(self.running): [0]})
+            return dataclasses.replace(made, blocks={max(self.running): [0]})
         return made
 
 

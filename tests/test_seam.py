@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from dataclasses import FrozenInstanceError
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.planner import PolicyError
 from engine.request import Request
 from engine.scheduler import POLICIES, load_scheduler
 from engine.scheduler.policies.fcfs import Fcfs
+from engine.step import Step
 from traces.request import TraceRequest
 
 ROOT = Path(engine.__file__).parents[1]
@@ -207,3 +209,17 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch
     del sys.modules["mine"]
     scheduler = load_scheduler(ServingConfig(num_blocks=5, scheduler="mine:Mine"))
     assert type(scheduler).__name__ == "Mine"
+
+
+def test_a_planned_step_cannot_be_changed():
+    limits = ServingConfig(num_blocks=8, block_size=4, max_seqs=2, max_batched_tokens=16, max_model_len=24)
+    scheduler = load_scheduler(limits)
+    scheduler.arrive(Request.from_trace(TraceRequest(id=0, arrival_ns=0, prompt_len=5, output_len=9, max_tokens=9)))
+    first, joining, steady = (scheduler.schedule(now) for now in range(3))
+    assert (
+        first and joining and steady and [each.is_steady for each in (first, joining, steady)] == [False, False, True]
+    )
+    for step in (first, joining, steady):
+        assert type(step) is Step
+        with pytest.raises(FrozenInstanceError):
+            step.decodes = 7

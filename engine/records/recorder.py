@@ -118,15 +118,16 @@ class Recorder:
         """A step's tokens are known."""
         step, now, (planned_ns, launched_ns) = self._in_flight.popleft()
         _, completed_ns, start_ns, device_ns, stops, _ = completion
-        (kv_tokens, _, blocks_used, running, waiting), out, back = step.load, step.swapped_out, step.swapped_in
+        (kv_tokens, _, blocks_used, running, waiting), chunks = step.load, step.chunks
+        out, back = step.swapped_out, step.swapped_in
         self._steps += _pack_step(
             step.index, step.digest, now, planned_ns, launched_ns,
-            step.prefill_tokens, len(step.chunks), step.decodes,
+            step.prefill_tokens if chunks else 0, len(chunks), step.decodes,
             kv_tokens, blocks_used, running, waiting,
             len(step.preempted) + len(out), _blocks(out) if out else 0, _blocks(back) if back else 0,
             completed_ns, start_ns, device_ns,
         )  # fmt: skip
-        if step.chunks or step.finishing or stops:
+        if chunks or step.finishing or stops:
             self._note_tokens(step, completed_ns, stops)
 
     def _note_tokens(self, step: Step, completed_ns: int, stops: Sequence[Stop]) -> None:

@@ -178,7 +178,7 @@ class Accounting(ABC):
         self.prefilling[request.id] = request
         if hits:
             self.kv.share(request, hits)
-            self._step.give(request.id, [*hits])
+            self._step.blocks[request.id] += hits
         self.on_admit(request)
         return True
 
@@ -227,11 +227,16 @@ class Accounting(ABC):
                 raise PolicyError(f"keeps request {victim.id} running in its preempt: let that call super().preempt")
             if victim is request:
                 return False
-        self._step.give(request.id, self.kv.give(request, missing))
+        self._step.blocks[request.id] += self.kv.give(request, missing)
         return True
 
     def _extend(self, due: dict[int, Request]) -> None:
         """Give decoding requests that need one a block for their next token."""
+        if len(due) <= self.pool.free:  # as most times: nobody is preempted
+            self._step.blocks |= self.kv.give_one_each(due.values())
+            for request_id in due:
+                self.decoding.wake(request_id, self.config.block_size)
+            return
         for request in due.values():
             if request.id in self.decoding and self._give(request, 1):
                 self.decoding.wake(request.id, self.config.block_size)
@@ -304,7 +309,7 @@ class Accounting(ABC):
             self.cpu_pool.release(copies.source)
         tokens, squares = (decoding.kv_tokens, decoding.kv_squares) if decodes else (0, 0)
         running = len(self.running) + len(self.held)
-        load = StepLoad(tokens, squares, self.pool.used, running, len(self.waiting))
+        load = tuple.__new__(StepLoad, (tokens, squares, self.pool.used, running, len(self.waiting)))
         if draft.chunks:
             self._count_chunks(draft)
         if decodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -70,7 +71,7 @@ class BatchShape(NamedTuple):
             used += owned
         joined = dict(enumerate(self.decodes, len(self.chunks)))
         steps = [self._step(index, rests) for index in range(count)]
-        return [steps[0]._replace(blocks=blocks, joined=joined), *steps[1:]]
+        return [replace(steps[0], blocks=blocks, joined=joined), *steps[1:]]
 
     def _step(self, index: int, rests: int) -> Step:
         chunks = {each: Chunk(context, tokens, True) for each, (tokens, context) in enumerate(self.chunks)}
