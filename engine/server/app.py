@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.engine_client import EngineClient
 from engine.server.openai_format import ChatFormat, CompletionFormat
-from engine.server.prometheus import Exposition
-from engine.server.protocol import (
-    MOST_PROMPTS,
-    ChatRequest,
-    CompletionRequest,
-    ErrorBody,
-    Generate,
-    Refused,
-)
-from engine.server.response import Answer, AnswerResponse
+from engine.server.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, ErrorBody, Generate, Refused
+from engine.server.response import Answer
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
@@ -64,9 +57,7 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     """The application, behind its guards."""
     app = FastAPI(title="Tandem", version=version("tandem-llm"), docs_url=None, redoc_url=None)
     api = _Api(engine, text, limits)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)
-    }
+    errors: dict[int | str, Any] = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)}
     app.post("/v1/completions", responses=errors)(api.completions)
     app.post("/v1/chat/completions", responses=errors)(api.chat)
     app.get("/v1/models", responses={401: errors[401]})(api.models)
@@ -89,17 +80,17 @@ class _Api:
         self._limits = limits
         self._page = STATUS_PAGE.read_text()
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Exposition(engine))
+        self._registry.register(engine.metrics)
         self._answers = 0
 
-    async def completions(self, body: CompletionRequest) -> AnswerResponse:
+    async def completions(self, body: CompletionRequest) -> Answer:
         """Complete prompts: text or token ids, one or several."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, len(body.prompts))
         prompts = [await self._ids(prompt) for prompt in body.prompts]
         return self._answer(body, prompts, arrived_ns, CompletionFormat)
 
-    async def chat(self, body: ChatRequest) -> AnswerResponse:
+    async def chat(self, body: ChatRequest) -> Answer:
         """Continue a conversation, written by the model's chat template."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, 1)
@@ -107,7 +98,7 @@ class _Api:
             written = self._text.chat([message.plain() for message in body.messages])
         except ValueError as error:
             raise Refused(400, str(error), "messages") from None
-        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatFormat)
+        return self._answer(body, [await self._read(written, add_special_tokens=False)], arrived_ns, ChatFormat)
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
@@ -143,7 +134,7 @@ class _Api:
             "kv_blocks": engine.ready.config.num_blocks,
             "max_seqs": engine.ready.config.max_seqs,
             "open": engine.open_requests,
-            "load": engine.load._asdict(),
+            "load": metrics.load._asdict(),
             "generated": metrics.generated,
             "outcomes": dict(metrics.outcomes),
             "ttft": metrics.first_tokens.in_ms(),
@@ -172,17 +163,18 @@ class _Api:
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return await self._read(prompt, self._text.encode)
+            return await self._read(prompt)
         if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
             raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
-    async def _read(self, text: str, encode: Any) -> list[int]:
+    async def _read(self, text: str, add_special_tokens: bool = True) -> list[int]:
         longest = self._engine.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
         try:
-            ids: list[int] = encode(text) if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode, text)
+            encode = partial(self._text.encode, text, add_special_tokens)
+            ids = encode() if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
         except Exception as error:  # the tokenizer's, which has no type of its own
             raise Refused(400, f"the tokenizer cannot read the prompt: {error}", "prompt") from error
         if not ids:
@@ -191,7 +183,7 @@ class _Api:
 
     def _answer(
         self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, format: type[CompletionFormat]
-    ) -> AnswerResponse:
+    ) -> Answer:
         sources = [self._source(body, ids) for ids in prompts]
         condition = StopCondition(body.ignore_eos, body.min_tokens, body.output_len)
         self._answers += 1
@@ -201,7 +193,7 @@ class _Api:
         for output, source in zip(answer.outputs, sources, strict=True):
             answer.prompt_tokens += source.prompt_len
             output.request_id = self._engine.submit(output, source, arrived_ns, condition)
-        return AnswerResponse(answer)
+        return answer
 
     def _source(self, body: Generate, ids: list[int]) -> TraceRequest:
         limit = self._limit(body, len(ids))
@@ -259,7 +251,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:  # raised in the middle of FastAPI's reading, which passes on nothing else
-                raise HTTPException(413, too_large.message)
+                raise HTTPException(413, too_large.detail)
             return message
 
         await self._app(scope, receive_within_limit, send)

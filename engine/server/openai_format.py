@@ -5,17 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, NamedTuple
+from typing import Any
 
 DONE = b"data: [DONE]\n\n"
-
-
-class Choice(NamedTuple):
-    """One output that is complete."""
-
-    place: int
-    text: str
-    finish_reason: str
 
 
 class CompletionFormat:
@@ -50,13 +42,13 @@ class CompletionFormat:
         body = self._head | {"object": self.chunk, "choices": [], "usage": counts}
         return f"data: {json.dumps(body)}\n\n".encode() if self._usage else b""
 
-    def answer(self, choices: Sequence[Choice], counts: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, choices: Sequence[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
         """The whole, not streamed."""
-        return self._head | {"object": self.whole, "choices": [self._choice(each) for each in choices], "usage": counts}
+        return self._head | {"object": self.whole, "choices": choices, "usage": counts}
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        text = {"index": choice.place, "text": choice.text, "logprobs": None}
-        return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One output of the whole."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason, "stop_reason": None}
 
 
 class ChatFormat(CompletionFormat):
@@ -72,6 +64,7 @@ class ChatFormat(CompletionFormat):
             f'"finish_reason": null{self._after}'
         ).encode()
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
-        return {"index": choice.place, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """As in `CompletionFormat`."""
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
