@@ -45,9 +45,4 @@ def write_jsonl(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping
     file.write(f"{write_header(meta)}\n".encode())
     for request in requests:
         row = {name: value for name in COLUMNS if (value := written_value(request, name)) is not None}
-        file.write(f"{json.dumps(row, default=_as_list)}\n".encode())
-
-
-def _as_list(ids: Sequence[int]) -> list[int]:
-    plain: list[int] = np.asarray(ids).tolist()
-    return plain
+        file.write(f"{json.dumps(row, default=lambda ids: np.asarray(ids).tolist())}\n".encode())

@@ -46,13 +46,11 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
         lists = columns["prompt_token_ids"].cast(pa.list_(pa.int32()))
         if lists.flatten().null_count:
             raise TandemError("prompt_token_ids has a null among the ids of a request")
-        columns["prompt_token_ids"] = [_int32(ids.values) for ids in lists]
+        columns["prompt_token_ids"] = [
+            array("i", ids.values.to_numpy().tobytes()) if ids.is_valid else None for ids in lists
+        ]
     values = (column if isinstance(column, list) else column.to_pylist() for column in columns.values())
     return (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
-
-
-def _int32(ids: pa.Array | None) -> array[int] | None:
-    return None if ids is None else array("i", ids.to_numpy().tobytes())
 
 
 def write_parquet(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from traces.errors import TandemError
 
 _INT64_MAX = 2**63 - 1  # every number of a request fits Parquet's int64 and the digest's
+_LEAST = {"id": 0, "arrival_ns": 0, "prompt_len": 1, "output_len": 1, "max_tokens": 1, "priority": -_INT64_MAX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +60,11 @@ class TraceRequest:
     e2e_slo_ns: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("id", self.id, 0)
-        _check_integer("arrival_ns", self.arrival_ns, 0)
-        _check_integer("prompt_len", self.prompt_len, 1)
-        _check_integer("output_len", self.output_len, 1)
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("priority", self.priority, -_INT64_MAX)
-        if self.predicted_length is not None:
-            _check_integer("predicted_length", self.predicted_length, 1)
-        if self.cancel_ns is not None:
-            _check_integer("cancel_ns", self.cancel_ns, self.arrival_ns)
-        for name in ("ttft_slo_ns", "e2e_slo_ns"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+        for name, least in _LEAST.items():
+            _check_integer(name, getattr(self, name), least)
+        for name in ("predicted_length", "cancel_ns", "ttft_slo_ns", "e2e_slo_ns"):
+            if (value := getattr(self, name)) is not None:
+                _check_integer(name, value, self.arrival_ns if name == "cancel_ns" else 1)
         if not isinstance(self.client, str | None):
             raise TandemError(f"client is {self.client!r:.60}: it must be a string")
         if self.output_len > self.max_tokens:

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -157,12 +158,10 @@ def sample_requests(
     path = Path(path)
     counts: Counter[str] = Counter()
     warnings: dict[str, None] = {}  # a set in order: each reading of the file says the same again
-
-    def read() -> Iterator[Conversation]:
-        return conversations(path, strict=strict, warn=lambda message: warnings.update({message: None}))
-
-    pairs = _shuffled_pairs(read, seed, min(2 * n + 64, _MOST_PAIRS), counts)
-    requests = list(islice(_requests(pairs, tokenizer, lengths, max_tokens, counts), n))
+    read = partial(conversations, path, strict=strict, warn=warnings.setdefault)
+    texts = _shuffled_pairs(read, seed, min(2 * n + 64, _MOST_PAIRS), counts)
+    pairs = ((array("i", tokenizer(prompt)), len(tokenizer(completion))) for prompt, completion in texts)
+    requests = list(islice(_requests(pairs, lengths, max_tokens, counts), n))
     if len(requests) < n:
         raise TandemError("; ".join([f"{path}: only {len(requests)} of {n} requests are within {lengths}", *warnings]))
     meta = {
@@ -177,29 +176,15 @@ def sample_requests(
 
 
 def _requests(
-    pairs: Iterator[tuple[str, str]],
-    tokenizer: Tokenizer,
-    lengths: LengthFilter,
-    max_tokens: int | None,
-    counts: Counter[str],
+    pairs: Iterator[tuple[array[int], int]], lengths: LengthFilter, max_tokens: int | None, counts: Counter[str]
 ) -> Iterator[TraceRequest]:
-    for prompt, completion in pairs:
-        prompt_ids, output_len = array("i", tokenizer(prompt)), len(tokenizer(completion))
-        rule = lengths.broken_rule(len(prompt_ids), output_len)
-        if rule is not None:
+    for prompt_ids, output_len in pairs:
+        prompt_len, limit = len(prompt_ids), output_len if max_tokens is None else max_tokens
+        if rule := lengths.broken_rule(prompt_len, output_len):
             counts[rule] += 1
-            continue
-        limit = output_len if max_tokens is None else max_tokens
-        request = TraceRequest(
-            id=counts["kept"],
-            arrival_ns=0,
-            prompt_len=len(prompt_ids),
-            output_len=min(output_len, limit),
-            max_tokens=limit,
-            prompt_token_ids=prompt_ids,
-        )
-        counts["kept"] += 1
-        yield request
+        else:
+            counts["kept"] += 1
+            yield TraceRequest(counts["kept"] - 1, 0, prompt_len, min(output_len, limit), limit, prompt_ids)
 
 
 def _shuffled_pairs(

@@ -69,7 +69,10 @@ def draw_length(spec: str, seed: int, number: int) -> int:
 
 def _draw_lengths(spec: str, n: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     try:
-        return _checked(_draw(spec, n, generator))
+        lengths = _draw(spec, n, generator)
+        if not ((lengths >= 1) & (lengths < 2**31)).all():
+            raise ValueError("lengths must be from 1 to 2**31 - 1")
+        return lengths.astype(np.int64)
     except (ValueError, OverflowError) as error:
         raise TandemError(
             f"length distribution {spec!r} ({error}): write fixed:LENGTH, uniform:LOW:HIGH or lognormal:MU:SIGMA"
@@ -85,9 +88,3 @@ def _draw(spec: str, n: int, generator: np.random.Generator) -> npt.NDArray[np.f
         case ["lognormal", mu, sigma]:
             return np.maximum(np.rint(generator.lognormal(float(mu), float(sigma), n)), 1)
     raise ValueError("unknown")
-
-
-def _checked(lengths: npt.NDArray[np.float64 | np.int64]) -> npt.NDArray[np.int64]:
-    if not ((lengths >= 1) & (lengths < 2**31)).all():
-        raise ValueError("lengths must be from 1 to 2**31 - 1")
-    return lengths.astype(np.int64)

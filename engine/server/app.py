@@ -196,18 +196,8 @@ class _Api:
         return answer
 
     def _source(self, body: Generate, ids: list[int]) -> TraceRequest:
-        limit = self._limit(body, len(ids))
-        return TraceRequest(
-            id=0,
-            arrival_ns=0,
-            prompt_len=len(ids),
-            output_len=limit,
-            max_tokens=limit,
-            prompt_token_ids=array("i", ids),
-            predicted_length=body.predicted_length,
-            priority=body.priority,
-            client=body.user,
-        )
+        prompt_len, limit = len(ids), self._limit(body, len(ids))
+        return TraceRequest(0, 0, prompt_len, limit, limit, array("i", ids), **body.shown)
 
     def _limit(self, body: Generate, prompt_len: int) -> int:
         longest = self._engine.ready.config.max_model_len
@@ -215,9 +205,8 @@ class _Api:
         limit = room if body.limit is None else body.limit
         if limit < 1 or limit > room:
             asked = "" if body.limit is None else f" and {body.limit} new ones"
-            raise Refused(
-                400, f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here", "prompt"
-            )
+            message = f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here"
+            raise Refused(400, message, "prompt")
         if body.min_tokens > limit:
             raise Refused(400, f"min_tokens is {body.min_tokens}, more than max_tokens, {limit}", "min_tokens")
         return limit

@@ -147,8 +147,6 @@ class EngineClient:
                     self._ended(error)
 
     def _ended(self, error: str | None) -> None:
-        if self._over.done():
-            return
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._over.set_result(None)
         self._outbox.put(None)

@@ -84,6 +84,11 @@ class Generate(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """What a scheduler sees of the request, beside its lengths: fields of `traces.request.TraceRequest`."""
+        return {"predicted_length": self.predicted_length, "priority": self.priority, "client": self.user}
+
+    @property
     def limit(self) -> int | None:
         """Output tokens that the client asks for."""
         return self.max_tokens

@@ -17,7 +17,6 @@ from engine.server.protocol import Refused
 from engine.server.tokenization import Writer
 
 _STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
-GONE, STOP_STRING = "the client is gone", "stop"
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
 
 
@@ -55,7 +54,7 @@ class Output:
         self.tokens += 1
         self.text.append(self._writer.take(token))
         if self._writer.stopped:
-            self._answer.engine.cancel(self.request_id, STOP_STRING)
+            self._answer.engine.cancel(self.request_id, "stop")
             self._finish("stop")
         elif not last:
             self._answer.wrote(self)
@@ -124,7 +123,7 @@ class Answer(Response):
         self.refused = self.refused or refused
         self.abandon(refused.detail)
 
-    def abandon(self, reason: str = GONE) -> None:
+    def abandon(self, reason: str = "the client is gone") -> None:
         """Nobody wants it any more: outputs that still run are cancelled."""
         self.unfinished = 0
         for output in self.outputs:

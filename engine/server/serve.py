@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -72,10 +73,19 @@ def serve(
     uvloop.run(run())
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own would end the process."""
+        yield
+
+
 async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socket, drain_s: float) -> None:
     """A signal asks for a graceful end, a second Ctrl-C for a quick one; neither ends the process."""
     loop = asyncio.get_running_loop()
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             http=http_protocol(),
@@ -95,13 +105,6 @@ async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socke
         server.should_exit = engine.draining = True
         loop.call_later(drain_s, engine.fail_all, "the server is shutting down")
 
-    def listen_to_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop, number)
-
-    serving = asyncio.create_task(server.serve([listener]))
-    while not (server.started or serving.done()):  # uvicorn sets its own handlers as it starts
-        await asyncio.sleep(0.001)
-    listen_to_signals()
-    await serving
-    listen_to_signals()  # uvicorn has put back those that it found
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    await server.serve([listener])

@@ -8,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 FILLER = " The quick brown fox jumps over the lazy dog."
 
 
