@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from traces.errors import TandemError
+from traces.errors import TandemError, reason
 from traces.request import TraceRequest
 from traces.trace import Trace
 
@@ -82,7 +82,7 @@ def conversations(path: str | Path, *, strict: bool = False, warn: Warn) -> Iter
         with path.open("rb") as file:
             yield from _stream(path, file, strict, warn)
     except OSError as error:
-        raise TandemError(f"cannot read {path}: {error.strerror or error}") from error
+        raise TandemError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[Conversation]:
@@ -98,7 +98,7 @@ def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[C
     except ijson.JSONError as error:
         where = f"after {count} whole conversations"
         if not _ends_early(file, error):
-            raise TandemError(f"{path}: damaged {where} ({' '.join(str(error).split())})") from None
+            raise TandemError(f"{path}: damaged {where} ({reason(error)})") from None
         message = f"{path} ends early, at byte {os.fstat(file.fileno()).st_size}, {where}"
         if strict:
             raise TandemError(f"{message}: get the whole file, or do without --strict") from None
@@ -164,15 +164,8 @@ def sample_requests(
     requests = list(islice(_requests(pairs, lengths, max_tokens, counts), n))
     if len(requests) < n:
         raise TandemError("; ".join([f"{path}: only {len(requests)} of {n} requests are within {lengths}", *warnings]))
-    meta = {
-        "source": path.name,
-        "source_bytes": path.stat().st_size,
-        "tokenizer": tokenizer_name,
-        "seed": seed,
-        "filter": asdict(lengths),
-        "counts": dict(counts),
-    }
-    return Trace(requests, meta, list(warnings))
+    source = {"source": path.name, "source_bytes": path.stat().st_size, "tokenizer": tokenizer_name, "seed": seed}
+    return Trace(requests, {**source, "filter": asdict(lengths), "counts": dict(counts)}, list(warnings))
 
 
 def _requests(
@@ -211,7 +204,6 @@ def _keyed_pairs(
     counts["conversations_read"] = counts["too_few_turns"] = 0
     for turns in all_conversations:
         counts["conversations_read"] += 1
-        if len(turns) < 2:
-            counts["too_few_turns"] += 1
-        else:
+        counts["too_few_turns"] += len(turns) < 2
+        if len(turns) >= 2:
             yield keys.random(), turns[0], turns[1]

@@ -21,11 +21,9 @@ import numpy as np
 
 from traces.csv import read_csv
 from traces.errors import TandemError, reason
-from traces.jsonl import read_jsonl, write_jsonl
 from traces.parquet import read_parquet, write_parquet
-from traces.request import TraceRequest
-from traces.request_list import CompactRequests
-from traces.rows import FIELD_OF, errors_at, request_of
+from traces.request import CompactRequests, TraceRequest
+from traces.rows import FIELD_OF, errors_at, read_jsonl, request_of, write_jsonl
 
 _Function = TypeVar("_Function")
 

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -66,7 +66,7 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics)
     app.get("/status")(api.status)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(api.page)
-    for kind in (Refused, RequestValidationError, HTTPException, RecursionError, Exception):
+    for kind in (RequestValidationError, HTTPException, RecursionError, Exception):
         app.exception_handler(kind)(_answer_error)
     return Guard(app, limits)
 
@@ -79,8 +79,6 @@ class _Api:
         self._text = text
         self._limits = limits
         self._page = STATUS_PAGE.read_text()
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(engine.metrics)
         self._answers = 0
 
     async def completions(self, body: CompletionRequest) -> Answer:
@@ -104,10 +102,8 @@ class _Api:
         """The one model."""
         ready = self._engine.ready
         model = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
-        return {
-            "object": "list",
-            "data": [model | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
-        }
+        limits = {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}
+        return {"object": "list", "data": [model | limits]}
 
     async def health(self) -> dict[str, str]:
         """200 while requests can be served; 503 once the engine is dead or the server is shutting down."""
@@ -120,7 +116,8 @@ class _Api:
 
     async def metrics(self) -> PlainTextResponse:
         """Prometheus."""
-        return PlainTextResponse(generate_latest(self._registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = generate_latest(self._engine.metrics)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> dict[str, Any]:
         """The numbers that the status page draws."""
@@ -153,8 +150,7 @@ class _Api:
         self._check_alive()
         if body.model is not None and body.model != self._limits.model:
             raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
-        if refusal := body.refusal(self._limits.ignore_sampling):
-            raise Refused(400, refusal[1], refusal[0])
+        body.check_supported(self._limits.ignore_sampling)
         if prompts > MOST_PROMPTS:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
         if self._engine.without_token + prompts > self._limits.max_waiting:
@@ -225,11 +221,10 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"].startswith("/v1"):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._key):
-                refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
-                return await refused.response()(scope, receive, send)
+        given = headers.get(b"authorization", b"")
+        if self._key is not None and scope["path"].startswith("/v1") and not hmac.compare_digest(given, self._key):
+            refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
+            return await refused.response()(scope, receive, send)
         too_large = Refused(413, f"the body is longer than {self._limit} bytes", headers=_CLOSE)
         if int(headers.get(b"content-length") or 0) > self._limit:
             return await too_large.response()(scope, receive, send)

@@ -27,11 +27,11 @@ class CompletionFormat:
 
     def text(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
         """A chunk of a stream."""
-        reason = f'"{finish_reason}"' if finish_reason else "null"
-        return (
-            f"{self._before}{index}, {self.opening}{quoted(text)}{self.closing}"
-            f', "logprobs": null, "finish_reason": {reason}{self._after}'
-        ).encode("ascii")
+        return self._chunk(index, f"{self.opening}{quoted(text)}{self.closing}", finish_reason)
+
+    def _chunk(self, index: int, content: str, finish_reason: str | None = None) -> bytes:
+        end = f'"finish_reason": "{finish_reason}"' if finish_reason else '"finish_reason": null'
+        return f'{self._before}{index}, {content}, "logprobs": null, {end}{self._after}'.encode("ascii")
 
     def open(self, index: int) -> bytes:
         """The chunk before an output's first text."""
@@ -59,10 +59,7 @@ class ChatFormat(CompletionFormat):
 
     def open(self, index: int) -> bytes:
         """The chunk that names the speaker."""
-        return (
-            f'{self._before}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, '
-            f'"finish_reason": null{self._after}'
-        ).encode()
+        return self._chunk(index, '"delta": {"role": "assistant", "content": ""}')
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """As in `CompletionFormat`."""

@@ -97,13 +97,9 @@ class Publisher:
             self._end(End(stop.request_id, STOP))
         for request_id in step.finishing:
             self._end(End(request_id, LENGTH))
-        self._load = self._load._replace(
-            step=step.index,
-            prefill_tokens=step.prefill_tokens,
-            decode_tokens=step.decodes,
-            prefill_total=self._load.prefill_total + step.prefill_tokens,
-            decode_total=self._load.decode_total + step.decodes,
-        )
+        load, prefill, decode = self._load, step.prefill_tokens, step.decodes
+        totals = {"prefill_total": load.prefill_total + prefill, "decode_total": load.decode_total + decode}
+        self._load = load._replace(step=step.index, prefill_tokens=prefill, decode_tokens=decode, **totals)
         return ids, tokens
 
     def _end(self, end: End) -> None:

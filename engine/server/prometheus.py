@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from engine.server.messages import Load
 
@@ -58,8 +59,8 @@ class Histogram:
         return {"bounds_ms": [1e-6 * bound for bound in self.bounds], "counts": [*self.counts]}
 
 
-class ServerMetrics:
-    """The counts of a server, as a Prometheus collector.
+class ServerMetrics(Collector):
+    """The counts of a server.
 
     Attributes:
         load: the engine's, in its last message.

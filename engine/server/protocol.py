@@ -31,9 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (0,),
     "top_p": (1,),
     "top_k": (-1, 0),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
 }
@@ -93,22 +91,20 @@ class Generate(BaseModel):
         """Output tokens that the client asks for."""
         return self.max_tokens
 
-    def refusal(self, ignore_sampling: bool) -> tuple[str, str] | None:
-        """The first field that asks for something we do not do, and the message about it."""
+    def check_supported(self, ignore_sampling: bool) -> None:
+        """Raise `Refused` for the first field that asks for something we do not do."""
         given = dict(self)
         for name, nothing in _UNSUPPORTED.items():
             if given.get(name) not in (None, nothing):
-                return name, f"{name} is not supported"
-        if ignore_sampling:
-            return None
+                raise Refused(400, f"{name} is not supported", name)
         chosen = _CHOOSING if given.get("temperature") == 0 else ()
-        for name, allowed in _NEUTRAL.items():
+        for name, allowed in _NEUTRAL.items() if not ignore_sampling else ():
             if given.get(name) not in (None, *allowed) and name not in chosen:
-                return name, (
+                message = (
                     f"{name} would change the output, and decoding here is greedy: leave it out, or give "
                     f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
                 )
-        return None
+                raise Refused(400, message, name)
 
 
 class CompletionRequest(Generate):

@@ -85,6 +85,10 @@ class Output:
         self._opened = True
         return format.open(self.index) + written
 
+    def choice(self, format: CompletionFormat) -> dict[str, Any]:
+        """The whole, not streamed."""
+        return format.choice(self.index, "".join(self.text), self.finish_reason)
+
 
 class Answer(Response):
     """The outputs of one HTTP request, sent as they come, and given up when the client is gone.
@@ -145,11 +149,6 @@ class Answer(Response):
         asked, made = self.prompt_tokens, sum(each.tokens for each in self.outputs)
         return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
-    def whole(self) -> dict[str, Any]:
-        """The answer, not streamed."""
-        choices = [self.format.choice(each.index, "".join(each.text), each.finish_reason) for each in self.outputs]
-        return self.format.answer(choices, self.counts)
-
     def _wake(self) -> None:
         wakened, self._wakened = self._wakened, None
         if wakened and not wakened.done():  # it is, where the task was cancelled
@@ -166,7 +165,8 @@ class Answer(Response):
             elif self.streamed:
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))
             elif all(each.finish_reason for each in self.outputs):  # else the client is gone
-                await JSONResponse(self.whole())(scope, receive, send)
+                choices = [each.choice(self.format) for each in self.outputs]
+                await JSONResponse(self.format.answer(choices, self.counts))(scope, receive, send)
         finally:
             watcher.cancel()
             self.abandon()

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,6 +22,7 @@ from traces.errors import TandemError
 
 GRACE_S = 5  # for slow readers, once nothing runs any more
 BACKLOG = 4096
+_OPTIONS: dict[str, Any] = {"ws": "none", "lifespan": "off", "access_log": False, "log_level": "warning"}
 
 
 def serve(
@@ -85,18 +87,9 @@ class _Server(uvicorn.Server):
 async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socket, drain_s: float) -> None:
     """A signal asks for a graceful end, a second Ctrl-C for a quick one; neither ends the process."""
     loop = asyncio.get_running_loop()
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=http_protocol(),
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(drain_s) + GRACE_S,
-            backlog=BACKLOG,
-        )
-    )
+    grace_s = int(drain_s) + GRACE_S
+    http = http_protocol()
+    server = _Server(uvicorn.Config(app, http=http, backlog=BACKLOG, timeout_graceful_shutdown=grace_s, **_OPTIONS))
 
     def stop(number: int) -> None:
         if server.should_exit:
