@@ -70,7 +70,6 @@ class EngineClient:
         self._process.start()
         theirs.close()
         self._outbox: SimpleQueue[Any] = SimpleQueue()  # None ends the sending thread
-        self._sender = Thread(target=send_all, args=(self._outbox, self._pipe), name="to-engine", daemon=True)
         self._open: dict[int, _Open] = {}
         self._submitted = 0
         self._last_arrival_ns = 0
@@ -86,7 +85,7 @@ class EngineClient:
         loop.add_reader(self._pipe.fileno(), self._read)
         # uvloop made it non-blocking: a write to a full pipe would fail, and so would a read of half a message.
         os.set_blocking(self._pipe.fileno(), True)
-        self._sender.start()
+        Thread(target=send_all, args=(self._outbox, self._pipe), name="to-engine", daemon=True).start()
         await self._begun
 
     def kill(self) -> None:
