@@ -61,11 +61,11 @@ class Engine:
 
     def ask(self, prompt: list[int], max_tokens: int = 10, terms: StopCondition = StopCondition()) -> int:  # noqa: B008 (immutable)
         number, now = next(self.numbers), time.perf_counter_ns() - self.ready.start_ns
-        self.pipe.send(Arrive(TraceRequest(number, now, len(prompt), max_tokens, max_tokens, prompt), terms))
+        self.pipe.send([Arrive(TraceRequest(number, now, len(prompt), max_tokens, max_tokens, prompt), terms)])
         return number
 
     def cancel(self, number: int) -> None:
-        self.pipe.send(Cancel(number, time.perf_counter_ns() - self.ready.start_ns, "gone"))
+        self.pipe.send([Cancel(number, time.perf_counter_ns() - self.ready.start_ns, "gone")])
 
     def answer(self, number: int) -> tuple[list[int], str, str | None]:
         """Its tokens, how it ended, and why."""
@@ -79,7 +79,7 @@ class Engine:
 
     def close(self) -> RunRecords:
         """Serves what came; returns the records."""
-        self.pipe.send(Close())
+        self.pipe.send([Close()])
         self.thread.join(30)
         assert not self.thread.is_alive()
         return self.run

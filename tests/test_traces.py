@@ -25,7 +25,7 @@ from scipy import stats
 
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import all_at_once, assign_arrivals, gamma, poisson, uniform, with_arrivals
-from traces.request_list import CompactRequests
+from traces.request import CompactRequests
 from traces.synthetic import synthetic
 from traces.trace import atomic_file
 

@@ -5,30 +5,22 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from traces.errors import TandemError
 from traces.rows import Row, errors_at
 
+_Layout = tuple[str, str, str]  # the names of the columns that are read: time, prompt and output length
 
-class _Layout(NamedTuple):
-    """The names of the columns that are read."""
-
-    time: str
-    prompt_len: str
-    output_len: str
-
-
-_AZURE = _Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_BURSTGPT = _Layout("Timestamp", "Request tokens", "Response tokens")
+_AZURE: _Layout = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURSTGPT: _Layout = ("Timestamp", "Request tokens", "Response tokens")
 
 
 def read_csv(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
     """Yields the place and the content of every row with output tokens; dates count from the first."""
     rows: dict[str, Row] = {}
-    dropped = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -37,20 +29,17 @@ def read_csv(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tup
             for cells in reader:
                 place = f"{path}:{reader.line_num}"
                 with errors_at(place):
-                    row = _row(cells, layout)
-                if row["output_len"] == 0:
-                    dropped += 1
-                else:
-                    rows[place] = row
+                    rows[place] = _row(cells, layout)
     except (csv.Error, UnicodeDecodeError) as error:
         raise TandemError(f"{path}: not a CSV trace ({error})") from error
-    if dropped:
+    kept = {place: row for place, row in rows.items() if row["output_len"]}
+    if dropped := len(rows) - len(kept):
         notes.append(f"{dropped} requests without output tokens were dropped")
-    first_ns = min((row["arrival_ns"] for row in rows.values()), default=0) if layout == _AZURE else 0
-    for place, row in rows.items():
-        if first_ns:
+    if layout == _AZURE:
+        first_ns = min((row["arrival_ns"] for row in kept.values()), default=0)
+        for row in kept.values():
             row["arrival_ns"] -= first_ns
-        yield place, row
+    yield from kept.items()
 
 
 def _layout(header: Sequence[str]) -> _Layout:
@@ -71,5 +60,5 @@ def _row(cells: Mapping[str, str | None], layout: _Layout) -> Row:
     except ValueError as error:
         raise TandemError(f"not a row of {','.join(layout)} ({error})") from None
     if np.isnat(date):
-        raise TandemError(f"no {layout.time}")
+        raise TandemError(f"no {layout[0]}")
     return {"arrival_ns": int(date.astype(np.int64)), **lengths}

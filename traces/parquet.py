@@ -11,9 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from traces.errors import TandemError, reason
-from traces.jsonl import json_object
 from traces.request import TraceRequest
-from traces.rows import COLUMNS, ID_BYTES, Row, errors_at, read_header, write_header, written_value
+from traces.rows import COLUMNS, ID_BYTES, Row, errors_at, json_object, read_header, write_header, written_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,13 +45,10 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
         lists = columns["prompt_token_ids"].cast(pa.list_(pa.int32()))
         if lists.flatten().null_count:
             raise TandemError("prompt_token_ids has a null among the ids of a request")
-        columns["prompt_token_ids"] = [_int32(ids.values) for ids in lists]
+        ids = [array("i", each.values.to_numpy().tobytes()) if each.is_valid else None for each in lists]
+        columns["prompt_token_ids"] = ids
     values = (column if isinstance(column, list) else column.to_pylist() for column in columns.values())
     return (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
-
-
-def _int32(ids: pa.Array | None) -> array[int] | None:
-    return None if ids is None else array("i", ids.to_numpy().tobytes())
 
 
 def write_parquet(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:

@@ -1,17 +1,19 @@
-"""The request as a workload knows it: its arrival, its length, and its end.
+"""The request as a workload knows it: its arrival, its length, and its end; and requests by the million.
 
 A trace knows the future (`output_len`); a scheduler does not. Only a backend may read `output_len`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, overload
 
 from traces.errors import TandemError
 
 _INT64_MAX = 2**63 - 1  # every number of a request fits Parquet's int64 and the digest's
+_LEAST = {"id": 0, "arrival_ns": 0, "prompt_len": 1, "output_len": 1, "max_tokens": 1, "priority": -_INT64_MAX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +61,11 @@ class TraceRequest:
     e2e_slo_ns: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("id", self.id, 0)
-        _check_integer("arrival_ns", self.arrival_ns, 0)
-        _check_integer("prompt_len", self.prompt_len, 1)
-        _check_integer("output_len", self.output_len, 1)
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("priority", self.priority, -_INT64_MAX)
-        if self.predicted_length is not None:
-            _check_integer("predicted_length", self.predicted_length, 1)
-        if self.cancel_ns is not None:
-            _check_integer("cancel_ns", self.cancel_ns, self.arrival_ns)
-        for name in ("ttft_slo_ns", "e2e_slo_ns"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+        for name, least in _LEAST.items():
+            _check_integer(name, getattr(self, name), least)
+        for name in ("predicted_length", "cancel_ns", "ttft_slo_ns", "e2e_slo_ns"):
+            if (value := getattr(self, name)) is not None:
+                _check_integer(name, value, self.arrival_ns if name == "cancel_ns" else 1)
         if not isinstance(self.client, str | None):
             raise TandemError(f"client is {self.client!r:.60}: it must be a string")
         if self.output_len > self.max_tokens:
@@ -102,3 +96,55 @@ def _check_integer(name: str, value: Any, low: int) -> None:
     # `type`, not `isinstance`: a bool is an int to Python, and no length.
     if type(value) is not int or not low <= value <= _INT64_MAX:
         raise TandemError(f"{name} is {value!r:.60}: it must be an integer of at least {low}")
+
+
+_UNSAID = {field.name: field.default for field in fields(TraceRequest) if field.default is not MISSING}
+
+
+class CompactRequests(Sequence[TraceRequest]):
+    """Requests with ids 0, 1, 2, ... in order, which can be added to and not changed.
+
+    They may be millions: one that has an arrival and lengths alone takes 32 bytes, and is made when asked for.
+    """
+
+    def __init__(self) -> None:
+        # (arrival_ns, prompt_len, output_len, max_tokens) of all; whole, those of which there is more to say
+        self._numbers = array("q")
+        self._whole: dict[int, TraceRequest] = {}
+
+    def append(self, request: TraceRequest) -> None:
+        """Add a request. Raises ValueError if its id is not the next."""
+        if request.id != len(self):
+            raise ValueError(f"request {request.id} does not follow {len(self) - 1}")
+        self._numbers.extend((request.arrival_ns, request.prompt_len, request.output_len, request.max_tokens))
+        if any(getattr(request, name) != value for name, value in _UNSAID.items()):
+            self._whole[request.id] = request
+
+    @property
+    def arrivals_ns(self) -> array[int]:
+        """The arrivals of all."""
+        return self._numbers[::4]
+
+    def __len__(self) -> int:
+        return len(self._numbers) // 4
+
+    def __iter__(self) -> Iterator[TraceRequest]:
+        numbers = iter(self._numbers)
+        for position, four in enumerate(zip(numbers, numbers, numbers, numbers, strict=True)):
+            yield self._whole.get(position) or TraceRequest(position, *four)
+
+    @overload
+    def __getitem__(self, index: int) -> TraceRequest: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TraceRequest]: ...
+    def __getitem__(self, index: int | slice) -> TraceRequest | list[TraceRequest]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        arrival_ns, prompt_len, output_len, max_tokens = self._numbers[4 * places : 4 * places + 4]
+        return self._whole.get(places) or TraceRequest(places, arrival_ns, prompt_len, output_len, max_tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]

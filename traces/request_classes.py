@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -77,17 +78,10 @@ def assign_classes(trace: Trace, classes: Sequence[RequestClass], seed: int = 0)
     requests = []
     for request, index in zip(trace.requests, chosen, strict=True):
         of = classes[index]
-        patience_ns = _nanoseconds(of.patience_ms)
-        requests.append(
-            replace(
-                request,
-                client=of.client,
-                priority=of.priority,
-                ttft_slo_ns=_nanoseconds(of.ttft_slo_ms),
-                e2e_slo_ns=_nanoseconds(of.e2e_slo_ms),
-                cancel_ns=None if patience_ns is None else request.arrival_ns + patience_ns,
-            )
-        )
+        ttft_ns, e2e_ns, patience_ns = map(_nanoseconds, (of.ttft_slo_ms, of.e2e_slo_ms, of.patience_ms))
+        cancel_ns = None if patience_ns is None else request.arrival_ns + patience_ns
+        times: dict[str, Any] = {"ttft_slo_ns": ttft_ns, "e2e_slo_ns": e2e_ns, "cancel_ns": cancel_ns}
+        requests.append(replace(request, client=of.client, priority=of.priority, **times))
     meta = {"classes": [asdict(each) for each in classes], "classes_seed": seed}
     return replace(trace, requests=requests, meta=trace.meta | meta)
 

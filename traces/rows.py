@@ -1,13 +1,17 @@
-"""The rows of trace files: their columns, and the request or the header that a row of any format holds."""
+"""The rows of trace files: their columns, and the request or the header that a row of any format holds.
+
+In JSONL, Tandem's own, Mooncake's, and vLLM's `timed_trace`, they are the lines.
+"""
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -52,9 +56,7 @@ def request_of(position: int, row: Mapping[str, Any]) -> TraceRequest:
         if name in values:
             raise TandemError(f"{column} gives {name} a second time: keep one of the two")
         values[name] = _nanoseconds(column, value) if column in _UNIT_NS else value
-    for name in ID_BYTES:
-        if name in values:
-            values[name] = _ids(name, values[name])
+    values |= {name: _ids(name, values[name]) for name in ID_BYTES if name in values}
     if "prompt_token_ids" in values:
         values.setdefault("prompt_len", len(values["prompt_token_ids"]))
     for name in ("arrival_ns", "prompt_len", "output_len"):
@@ -100,3 +102,37 @@ def read_header(header: Row) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise TandemError(f"meta is {meta!r:.60}: it must be a JSON object")
     return meta
+
+
+def read_jsonl(path: Path, meta: dict[str, Any], notes: list[str]) -> Iterator[tuple[str, Row]]:
+    """Yields the place and the content of every row; fills `meta` from the header, which files from elsewhere lack."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            with errors_at(place):
+                row = json_object(line)
+                if number == 1 and "tandem_trace" in row:
+                    meta.update(read_header(row))
+                    continue
+            yield place, row
+
+
+def json_object(line: bytes) -> Row:
+    """The object on a line. Raises TandemError if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TandemError(f"not a whole JSON object ({error}): cut short or damaged?") from None
+    if not isinstance(row, dict):
+        raise TandemError("not a JSON object: a trace has one request, in braces, a line")
+    return row
+
+
+def write_jsonl(file: IO[bytes], requests: Sequence[TraceRequest], meta: Mapping[str, Any]) -> None:
+    """Writes a header and a line for each request."""
+    file.write(f"{write_header(meta)}\n".encode())
+    for request in requests:
+        row = {name: value for name in COLUMNS if (value := written_value(request, name)) is not None}
+        file.write(f"{json.dumps(row, default=lambda ids: np.asarray(ids).tolist())}\n".encode())

@@ -14,12 +14,13 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from traces.errors import TandemError
+from traces.errors import TandemError, reason
 from traces.request import TraceRequest
 from traces.trace import Trace
 
@@ -81,7 +82,7 @@ def conversations(path: str | Path, *, strict: bool = False, warn: Warn) -> Iter
         with path.open("rb") as file:
             yield from _stream(path, file, strict, warn)
     except OSError as error:
-        raise TandemError(f"cannot read {path}: {error.strerror or error}") from error
+        raise TandemError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[Conversation]:
@@ -97,7 +98,7 @@ def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[C
     except ijson.JSONError as error:
         where = f"after {count} whole conversations"
         if not _ends_early(file, error):
-            raise TandemError(f"{path}: damaged {where} ({' '.join(str(error).split())})") from None
+            raise TandemError(f"{path}: damaged {where} ({reason(error)})") from None
         message = f"{path} ends early, at byte {os.fstat(file.fileno()).st_size}, {where}"
         if strict:
             raise TandemError(f"{message}: get the whole file, or do without --strict") from None
@@ -157,49 +158,26 @@ def sample_requests(
     path = Path(path)
     counts: Counter[str] = Counter()
     warnings: dict[str, None] = {}  # a set in order: each reading of the file says the same again
-
-    def read() -> Iterator[Conversation]:
-        return conversations(path, strict=strict, warn=lambda message: warnings.update({message: None}))
-
-    pairs = _shuffled_pairs(read, seed, min(2 * n + 64, _MOST_PAIRS), counts)
-    requests = list(islice(_requests(pairs, tokenizer, lengths, max_tokens, counts), n))
+    read = partial(conversations, path, strict=strict, warn=warnings.setdefault)
+    texts = _shuffled_pairs(read, seed, min(2 * n + 64, _MOST_PAIRS), counts)
+    pairs = ((array("i", tokenizer(prompt)), len(tokenizer(completion))) for prompt, completion in texts)
+    requests = list(islice(_requests(pairs, lengths, max_tokens, counts), n))
     if len(requests) < n:
         raise TandemError("; ".join([f"{path}: only {len(requests)} of {n} requests are within {lengths}", *warnings]))
-    meta = {
-        "source": path.name,
-        "source_bytes": path.stat().st_size,
-        "tokenizer": tokenizer_name,
-        "seed": seed,
-        "filter": asdict(lengths),
-        "counts": dict(counts),
-    }
-    return Trace(requests, meta, list(warnings))
+    source = {"source": path.name, "source_bytes": path.stat().st_size, "tokenizer": tokenizer_name, "seed": seed}
+    return Trace(requests, {**source, "filter": asdict(lengths), "counts": dict(counts)}, list(warnings))
 
 
 def _requests(
-    pairs: Iterator[tuple[str, str]],
-    tokenizer: Tokenizer,
-    lengths: LengthFilter,
-    max_tokens: int | None,
-    counts: Counter[str],
+    pairs: Iterator[tuple[array[int], int]], lengths: LengthFilter, max_tokens: int | None, counts: Counter[str]
 ) -> Iterator[TraceRequest]:
-    for prompt, completion in pairs:
-        prompt_ids, output_len = array("i", tokenizer(prompt)), len(tokenizer(completion))
-        rule = lengths.broken_rule(len(prompt_ids), output_len)
-        if rule is not None:
+    for prompt_ids, output_len in pairs:
+        prompt_len, limit = len(prompt_ids), output_len if max_tokens is None else max_tokens
+        if rule := lengths.broken_rule(prompt_len, output_len):
             counts[rule] += 1
-            continue
-        limit = output_len if max_tokens is None else max_tokens
-        request = TraceRequest(
-            id=counts["kept"],
-            arrival_ns=0,
-            prompt_len=len(prompt_ids),
-            output_len=min(output_len, limit),
-            max_tokens=limit,
-            prompt_token_ids=prompt_ids,
-        )
-        counts["kept"] += 1
-        yield request
+        else:
+            counts["kept"] += 1
+            yield TraceRequest(counts["kept"] - 1, 0, prompt_len, min(output_len, limit), limit, prompt_ids)
 
 
 def _shuffled_pairs(
@@ -226,7 +204,6 @@ def _keyed_pairs(
     counts["conversations_read"] = counts["too_few_turns"] = 0
     for turns in all_conversations:
         counts["conversations_read"] += 1
-        if len(turns) < 2:
-            counts["too_few_turns"] += 1
-        else:
+        counts["too_few_turns"] += len(turns) < 2
+        if len(turns) >= 2:
             yield keys.random(), turns[0], turns[1]

@@ -35,26 +35,20 @@ def synthetic(n: int, seed: int, prompt: str, output: str, shared_prefixes: int 
     """
     if shared_prefixes < 0 or prefix_len < 1:
         raise TandemError(f"{shared_prefixes} prefixes of {prefix_len} tokens: give 0 or more, of 1 token or more")
-    *streams, prefix_stream = np.random.SeedSequence(seed).spawn(3)
-    prompt_lens, output_lens = (
-        _draw_lengths(spec, n, np.random.Generator(np.random.PCG64(stream))).tolist()
-        for spec, stream in zip((prompt, output), streams, strict=True)
-    )
-    requests = [
-        TraceRequest(id=position, arrival_ns=0, prompt_len=prompt_len, output_len=output_len, max_tokens=output_len)
-        for position, (prompt_len, output_len) in enumerate(zip(prompt_lens, output_lens, strict=True))
-    ]
+    of_prompts, of_outputs, of_prefixes = np.random.SeedSequence(seed).spawn(3)
+    lengths = zip(_draw_lengths(prompt, n, of_prompts), _draw_lengths(output, n, of_outputs), strict=True)
+    requests = [TraceRequest(place, 0, asked, made, made) for place, (asked, made) in enumerate(lengths)]
     meta = {"source": "synthetic", "seed": seed, "prompt": prompt, "output": output}
     if not shared_prefixes:
         return Trace(requests, meta)
-    drawn = np.random.Generator(np.random.PCG64(prefix_stream)).integers(shared_prefixes, size=n).tolist()
-    prefixed = [
-        replace(
-            each, prompt_len=prefix_len + each.prompt_len, hash_ids=array("q", [prefix]), hash_block_size=prefix_len
-        )
-        for each, prefix in zip(requests, drawn, strict=True)
-    ]
+    drawn = np.random.Generator(np.random.PCG64(of_prefixes)).integers(shared_prefixes, size=n).tolist()
+    prefixed = [_prefixed(*each, prefix_len) for each in zip(requests, drawn, strict=True)]
     return Trace(prefixed, meta | {"shared_prefixes": shared_prefixes, "prefix_len": prefix_len})
+
+
+def _prefixed(request: TraceRequest, prefix: int, prefix_len: int) -> TraceRequest:
+    prompt_len = prefix_len + request.prompt_len
+    return replace(request, prompt_len=prompt_len, hash_ids=array("q", [prefix]), hash_block_size=prefix_len)
 
 
 def draw_length(spec: str, seed: int, number: int) -> int:
@@ -63,13 +57,15 @@ def draw_length(spec: str, seed: int, number: int) -> int:
     Raises:
         TandemError: as `synthetic` does.
     """
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number])))
-    return int(_draw_lengths(spec, 1, generator)[0])
+    return _draw_lengths(spec, 1, np.random.SeedSequence([seed, number]))[0]
 
 
-def _draw_lengths(spec: str, n: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+def _draw_lengths(spec: str, n: int, stream: np.random.SeedSequence) -> list[int]:
     try:
-        return _checked(_draw(spec, n, generator))
+        lengths = _draw(spec, n, np.random.Generator(np.random.PCG64(stream)))
+        if not ((lengths >= 1) & (lengths < 2**31)).all():
+            raise ValueError("lengths must be from 1 to 2**31 - 1")
+        return [int(length) for length in lengths.tolist()]
     except (ValueError, OverflowError) as error:
         raise TandemError(
             f"length distribution {spec!r} ({error}): write fixed:LENGTH, uniform:LOW:HIGH or lognormal:MU:SIGMA"
@@ -85,9 +81,3 @@ def _draw(spec: str, n: int, generator: np.random.Generator) -> npt.NDArray[np.f
         case ["lognormal", mu, sigma]:
             return np.maximum(np.rint(generator.lognormal(float(mu), float(sigma), n)), 1)
     raise ValueError("unknown")
-
-
-def _checked(lengths: npt.NDArray[np.float64 | np.int64]) -> npt.NDArray[np.int64]:
-    if not ((lengths >= 1) & (lengths < 2**31)).all():
-        raise ValueError("lengths must be from 1 to 2**31 - 1")
-    return lengths.astype(np.int64)

@@ -21,11 +21,9 @@ import numpy as np
 
 from traces.csv import read_csv
 from traces.errors import TandemError, reason
-from traces.jsonl import read_jsonl, write_jsonl
 from traces.parquet import read_parquet, write_parquet
-from traces.request import TraceRequest
-from traces.request_list import CompactRequests
-from traces.rows import FIELD_OF, errors_at, request_of
+from traces.request import CompactRequests, TraceRequest
+from traces.rows import FIELD_OF, errors_at, read_jsonl, request_of, write_jsonl
 
 _Function = TypeVar("_Function")
 
@@ -86,19 +84,12 @@ def _canonical_bytes(request: TraceRequest) -> bytes:
     else:
         number = -1 if ids is None else len(ids)
         content = np.asarray(() if ids is None else ids, dtype="<i4").tobytes()
-    numbers = struct.pack(
-        "<9q",
-        request.arrival_ns,
-        request.prompt_len,
-        request.output_len,
-        request.max_tokens,
-        -1 if request.predicted_length is None else request.predicted_length,
-        request.priority,
-        -1 if request.cancel_ns is None else request.cancel_ns,
-        -1 if request.client is None else len(client),
-        number,
-    )
-    return numbers + client + content
+    lengths = request.prompt_len, request.output_len, request.max_tokens
+    predicted = -1 if request.predicted_length is None else request.predicted_length
+    cancel_ns = -1 if request.cancel_ns is None else request.cancel_ns
+    client_len = -1 if request.client is None else len(client)
+    terms = predicted, request.priority, cancel_ns, client_len
+    return struct.pack("<9q", request.arrival_ns, *lengths, *terms, number) + client + content
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -167,13 +158,9 @@ def _by_suffix(path: Path, functions: dict[str, _Function]) -> _Function:
     return functions[path.suffix]
 
 
-def _count_late(arrivals_ns: Sequence[int]) -> int:
-    """The number of arrivals that are earlier than one listed before them."""
-    return sum(arrival < latest for arrival, latest in zip(arrivals_ns, accumulate(arrivals_ns, max), strict=True))
-
-
 def _in_arrival_order(requests: CompactRequests, notes: list[str]) -> Sequence[TraceRequest]:
-    late = _count_late(requests.arrivals_ns)
+    arrivals_ns = requests.arrivals_ns
+    late = sum(arrival < latest for arrival, latest in zip(arrivals_ns, accumulate(arrivals_ns, max), strict=True))
     if not late:
         return requests
     notes.append(f"{late} of {len(requests)} arrivals were out of order: sorted")

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.engine_client import EngineClient
 from engine.server.openai_format import ChatFormat, CompletionFormat
-from engine.server.prometheus import Exposition
-from engine.server.protocol import (
-    MOST_PROMPTS,
-    ChatRequest,
-    CompletionRequest,
-    ErrorBody,
-    Generate,
-    Refused,
-)
-from engine.server.response import Answer, AnswerResponse
+from engine.server.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, ErrorBody, Generate, Refused
+from engine.server.response import Answer
 from engine.server.tokenization import Text, Writer
 from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
@@ -64,9 +57,7 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     """The application, behind its guards."""
     app = FastAPI(title="Tandem", version=version("tandem-llm"), docs_url=None, redoc_url=None)
     api = _Api(engine, text, limits)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)
-    }
+    errors: dict[int | str, Any] = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)}
     app.post("/v1/completions", responses=errors)(api.completions)
     app.post("/v1/chat/completions", responses=errors)(api.chat)
     app.get("/v1/models", responses={401: errors[401]})(api.models)
@@ -75,7 +66,7 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics)
     app.get("/status")(api.status)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(api.page)
-    for kind in (Refused, RequestValidationError, HTTPException, RecursionError, Exception):
+    for kind in (RequestValidationError, HTTPException, RecursionError, Exception):
         app.exception_handler(kind)(_answer_error)
     return Guard(app, limits)
 
@@ -88,18 +79,16 @@ class _Api:
         self._text = text
         self._limits = limits
         self._page = STATUS_PAGE.read_text()
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Exposition(engine))
         self._answers = 0
 
-    async def completions(self, body: CompletionRequest) -> AnswerResponse:
+    async def completions(self, body: CompletionRequest) -> Answer:
         """Complete prompts: text or token ids, one or several."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, len(body.prompts))
         prompts = [await self._ids(prompt) for prompt in body.prompts]
         return self._answer(body, prompts, arrived_ns, CompletionFormat)
 
-    async def chat(self, body: ChatRequest) -> AnswerResponse:
+    async def chat(self, body: ChatRequest) -> Answer:
         """Continue a conversation, written by the model's chat template."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, 1)
@@ -107,16 +96,14 @@ class _Api:
             written = self._text.chat([message.plain() for message in body.messages])
         except ValueError as error:
             raise Refused(400, str(error), "messages") from None
-        return self._answer(body, [await self._read(written, self._text.encode_chat)], arrived_ns, ChatFormat)
+        return self._answer(body, [await self._read(written, add_special_tokens=False)], arrived_ns, ChatFormat)
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
         ready = self._engine.ready
         model = {"id": self._limits.model, "object": "model", "created": 0, "owned_by": "tandem"}
-        return {
-            "object": "list",
-            "data": [model | {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}],
-        }
+        limits = {"root": ready.facts["model"], "max_model_len": ready.config.max_model_len}
+        return {"object": "list", "data": [model | limits]}
 
     async def health(self) -> dict[str, str]:
         """200 while requests can be served; 503 once the engine is dead or the server is shutting down."""
@@ -129,7 +116,8 @@ class _Api:
 
     async def metrics(self) -> PlainTextResponse:
         """Prometheus."""
-        return PlainTextResponse(generate_latest(self._registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = generate_latest(self._engine.metrics)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> dict[str, Any]:
         """The numbers that the status page draws."""
@@ -143,7 +131,7 @@ class _Api:
             "kv_blocks": engine.ready.config.num_blocks,
             "max_seqs": engine.ready.config.max_seqs,
             "open": engine.open_requests,
-            "load": engine.load._asdict(),
+            "load": metrics.load._asdict(),
             "generated": metrics.generated,
             "outcomes": dict(metrics.outcomes),
             "ttft": metrics.first_tokens.in_ms(),
@@ -162,8 +150,7 @@ class _Api:
         self._check_alive()
         if body.model is not None and body.model != self._limits.model:
             raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
-        if refusal := body.refusal(self._limits.ignore_sampling):
-            raise Refused(400, refusal[1], refusal[0])
+        body.check_supported(self._limits.ignore_sampling)
         if prompts > MOST_PROMPTS:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
         if self._engine.without_token + prompts > self._limits.max_waiting:
@@ -172,17 +159,18 @@ class _Api:
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return await self._read(prompt, self._text.encode)
+            return await self._read(prompt)
         if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
             raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
-    async def _read(self, text: str, encode: Any) -> list[int]:
+    async def _read(self, text: str, add_special_tokens: bool = True) -> list[int]:
         longest = self._engine.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
         try:
-            ids: list[int] = encode(text) if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode, text)
+            encode = partial(self._text.encode, text, add_special_tokens)
+            ids = encode() if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
         except Exception as error:  # the tokenizer's, which has no type of its own
             raise Refused(400, f"the tokenizer cannot read the prompt: {error}", "prompt") from error
         if not ids:
@@ -191,7 +179,7 @@ class _Api:
 
     def _answer(
         self, body: Generate, prompts: Sequence[list[int]], arrived_ns: int, format: type[CompletionFormat]
-    ) -> AnswerResponse:
+    ) -> Answer:
         sources = [self._source(body, ids) for ids in prompts]
         condition = StopCondition(body.ignore_eos, body.min_tokens, body.output_len)
         self._answers += 1
@@ -201,21 +189,11 @@ class _Api:
         for output, source in zip(answer.outputs, sources, strict=True):
             answer.prompt_tokens += source.prompt_len
             output.request_id = self._engine.submit(output, source, arrived_ns, condition)
-        return AnswerResponse(answer)
+        return answer
 
     def _source(self, body: Generate, ids: list[int]) -> TraceRequest:
-        limit = self._limit(body, len(ids))
-        return TraceRequest(
-            id=0,
-            arrival_ns=0,
-            prompt_len=len(ids),
-            output_len=limit,
-            max_tokens=limit,
-            prompt_token_ids=array("i", ids),
-            predicted_length=body.predicted_length,
-            priority=body.priority,
-            client=body.user,
-        )
+        prompt_len, limit = len(ids), self._limit(body, len(ids))
+        return TraceRequest(0, 0, prompt_len, limit, limit, array("i", ids), **body.shown)
 
     def _limit(self, body: Generate, prompt_len: int) -> int:
         longest = self._engine.ready.config.max_model_len
@@ -223,9 +201,8 @@ class _Api:
         limit = room if body.limit is None else body.limit
         if limit < 1 or limit > room:
             asked = "" if body.limit is None else f" and {body.limit} new ones"
-            raise Refused(
-                400, f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here", "prompt"
-            )
+            message = f"a prompt of {prompt_len} tokens{asked} is more than {longest}, the longest here"
+            raise Refused(400, message, "prompt")
         if body.min_tokens > limit:
             raise Refused(400, f"min_tokens is {body.min_tokens}, more than max_tokens, {limit}", "min_tokens")
         return limit
@@ -244,11 +221,10 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"].startswith("/v1"):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._key):
-                refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
-                return await refused.response()(scope, receive, send)
+        given = headers.get(b"authorization", b"")
+        if self._key is not None and scope["path"].startswith("/v1") and not hmac.compare_digest(given, self._key):
+            refused = Refused(401, "this server wants an API key: Authorization: Bearer KEY", headers=_CLOSE)
+            return await refused.response()(scope, receive, send)
         too_large = Refused(413, f"the body is longer than {self._limit} bytes", headers=_CLOSE)
         if int(headers.get(b"content-length") or 0) > self._limit:
             return await too_large.response()(scope, receive, send)
@@ -259,7 +235,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:  # raised in the middle of FastAPI's reading, which passes on nothing else
-                raise HTTPException(413, too_large.message)
+                raise HTTPException(413, too_large.detail)
             return message
 
         await self._app(scope, receive_within_limit, send)

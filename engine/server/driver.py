@@ -13,15 +13,15 @@ from engine.scheduler import Scheduler
 
 
 class Driver(Protocol):
-    """Serves on live time, in the engine's process."""
+    """Serves on live time, in the engine's process.
 
-    @property
-    def config(self) -> ServingConfig:
-        """The run's limits and policy."""
+    Attributes:
+        config: the run's limits and policy.
+        facts: as in `engine.server.messages.Ready`.
+    """
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """As in `engine.server.messages.Ready`."""
+    config: ServingConfig
+    facts: dict[str, Any]
 
     def token(self, request_id: int, position: int) -> int:
         """A token that the request has made, by its position in the output."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import time
 import traceback
 from collections import Counter
@@ -19,7 +18,7 @@ from engine.request import REJECTED
 from engine.server.driver import Service
 from engine.server.engine_process import run_engine
 from engine.server.gc_tuning import collect_now
-from engine.server.messages import Arrive, Cancel, Close, Load, Over, Progress, Ready
+from engine.server.messages import Arrive, Cancel, Close, Over, Progress, Ready, send_all
 from engine.server.prometheus import ServerMetrics
 from engine.stop_condition import StopCondition
 from traces.errors import TandemError
@@ -55,7 +54,6 @@ class EngineClient:
     Attributes:
         ready: the engine's first message.
         metrics: counts since then.
-        load: the engine's load in its last message.
         error: why it is dead, or None.
         draining: whether no request is taken any more.
         without_token: requests that wait for their first token.
@@ -72,11 +70,9 @@ class EngineClient:
         self._process.start()
         theirs.close()
         self._outbox: SimpleQueue[Any] = SimpleQueue()  # None ends the sending thread
-        self._sender = Thread(target=self._send_all, name="to-engine", daemon=True)
         self._open: dict[int, _Open] = {}
         self._submitted = 0
         self._last_arrival_ns = 0
-        self.load = Load()
         self.error: str | None = None
         self.draining = False
         self.without_token = 0
@@ -89,17 +85,12 @@ class EngineClient:
         loop.add_reader(self._pipe.fileno(), self._read)
         # uvloop made it non-blocking: a write to a full pipe would fail, and so would a read of half a message.
         os.set_blocking(self._pipe.fileno(), True)
-        self._sender.start()
+        Thread(target=send_all, args=(self._outbox, self._pipe), name="to-engine", daemon=True).start()
         await self._begun
 
     def kill(self) -> None:
         """End the engine's process at once."""
         self._process.kill()
-
-    @property
-    def pid(self) -> int | None:
-        """The engine's process."""
-        return self._process.pid
 
     @property
     def open_requests(self) -> int:
@@ -121,8 +112,7 @@ class EngineClient:
 
     def cancel(self, request_id: int, reason: str) -> None:
         """Its client wants no more: nothing is handed to the sink from here on. Nothing happens if it has ended."""
-        if (ended := self._forget(request_id)) is not None:
-            self.metrics.ended(reason, ended.prompt_len, ended.tokens, time.perf_counter_ns() - ended.arrival_ns)
+        if self._forget(request_id, reason):
             self._outbox.put(Cancel(request_id, time.perf_counter_ns() - self.ready.start_ns, reason))
 
     def fail_all(self, why: str) -> None:
@@ -138,16 +128,9 @@ class EngineClient:
         await self._over
         await asyncio.to_thread(self._process.join)
 
-    def _send_all(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            try:
-                self._pipe.send(message)
-            except OSError:
-                return  # it is dead, which its end of the pipe has told
-
     def _read(self) -> None:
         try:
-            messages = pickle.loads(self._pipe.recv_bytes())
+            messages = self._pipe.recv()
         except (EOFError, OSError):
             self._ended("the engine's process died")
             return
@@ -163,8 +146,6 @@ class EngineClient:
                     self._ended(error)
 
     def _ended(self, error: str | None) -> None:
-        if self._over.done():
-            return
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._over.set_result(None)
         self._outbox.put(None)
@@ -175,13 +156,10 @@ class EngineClient:
             self.fail_all(error or "the engine has ended")
 
     def _progress(self, progress: Progress) -> None:
-        self.load = progress.load
+        self.metrics.load = progress.load
         self._hand_out(progress.ids, progress.tokens, {end.request_id for end in progress.ended})
         for request_id, outcome, reason in progress.ended:
-            if (ended := self._forget(request_id)) is not None:
-                if outcome != REJECTED:
-                    took_ns = time.perf_counter_ns() - ended.arrival_ns
-                    self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
+            if ended := self._forget(request_id, outcome):
                 try:
                     ended.sink.end(outcome, reason)
                 except Exception as error:
@@ -194,10 +172,13 @@ class EngineClient:
         self.cancel(request_id, why)
         sink.end(BROKEN, why)
 
-    def _forget(self, request_id: int) -> _Open | None:
+    def _forget(self, request_id: int, outcome: str) -> _Open | None:
         ended = self._open.pop(request_id, None)
-        if ended is not None:
+        if ended:
             self.without_token -= not ended.tokens
+            if outcome != REJECTED:
+                took_ns = time.perf_counter_ns() - ended.arrival_ns
+                self.metrics.ended(outcome, ended.prompt_len, ended.tokens, took_ns)
             if not self._open:
                 asyncio.get_running_loop().call_soon(collect_now)
         return ended

@@ -3,7 +3,6 @@ for a client, nor for the API."""
 
 from __future__ import annotations
 
-import pickle
 import signal
 import sys
 import traceback
@@ -17,7 +16,7 @@ from engine.records.recorder import Recorder
 from engine.scheduler import load_scheduler
 from engine.server.driver import Driver, Service
 from engine.server.gc_tuning import hold_back
-from engine.server.messages import Arrive, Cancel, Close, Over, Ready
+from engine.server.messages import Arrive, Cancel, Close, Over, Ready, send_all
 from engine.server.output_publisher import Publisher
 from traces.errors import TandemError
 
@@ -30,7 +29,7 @@ def run_engine(service: Service, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
     outbox: SimpleQueue[Any] = SimpleQueue()
-    sender = Thread(target=_send_all, args=(outbox, pipe), name="to-api")
+    sender = Thread(target=send_all, args=(outbox, pipe), name="to-api")
     sender.start()
     error = None
     try:
@@ -70,29 +69,16 @@ def _serve(service: Service, driver: Driver, pipe: Connection, outbox: SimpleQue
 def _receive_all(pipe: Connection, events: LiveEvents) -> None:
     while True:
         try:
-            message = pipe.recv()
+            messages = pipe.recv()
         except (EOFError, OSError):
             events.cancel_all("the API process is gone")
-            message = Close()
-        match message:
-            case Arrive(source, condition):
-                events.arrive(source, condition)
-            case Cancel(request_id, time_ns, reason):
-                events.cancel(request_id, time_ns, reason)
-            case Close():
-                events.close()
-                return
-
-
-def _send_all(outbox: SimpleQueue[Any], pipe: Connection) -> None:
-    """A message a turn of the loop; where the pipe is slower than the loop, several turns in one write."""
-    last = False
-    while not last:
-        batch = [outbox.get()]
-        while not outbox.empty():
-            batch.append(outbox.get())
-        last = batch[-1] is None
-        try:
-            pipe.send_bytes(pickle.dumps([message for message in batch if message is not None]))
-        except OSError:
-            return  # nobody reads any more
+            messages = [Close()]
+        for message in messages:
+            match message:
+                case Arrive():
+                    events.arrive(*message)
+                case Cancel():
+                    events.cancel(*message)
+                case Close():
+                    events.close()
+                    return

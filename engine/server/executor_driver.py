@@ -29,16 +29,11 @@ class ExecutorDriver:
     def __init__(self, executor: Executor, config: ServingConfig, keep_prompts: bool) -> None:
         executor.prepare(config)
         self.config = config
-        self._executor = executor
+        model, size = executor.model.name, executor.model.vocab_size
+        self.facts: dict[str, Any] = {"backend": "real", "device": executor.device, "model": model, "vocab_size": size}
         self.prompts: dict[int, Sequence[int]] = {}
         self._keep_prompts = keep_prompts
         self._running, self._data_plane = executor.session((), config, "model")
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """As in `Driver`."""
-        model = self._executor.model
-        return {"backend": "real", "device": self._executor.device, "model": model.name, "vocab_size": model.vocab_size}
 
     def token(self, request_id: int, position: int) -> int:
         """As in `Driver`."""
@@ -59,4 +54,4 @@ class ExecutorDriver:
         if self._keep_prompts and source.prompt_token_ids is not None:
             self.prompts[source.id] = source.prompt_token_ids
         self._running.add(source, condition)
-        return unknown_token(source, self._executor.model.vocab_size)
+        return unknown_token(source, self.facts["vocab_size"])

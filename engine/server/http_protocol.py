@@ -29,7 +29,6 @@ def http_protocol() -> type[Protocol] | Literal["h11"]:
 
         _in_head = True
         _head_bytes = 0  # of data that brought a head, and no end of it
-        _ended_head = False
 
         @property
         def blocked(self) -> bool:
@@ -42,18 +41,17 @@ def http_protocol() -> type[Protocol] | Literal["h11"]:
 
         def data_received(self, data: bytes) -> None:
             """Bytes came; if the bytes of a head are too many, the connection ends."""
-            in_head, self._ended_head = self._in_head, False
-            super().data_received(data)
-            if in_head and not self._ended_head and not self.transport.is_closing():
+            if self._in_head:
                 self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEADER_BYTES:
-                    self.send_400_response("Request header fields too large.")
+            super().data_received(data)
+            if self._in_head and self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("Request header fields too large.")
 
         def on_headers_complete(self) -> None:
             """A body follows."""
             if hasattr(self.flow, "write_paused"):
                 self.scope["state"][WIRE] = self
-            self._in_head, self._ended_head, self._head_bytes = False, True, 0
+            self._in_head, self._head_bytes = False, 0
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:

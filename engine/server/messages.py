@@ -1,7 +1,9 @@
-"""Messages between the API process and the engine process. They share a clock, `time.perf_counter_ns`."""
+"""Messages between the API process and the engine process, in lists. They share a clock, `time.perf_counter_ns`."""
 
 from __future__ import annotations
 
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from engine.config import ServingConfig
@@ -77,3 +79,17 @@ class Over(NamedTuple):
     """To the API: the last message. What went wrong, or None."""
 
     error: str | None
+
+
+def send_all(outbox: SimpleQueue[Any], pipe: Connection) -> None:
+    """Send messages until there is None; where the pipe is slower than they come, several in one write."""
+    last = False
+    while not last:
+        batch = [outbox.get()]
+        while not outbox.empty():
+            batch.append(outbox.get())
+        last = batch[-1] is None
+        try:
+            pipe.send([message for message in batch if message is not None])
+        except OSError:
+            return  # nobody reads any more

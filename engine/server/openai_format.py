@@ -5,17 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, NamedTuple
+from typing import Any
 
 DONE = b"data: [DONE]\n\n"
-
-
-class Choice(NamedTuple):
-    """One output that is complete."""
-
-    place: int
-    text: str
-    finish_reason: str
 
 
 class CompletionFormat:
@@ -35,11 +27,11 @@ class CompletionFormat:
 
     def text(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
         """A chunk of a stream."""
-        reason = f'"{finish_reason}"' if finish_reason else "null"
-        return (
-            f"{self._before}{index}, {self.opening}{quoted(text)}{self.closing}"
-            f', "logprobs": null, "finish_reason": {reason}{self._after}'
-        ).encode("ascii")
+        return self._chunk(index, f"{self.opening}{quoted(text)}{self.closing}", finish_reason)
+
+    def _chunk(self, index: int, content: str, finish_reason: str | None = None) -> bytes:
+        end = f'"finish_reason": "{finish_reason}"' if finish_reason else '"finish_reason": null'
+        return f'{self._before}{index}, {content}, "logprobs": null, {end}{self._after}'.encode("ascii")
 
     def open(self, index: int) -> bytes:
         """The chunk before an output's first text."""
@@ -50,13 +42,13 @@ class CompletionFormat:
         body = self._head | {"object": self.chunk, "choices": [], "usage": counts}
         return f"data: {json.dumps(body)}\n\n".encode() if self._usage else b""
 
-    def answer(self, choices: Sequence[Choice], counts: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, choices: Sequence[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
         """The whole, not streamed."""
-        return self._head | {"object": self.whole, "choices": [self._choice(each) for each in choices], "usage": counts}
+        return self._head | {"object": self.whole, "choices": choices, "usage": counts}
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        text = {"index": choice.place, "text": choice.text, "logprobs": None}
-        return text | {"finish_reason": choice.finish_reason, "stop_reason": None}
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One output of the whole."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason, "stop_reason": None}
 
 
 class ChatFormat(CompletionFormat):
@@ -67,11 +59,9 @@ class ChatFormat(CompletionFormat):
 
     def open(self, index: int) -> bytes:
         """The chunk that names the speaker."""
-        return (
-            f'{self._before}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, '
-            f'"finish_reason": null{self._after}'
-        ).encode()
+        return self._chunk(index, '"delta": {"role": "assistant", "content": ""}')
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
-        return {"index": choice.place, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """As in `CompletionFormat`."""
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}

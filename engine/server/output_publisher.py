@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 from engine.backend import Completion, Launch
 from engine.events import Event
@@ -15,16 +14,6 @@ from engine.server.driver import Driver
 from engine.server.gc_tuning import collect_now
 from engine.server.messages import End, Load, Progress
 from engine.step import Step
-
-
-class _Launched(NamedTuple):
-    """A step in flight: who gets a token of it, in order, and whose last it is."""
-
-    number: int
-    samplers: Sequence[int]
-    finishing: Sequence[int]
-    prefill_tokens: int
-    decode_tokens: int
 
 
 class Publisher:
@@ -39,13 +28,11 @@ class Publisher:
         self._recorder = recorder
         self._made: dict[int, int] = {}  # of requests that have not ended, tokens sent
         self._decoding: dict[int, None] = {}
-        self._order: list[int] | None = None  # the decoding ones, until they change
-        self._in_flight: deque[_Launched] = deque()
+        self._in_flight: deque[tuple[Step, list[int]]] = deque()  # and who gets a token of it, in order
         self._launched = -1
         self._ended: list[End] = []
         self._over: deque[tuple[int, int]] = deque()  # who ended, and the step after which nobody speaks of them
         self._load = Load()
-        self._preemptions = 0
 
     def delivered(self, event: Event, now: int) -> None:
         """A request is followed from here on, or was rejected, or cancelled."""
@@ -64,16 +51,15 @@ class Publisher:
         """Works out who will have a token of it."""
         if self._recorder:
             self._recorder.launched(step, now, launch)
-        if not step.is_steady:
-            self._enter(step)
-        if self._order is None:
-            self._order = list(self._decoding)
-        samplers = self._order if step.decodes else []
-        samplers = samplers + [each for each, chunk in step.chunks.items() if chunk.samples]
-        self._in_flight.append(_Launched(step.index, samplers, step.finishing, step.prefill_tokens, step.decodes))
+        self._drop(step.leaving)
+        self._decoding.update(dict.fromkeys(step.joined))
+        samplers = list(self._decoding) if step.decodes else []
+        samplers += [each for each, chunk in step.chunks.items() if chunk.samples]
+        self._drop(step.finishing)
+        self._in_flight.append((step, samplers))
         self._launched = step.index
-        for request_id in step.finishing:
-            self._leave(request_id)
+        if lost := len(step.preempted) + len(step.swapped_out):
+            self._load = self._load._replace(preemptions=self._load.preemptions + lost)
 
     def completed(self, completion: Completion) -> None:
         """Its tokens are known."""
@@ -96,37 +82,24 @@ class Publisher:
         if idle:
             collect_now()
 
-    def _enter(self, step: Step) -> None:
-        self._preemptions += len(step.preempted) + len(step.swapped_out)
-        for request_id in step.leaving:
-            self._leave(request_id)
-        if step.joined:
-            self._decoding.update(dict.fromkeys(step.joined))
-            self._order = None
-
-    def _leave(self, request_id: int) -> None:
-        if request_id in self._decoding:
-            del self._decoding[request_id]
-            self._order = None
+    def _drop(self, ids: Iterable[int]) -> None:
+        for request_id in ids:
+            self._decoding.pop(request_id, None)
 
     def _take_tokens(self, completion: Completion) -> tuple[list[int], list[int]]:
-        launched = self._in_flight.popleft()
+        step, samplers = self._in_flight.popleft()
         made, token = self._made, self._rider.token
-        ids = [each for each in launched.samplers if each in made]  # who has ended gets no more
+        ids = [each for each in samplers if each in made]  # who has ended gets no more
         tokens = [token(each, made[each]) for each in ids]
         for request_id in ids:
             made[request_id] += 1
         for stop in completion.stops:
             self._end(End(stop.request_id, STOP))
-        for request_id in launched.finishing:
+        for request_id in step.finishing:
             self._end(End(request_id, LENGTH))
-        self._load = self._load._replace(
-            step=launched.number,
-            prefill_tokens=launched.prefill_tokens,
-            decode_tokens=launched.decode_tokens,
-            prefill_total=self._load.prefill_total + launched.prefill_tokens,
-            decode_total=self._load.decode_total + launched.decode_tokens,
-        )
+        load, prefill, decode = self._load, step.prefill_tokens, step.decodes
+        totals = {"prefill_total": load.prefill_total + prefill, "decode_total": load.decode_total + decode}
+        self._load = load._replace(step=step.index, prefill_tokens=prefill, decode_tokens=decode, **totals)
         return ids, tokens
 
     def _end(self, end: End) -> None:
@@ -135,10 +108,6 @@ class Publisher:
             self._over.append((self._launched, end.request_id))
 
     def _load_now(self) -> Load:
-        scheduler = self._scheduler
-        return self._load._replace(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            kv_blocks_used=scheduler.pool.used,
-            preemptions=self._preemptions,
-        )
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        used = self._scheduler.pool.used
+        return self._load._replace(running=len(running), waiting=len(waiting), kv_blocks_used=used)

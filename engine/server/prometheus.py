@@ -10,9 +10,10 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from engine.server.messages import Load
 
@@ -48,20 +49,21 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += times * value
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
+    def sums(self) -> tuple[list[tuple[str, int]], float]:
+        """Cumulative counts by upper bound, as Prometheus wants them, and the sum of all values."""
         names = [str(bound / self.per_unit) for bound in self.bounds] + ["+Inf"]
-        return list(zip(names, map(float, accumulate(self.counts)), strict=True))
+        return list(zip(names, accumulate(self.counts), strict=True)), self.total / self.per_unit
 
     def in_ms(self) -> dict[str, list[float]]:
         """The bounds of a histogram of nanoseconds in milliseconds, and the count of each bucket."""
         return {"bounds_ms": [1e-6 * bound for bound in self.bounds], "counts": [*self.counts]}
 
 
-class ServerMetrics:
+class ServerMetrics(Collector):
     """The counts of a server.
 
     Attributes:
+        load: the engine's, in its last message.
         gaps: between two tokens of a request, in nanoseconds.
         first_tokens: from arrival to the first token, in nanoseconds.
         prompt_tokens, generation_tokens: of requests that have ended.
@@ -76,8 +78,9 @@ class ServerMetrics:
         self.output_lengths = Histogram(LENGTH_BUCKETS, 1)
         self.prompt_tokens = 0
         self.outcomes: Counter[str] = Counter()
-        self.model = model
-        self.kv_blocks = kv_blocks
+        self.load = Load()
+        self._model = model
+        self._kv_blocks = kv_blocks
 
     @property
     def generated(self) -> int:
@@ -92,54 +95,31 @@ class ServerMetrics:
         self.output_lengths.add(tokens)
         self.requests.add(took_ns)
 
-
-class Source(Protocol):
-    """The numbers of a running engine."""
-
-    metrics: ServerMetrics
-    load: Load
-
-
-class Exposition:
-    """A Prometheus collector."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
     def collect(self) -> Iterator[Metric]:
         """All metrics, as they are now."""
-        metrics, load = self._source.metrics, self._source.load
-        kv_usage = load.kv_blocks_used / metrics.kv_blocks
-        for name, text, gauge in (
-            ("num_requests_running", "Requests that hold KV blocks.", load.running),
-            ("num_requests_waiting", "Requests that wait for them.", load.waiting),
-            ("kv_cache_usage_perc", "KV blocks in use; 1 is all.", kv_usage),
-            ("iteration_prefill_tokens", "Prefill tokens of the last step (Tandem's).", load.prefill_tokens),
-            ("iteration_decode_tokens", "Decode tokens of the last step (Tandem's).", load.decode_tokens),
-        ):
-            yield self._family(GaugeMetricFamily, name, text, gauge)
-        for name, text, total in (
-            ("prompt_tokens", "Prompt tokens of requests that have ended.", metrics.prompt_tokens),
-            ("generation_tokens", "Tokens handed to clients.", metrics.generated),
-            ("num_preemptions", "Times a request lost its KV blocks.", load.preemptions),
-        ):
-            yield self._family(CounterMetricFamily, name, text, total)
+        gauge, counter, histogram, load = GaugeMetricFamily, CounterMetricFamily, HistogramMetricFamily, self.load
+        kv_usage = load.kv_blocks_used / self._kv_blocks
+        rows: tuple[tuple[Any, ...], ...] = (
+            (gauge, "num_requests_running", "Requests that hold KV blocks.", load.running),
+            (gauge, "num_requests_waiting", "Requests that wait for them.", load.waiting),
+            (gauge, "kv_cache_usage_perc", "KV blocks in use; 1 is all.", kv_usage),
+            (gauge, "iteration_prefill_tokens", "Prefill tokens of the last step (Tandem's).", load.prefill_tokens),
+            (gauge, "iteration_decode_tokens", "Decode tokens of the last step (Tandem's).", load.decode_tokens),
+            (counter, "prompt_tokens", "Prompt tokens of requests that have ended.", self.prompt_tokens),
+            (counter, "generation_tokens", "Tokens handed to clients.", self.generated),
+            (counter, "num_preemptions", "Times a request lost its KV blocks.", load.preemptions),
+            (histogram, "time_to_first_token_seconds", "From arrival to the first token.", *self.first_tokens.sums()),
+            (histogram, "inter_token_latency_seconds", "Between two tokens of a request.", *self.gaps.sums()),
+            (histogram, "e2e_request_latency_seconds", "From arrival to the end.", *self.requests.sums()),
+            (histogram, "request_prompt_tokens", "Prompt lengths.", *self.prompt_lengths.sums()),
+            (histogram, "request_generation_tokens", "Output lengths.", *self.output_lengths.sums()),
+        )
+        for kind, name, text, *values in rows:
+            family = kind(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self._model], *values)
+            yield family
         labels = ["model_name", "finished_reason"]
         ended = CounterMetricFamily("vllm:request_success", "Requests that ended, by how.", labels=labels)
         for outcome in ("length", "stop", "abort"):
-            ended.add_metric([metrics.model, outcome], metrics.outcomes[outcome])
+            ended.add_metric([self._model, outcome], self.outcomes[outcome])
         yield ended
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "From arrival to the first token.", metrics.first_tokens),
-            ("inter_token_latency_seconds", "Between two tokens of a request.", metrics.gaps),
-            ("e2e_request_latency_seconds", "From arrival to the end.", metrics.requests),
-            ("request_prompt_tokens", "Prompt lengths.", metrics.prompt_lengths),
-            ("request_generation_tokens", "Output lengths.", metrics.output_lengths),
-        ):
-            total_of_all = histogram.total / histogram.per_unit
-            yield self._family(HistogramMetricFamily, name, text, histogram.buckets(), total_of_all)
-
-    def _family(self, kind: Any, name: str, text: str, *values: Any) -> Metric:
-        family: Metric = kind(f"vllm:{name}", text, labels=["model_name"])
-        family.add_metric([self._source.metrics.model], *values)  # type: ignore[attr-defined]
-        return family

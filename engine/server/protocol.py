@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPTS = 64
@@ -30,24 +31,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (0,),
     "top_p": (1,),
     "top_k": (-1, 0),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
 }
 _CHOOSING = ("top_p", "top_k", "min_p")  # of no effect at temperature 0
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (0,),
-    "tools": ([],),
-    "functions": ([],),
-    "stop_token_ids": ([],),
+_UNSUPPORTED: dict[str, Any] = {  # and the value that asks for nothing
+    **dict.fromkeys(("n", "best_of"), 1),
+    "echo": False,
+    "suffix": "",
+    **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs"), 0),
+    **{name: [] for name in ("tools", "functions", "stop_token_ids")},
 }
 
 
@@ -63,6 +57,7 @@ class Generate(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: String | None = Field(None, max_length=1024)
+    max_tokens: Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
@@ -87,26 +82,29 @@ class Generate(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """What a scheduler sees of the request, beside its lengths: fields of `traces.request.TraceRequest`."""
+        return {"predicted_length": self.predicted_length, "priority": self.priority, "client": self.user}
+
+    @property
     def limit(self) -> int | None:
         """Output tokens that the client asks for."""
-        raise NotImplementedError
+        return self.max_tokens
 
-    def refusal(self, ignore_sampling: bool) -> tuple[str, str] | None:
-        """The first field that asks for something we do not do, and the message about it."""
+    def check_supported(self, ignore_sampling: bool) -> None:
+        """Raise `Refused` for the first field that asks for something we do not do."""
         given = dict(self)
-        for name, allowed in _UNSUPPORTED.items():
-            if given.get(name) not in (None, *allowed):
-                return name, f"{name} is not supported"
-        if ignore_sampling:
-            return None
+        for name, nothing in _UNSUPPORTED.items():
+            if given.get(name) not in (None, nothing):
+                raise Refused(400, f"{name} is not supported", name)
         chosen = _CHOOSING if given.get("temperature") == 0 else ()
-        for name, allowed in _NEUTRAL.items():
+        for name, allowed in _NEUTRAL.items() if not ignore_sampling else ():
             if given.get(name) not in (None, *allowed) and name not in chosen:
-                return name, (
+                message = (
                     f"{name} would change the output, and decoding here is greedy: leave it out, or give "
                     f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
                 )
-        return None
+                raise Refused(400, message, name)
 
 
 class CompletionRequest(Generate):
@@ -119,11 +117,6 @@ class CompletionRequest(Generate):
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
     max_tokens: Count | None = 16
-
-    @property
-    def limit(self) -> int | None:
-        """As in `Generate`."""
-        return self.max_tokens
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -158,7 +151,6 @@ class ChatRequest(Generate):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
 
     @property
@@ -182,25 +174,22 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class Refused(Exception):
-    """A request that gets an error for an answer."""
+class Refused(HTTPException):
+    """A request that gets an error for an answer; `param` is the field that is to blame."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
+        super().__init__(status, message, headers)
         self.param = param
-        self.headers = headers
 
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
-        kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
-        name = kind.get(self.status, "InternalServerError" if self.status >= 500 else "BadRequestError")
-        return {"error": {"message": self.message, "type": name, "param": self.param, "code": self.status}}
+        kind = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
+        name = kind.get(self.status_code, "InternalServerError" if self.status_code >= 500 else "BadRequestError")
+        return {"error": {"message": self.detail, "type": name, "param": self.param, "code": self.status_code}}
 
     def response(self) -> JSONResponse:
         """The answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)

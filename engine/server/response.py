@@ -12,12 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
 from engine.server.engine_client import BROKEN, EngineClient
-from engine.server.openai_format import DONE, Choice, CompletionFormat
+from engine.server.openai_format import DONE, CompletionFormat
 from engine.server.protocol import Refused
 from engine.server.tokenization import Writer
 
 _STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
-GONE, STOP_STRING = "the client is gone", "stop"
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
 
 
@@ -38,7 +37,7 @@ class Wire(Protocol):
 class Output:
     """One choice of an answer. Implements `engine.server.engine_client.TokenSink`."""
 
-    __slots__ = ("_answer", "_opened", "_text", "_writer", "finish_reason", "index", "request_id", "tokens")
+    __slots__ = ("_answer", "_opened", "_writer", "finish_reason", "index", "request_id", "text", "tokens")
 
     def __init__(self, answer: Answer, index: int, writer: Writer) -> None:
         self._answer = answer
@@ -48,14 +47,14 @@ class Output:
         self.tokens = 0
         self.finish_reason: str | None = None
         self._opened = False
-        self._text: list[str] = []  # of each token that was not sent
+        self.text: list[str] = []  # of each token that was not sent
 
     def take(self, token: int, last: bool) -> None:
         """Write a token's text; the last one's goes out with the reason for the end."""
         self.tokens += 1
-        self._text.append(self._writer.take(token))
+        self.text.append(self._writer.take(token))
         if self._writer.stopped:
-            self._answer.engine.cancel(self.request_id, STOP_STRING)
+            self._answer.engine.cancel(self.request_id, "stop")
             self._finish("stop")
         elif not last:
             self._answer.wrote(self)
@@ -63,8 +62,8 @@ class Output:
     def end(self, outcome: str, reason: str | None) -> None:
         """It is complete, or failed."""
         if outcome in ("length", "stop"):
-            last = self._text.pop() if self._text else ""
-            self._text.append(last + self._writer.rest())
+            last = self.text.pop() if self.text else ""
+            self.text.append(last + self._writer.rest())
             self._finish(outcome)
         else:
             self.finish_reason = "error"
@@ -75,25 +74,24 @@ class Output:
         self._answer.unfinished -= 1
         self._answer.wrote(self)
 
-    def text(self) -> str:
-        """Take the text that was not sent."""
-        text, self._text = "".join(self._text), []
-        return text
-
     def chunk(self, format: CompletionFormat) -> bytes:
-        """That text, as chunks: one a token, so that who counts them is right; several where the client is slow."""
-        written = format.text(self.index, self._text.pop(), self.finish_reason)
-        if self._text:
-            written = b"".join([format.text(self.index, text) for text in self._text]) + written
-            self._text.clear()
+        """The text that was not sent, as chunks: one a token, so that who counts them is right."""
+        written = format.text(self.index, self.text.pop(), self.finish_reason)
+        if self.text:  # the client is slow
+            written = b"".join([format.text(self.index, text) for text in self.text]) + written
+            self.text.clear()
         if self._opened:
             return written
         self._opened = True
         return format.open(self.index) + written
 
+    def choice(self, format: CompletionFormat) -> dict[str, Any]:
+        """The whole, not streamed."""
+        return format.choice(self.index, "".join(self.text), self.finish_reason)
 
-class Answer:
-    """Where the outputs of one HTTP request meet the connection that wants them.
+
+class Answer(Response):
+    """The outputs of one HTTP request, sent as they come, and given up when the client is gone.
 
     Attributes:
         unfinished: outputs to which something may be added.
@@ -103,6 +101,7 @@ class Answer:
     def __init__(
         self, engine: EngineClient, format: CompletionFormat, streamed: bool, writers: Sequence[Writer]
     ) -> None:
+        super().__init__()
         self.engine = engine
         self.format = format
         self.streamed = streamed
@@ -110,7 +109,7 @@ class Answer:
         self.unfinished = len(self.outputs)
         self.prompt_tokens = 0
         self.refused: Refused | None = None
-        self._wire: Wire | None = None
+        self._wire: Wire | None = None  # once the stream has begun: then text goes there while `_more` is waited for
         self._fresh: dict[Output, None] = {}  # have something that was not sent
         self._wakened: asyncio.Future[None] | None = None  # where somebody waits for more, and so is writing nothing
 
@@ -126,9 +125,9 @@ class Answer:
     def failed(self, refused: Refused) -> None:
         """There will be no answer, or no more of it."""
         self.refused = self.refused or refused
-        self.abandon(refused.message)
+        self.abandon(refused.detail)
 
-    def abandon(self, reason: str = GONE) -> None:
+    def abandon(self, reason: str = "the client is gone") -> None:
         """Nobody wants it any more: outputs that still run are cancelled."""
         self.unfinished = 0
         for output in self.outputs:
@@ -136,7 +135,7 @@ class Answer:
                 self.engine.cancel(output.request_id, reason)
         self._wake()
 
-    async def more(self) -> bytes:
+    async def _more(self) -> bytes:
         """Wait for something to send; returns b"" if nothing will come, or nothing is streamed."""
         while self.unfinished and not (self.streamed and self._fresh):
             self._wakened = asyncio.get_running_loop().create_future()
@@ -150,58 +149,40 @@ class Answer:
         asked, made = self.prompt_tokens, sum(each.tokens for each in self.outputs)
         return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
-    def whole(self) -> dict[str, Any]:
-        """The answer, not streamed."""
-        choices = [Choice(each.index, each.text(), each.finish_reason or "") for each in self.outputs]
-        return self.format.answer(choices, self.counts)
-
-    def begun(self, wire: Wire | None) -> None:
-        """The stream has begun; from now on, text goes to the wire while `more` is waited for."""
-        self._wire = wire
-
     def _wake(self) -> None:
         wakened, self._wakened = self._wakened, None
         if wakened and not wakened.done():  # it is, where the task was cancelled
             wakened.set_result(None)
 
-
-class AnswerResponse(Response):
-    """Sends an answer as it comes, and gives it up when the client is gone."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self._answer = answer
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        answer = self._answer
         watcher = asyncio.ensure_future(_until_gone(receive))
-        watcher.add_done_callback(lambda done: answer.abandon() if not done.cancelled() else None)
+        watcher.add_done_callback(lambda done: self.abandon() if not done.cancelled() else None)
         try:
-            first = await answer.more()
-            if answer.refused:  # nothing is sent yet, though some may have been made
-                await answer.refused.response()(scope, receive, send)
-            elif answer.streamed:
+            first = await self._more()
+            if self.refused:  # nothing is sent yet, though some may have been made
+                await self.refused.response()(scope, receive, send)
+            elif self.streamed:
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))
-            elif all(each.finish_reason for each in answer.outputs):  # else the client is gone
-                await JSONResponse(answer.whole())(scope, receive, send)
+            elif all(each.finish_reason for each in self.outputs):  # else the client is gone
+                choices = [each.choice(self.format) for each in self.outputs]
+                await JSONResponse(self.format.answer(choices, self.counts))(scope, receive, send)
         finally:
             watcher.cancel()
-            answer.abandon()
+            self.abandon()
 
     async def _stream(self, first: bytes, send: Send, wire: Wire | None) -> None:
-        answer = self._answer
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         chunk = first
         while chunk:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            answer.begun(wire)
-            chunk = await answer.more()
-        if answer.refused:
-            end = f"data: {json.dumps(answer.refused.body)}\n\n".encode()
+            self._wire = wire
+            chunk = await self._more()
+        if self.refused:
+            end = f"data: {json.dumps(self.refused.body)}\n\n".encode()
         else:
-            end = answer.format.usage(answer.counts) + DONE
+            end = self.format.usage(self.counts) + DONE
         await send({"type": "http.response.body", "body": end})
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,6 +22,7 @@ from traces.errors import TandemError
 
 GRACE_S = 5  # for slow readers, once nothing runs any more
 BACKLOG = 4096
+_OPTIONS: dict[str, Any] = {"ws": "none", "lifespan": "off", "access_log": False, "log_level": "warning"}
 
 
 def serve(
@@ -72,21 +75,21 @@ def serve(
     uvloop.run(run())
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own would end the process."""
+        yield
+
+
 async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socket, drain_s: float) -> None:
     """A signal asks for a graceful end, a second Ctrl-C for a quick one; neither ends the process."""
     loop = asyncio.get_running_loop()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=http_protocol(),
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(drain_s) + GRACE_S,
-            backlog=BACKLOG,
-        )
-    )
+    grace_s = int(drain_s) + GRACE_S
+    http = http_protocol()
+    server = _Server(uvicorn.Config(app, http=http, backlog=BACKLOG, timeout_graceful_shutdown=grace_s, **_OPTIONS))
 
     def stop(number: int) -> None:
         if server.should_exit:
@@ -95,13 +98,6 @@ async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socke
         server.should_exit = engine.draining = True
         loop.call_later(drain_s, engine.fail_all, "the server is shutting down")
 
-    def listen_to_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop, number)
-
-    serving = asyncio.create_task(server.serve([listener]))
-    while not (server.started or serving.done()):  # uvicorn sets its own handlers as it starts
-        await asyncio.sleep(0.001)
-    listen_to_signals()
-    await serving
-    listen_to_signals()  # uvicorn has put back those that it found
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    await server.serve([listener])

@@ -8,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 FILLER = " The quick brown fox jumps over the lazy dog."
 
 
@@ -28,10 +27,9 @@ class Text:
         self.vocab_size = max(vocabulary.values()) + 1
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's token ids, with those that the model wants at its beginning."""
-        ids: list[int] = self.tokens.encode(text).ids
-        return ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """A prompt's token ids, with those that the model wants at its beginning: a text from `chat` has them."""
+        return list(self.tokens.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation as the model was taught to read it. Raises ValueError if it cannot be written so."""
@@ -42,14 +40,9 @@ class Text:
         except Exception as error:  # a template is a program, and fails as programs do
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a text from `chat`, which has its special tokens already."""
-        ids: list[int] = self.tokens.encode(text, add_special_tokens=False).ids
-        return ids
-
     def filler(self) -> list[int]:
         """Token ids for outputs that say nothing; repeated and read again, they are as many."""
-        return list(self.tokens.encode(FILLER, add_special_tokens=False).ids)
+        return self.encode(FILLER, add_special_tokens=False)
 
 
 def load_text(model: str) -> Text:
