@@ -43,7 +43,7 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
     sheet, item, block_size = sheet_of(source.meta.device), DTYPE_BYTES[source.meta.dtype], source.meta.block_size
     if block_size is None:
         raise TandemError(f"{name} does not say its block size: derive from a profile that was measured or imported")
-    made = _Derivation(source, Floor.of(sheet, source.model, item), Floor.of(sheet, model, item))
+    made = _Derivation(source, Floor(sheet, source.model, item), Floor(sheet, model, item))
     found = {table: derive(source.tables[table]) for table, derive in made.ways().items() if table in source.tables}
     origins = {table: origin for table, (_, origin) in found.items()}
     for table, origin in origins.items():

@@ -36,8 +36,7 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         raise TandemError(
             f"{model.name} needs {memory.weights / 1e9:.0f} GB for weights alone: too big for {sheet.device}"
         )
-    floor = Floor.of(sheet, model)
-
+    floor = Floor(sheet, model)
     points: dict[str, Points] = {
         "dense": {
             (op, m): model.num_layers * floor.gemm_us(m, n, k)
@@ -74,19 +73,13 @@ def memory_facts(sheet: DataSheet, model: ModelConfig, item: int, block_size: in
 class Floor:
     """The least that a model's operations can take on a GPU, in microseconds."""
 
-    flops_per_us: float
-    bytes_per_us: float
+    sheet: DataSheet
     model: ModelConfig
-    item: int  # bytes of a number
-
-    @classmethod
-    def of(cls, sheet: DataSheet, model: ModelConfig, item: int = BYTES) -> Floor:
-        """By a GPU's data sheet."""
-        return cls(sheet.tflops * 1e6, sheet.memory_gb_per_s * 1e3, model, item)
+    item: int = BYTES  # of a number
 
     def us(self, flops: float, traffic: float) -> float:
         """The longer of arithmetic and traffic (bytes)."""
-        return max(flops / self.flops_per_us, traffic / self.bytes_per_us)
+        return max(flops / (self.sheet.tflops * 1e6), traffic / (self.sheet.memory_gb_per_s * 1e3))
 
     def gemm_us(self, m: int, n: int, k: int) -> float:
         """(m, k) x (k, n)."""

@@ -6,6 +6,7 @@ the sampler, measured in vLLM (github.com/casys-kaist/LLMServingSim, `profiler/`
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +14,11 @@ from typing import Any
 from engine.model.config import ModelConfig
 from sim.profile.format import Points, read_yaml
 from sim.sources.importers.points import errors
-from sim.sources.importers.source import Measured, Publication, check_shape, dense_points, read_rows
+from sim.sources.importers.source import Measured, check_shape, dense_points, provenance, read_rows
 from traces.errors import TandemError
 
-PUBLISHED = Publication(
-    "casys-kaist/LLMServingSim", "5daddb2", "MIT", ("4f5b0623f1fa27033752cc54807a4089c39205c7132a0bb196520249d9d9140a",)
-)
+PUBLISHED = ("casys-kaist/LLMServingSim", "5daddb2", "MIT")
+DIGEST = "4f5b0623f1fa27033752cc54807a4089c39205c7132a0bb196520249d9d9140a"
 FILES = ("dense.csv", "attention.csv", "per_sequence.csv", "meta.yaml")
 # their operation -> ours, and how often it runs: in each layer, and once a step
 OPS = {
@@ -31,6 +31,10 @@ OPS = {
     "act_fn": ("small", 1, 0),
     "embedding": ("small", 0, 1),
     "final_layernorm": ("small", 0, 1),
+}
+RULES = {
+    "dense": "the final norm counts here, by tokens, as the engine runs it",
+    "mixed_decode_attention": "the median over chunks and their contexts of what decodes add to them",
 }
 HEAD = ("lm_head", "sampler")
 ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
@@ -45,8 +49,8 @@ def recognizes(source: Path) -> bool:
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a folder. Raises TandemError if it is damaged, or of another model."""
     meta = _read_meta(source / "meta.yaml", model)
-    prefill, decode, mixed = _attention(source / "attention.csv", model.num_layers)
-    about = PUBLISHED.of(source / "dense.csv") | {
+    attention = _attention(source / "attention.csv", model.num_layers)
+    about = provenance(source / "dense.csv", *PUBLISHED, DIGEST) | {
         "engine": f"vLLM {meta['vllm_version']}",
         "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
         "device": meta["gpu"],
@@ -54,14 +58,7 @@ def read(source: Path, model: ModelConfig) -> Measured:
         "measured": str(meta.get("profiled_at", "unknown")),
     }
     dense, head = _dense(source / "dense.csv", model.num_layers), _head(source / "per_sequence.csv")
-    tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
-    measured = Measured(source, about, tables)
-    if mixed:
-        measured.tables["mixed_decode_attention"] = _beside(prefill, mixed)
-        measured.rules["mixed_decode_attention"] = (
-            "the median over chunks and their contexts of what decodes add to them"
-        )
-    measured.rules["dense"] = "the final norm counts here, by tokens, as the engine runs it"
+    measured = Measured(source, about, {"dense": dense, "head": head} | attention, RULES.copy())
     if (source / "skew.csv").exists():
         _add_imbalance(measured, source / "skew.csv")
     return measured
@@ -95,8 +92,8 @@ def _head(path: Path) -> Points:
     return {(count,): sum(times[name][count] for name in HEAD) for count in times["lm_head"]}
 
 
-def _attention(path: Path, layers: int) -> tuple[Points, Points, Points]:
-    """Prefill and decode, each alone in its step, and both in one: by chunk, context, sequences and KV tokens.
+def _attention(path: Path, layers: int) -> dict[str, Points]:
+    """The tables of prefill and decode, each alone in its step, and of what decodes add to a chunk in the same launch.
 
     A decode attends to its own token beside `kv_decode` earlier ones.
     """
@@ -113,15 +110,16 @@ def _attention(path: Path, layers: int) -> tuple[Points, Points, Points]:
             mixed[chunk, context, sequences, sequences * (cached + 1)] = layers * row["time_us"]
     if not prefill or not decode:
         raise TandemError(f"{path}: needs rows with prefill_chunk 0, and rows with n_decode 0")
-    return prefill, decode, mixed
+    tables = {"prefill_attention": prefill, "decode_attention": decode}
+    return tables | ({"mixed_decode_attention": _beside(prefill, mixed)} if mixed else {})
 
 
 def _beside(prefill: Points, mixed: Points) -> Points:
-    """What decodes add to a chunk in the same launch, where the chunk was measured alone too."""
-    added: dict[tuple[int, int], list[float]] = {}
-    for (chunk, context, sequences, kv_tokens), time_us in mixed.items():
-        if (chunk, context) in prefill:
-            added.setdefault((sequences, kv_tokens), []).append(time_us - prefill[chunk, context])
+    """What decodes add to a chunk, where the chunk was measured alone too."""
+    added: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    for (*chunk, sequences, kv_tokens), time_us in mixed.items():
+        if tuple(chunk) in prefill:
+            added[sequences, kv_tokens].append(time_us - prefill[tuple(chunk)])
     return {key: max(0.0, median(times)) for key, times in added.items()}
 
 
