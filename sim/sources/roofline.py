@@ -39,9 +39,8 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
     floor = Floor(sheet, model)
     points: dict[str, Points] = {
         "dense": {
-            (op, m): model.num_layers * floor.gemm_us(m, n, k)
-            for op, (n, k) in gemm_shapes(model).items()
-            for m in TOKENS
+            (op, m): model.num_layers * floor.gemm_us(m, *shape)
+            for (op, shape), m in product(gemm_shapes(model).items(), TOKENS)
         },
         "prefill_attention": {(c, x): floor.prefill_us(c, x) for c, x in product(TOKENS, LENGTHS)},
         "decode_attention": {(n, n * x, 1.0): floor.decode_us(n, n * x) for n, x in product(SEQUENCES, LENGTHS[1:])},
@@ -51,15 +50,8 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
             (way, n): n * memory.block / (sheet.bus_gb_per_s * 1e3) for way, n in product(("out", "in"), TOKENS[:9])
         },
     }
-    meta = ProfileMeta(
-        device=sheet.device,
-        model=model,
-        dtype="float16",
-        source="roofline of the data sheet: a floor, nothing was measured",
-        data_sheet=sheet,
-        memory=memory,
-        block_size=block_size,
-    )
+    said = "roofline of the data sheet: a floor, nothing was measured"
+    meta = ProfileMeta(sheet.device, model, "float16", said, data_sheet=sheet, memory=memory, block_size=block_size)
     return Profile(meta, {table: rows_of(table, of_table) for table, of_table in points.items()})
 
 

@@ -50,10 +50,9 @@ def import_profile(
     origin: dict[str, Any] = {name: {"how": "roofline"} for name in tables}
     origin["host"] = {"how": "zero"}
     held_out: dict[str, Any] = {"rule": RULES["held_out"]}
-    for table in KEYS:
-        of = next((each for each in found if table in each.tables), None)
-        if of is None:
-            continue
+    first = {table: each for each in reversed(found) for table in each.tables}
+    for table in (each for each in KEYS if each in first):
+        of = first[table]
         if table in TABLES:
             _check_unit(of, table, floor)
         points, rules = _completed(of, table, floor)
