@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from sim.profile.format import KEYS, Row
-from sim.profiling.samples import row_of_repeats
+from sim.profiling.device_profiler import row_of_repeats
 from traces.request import TraceRequest
 
 if TYPE_CHECKING:

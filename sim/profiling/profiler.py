@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from engine.config import ServingConfig
 from sim.profile.format import KEYS, Profile
 from sim.profile.meta import ProfileMeta
+from sim.profiling.batches import HeldOutBatch, held_out_rows, with_held_out_error
 from sim.profiling.cpu import CpuProfiler
-from sim.profiling.device_profiler import DeviceProfiler, Point
+from sim.profiling.device_profiler import OUTLIER, DeviceProfiler, Point, Sample, row_of_repeats
 from sim.profiling.gpu import GpuProfiler
-from sim.profiling.held_out import HeldOutBatch, held_out_rows, with_held_out_error
 from sim.profiling.host import measure_host
-from sim.profiling.samples import OUTLIER, Sample, row_of_repeats
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
