@@ -30,7 +30,7 @@ class CpuProfiler(DeviceProfiler):
         self.work = shuffled(
             Point("prefill_attention" if shape.chunks else "decode_attention", shape)
             for shape in grid(config)
-            for _ in range(_repeats(shape))
+            for _ in range(SHORT_REPEATS if shape.tokens <= SHORT_TOKENS else LONG_REPEATS)
         )
         self.held_out = mixed_batches(config, HELD_OUT)
 
@@ -87,10 +87,6 @@ class CpuProfiler(DeviceProfiler):
         """As in `DeviceProfiler`: how often a batch ran."""
         repeats = {f"up to {SHORT_TOKENS} tokens": SHORT_REPEATS, "longer": LONG_REPEATS}
         return replace(meta, notes=meta.notes | {"repeats": repeats})
-
-
-def _repeats(shape: BatchShape) -> int:
-    return SHORT_REPEATS if shape.tokens <= SHORT_TOKENS else LONG_REPEATS
 
 
 def grid(config: ServingConfig) -> list[BatchShape]:

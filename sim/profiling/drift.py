@@ -19,8 +19,8 @@ from engine.step import Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
 from sim.profiling.batches import BatchShape, errors, held_out_batches
-from sim.profiling.device_profiler import Key, Point, Sample, typical
-from sim.profiling.host import measure_host
+from sim.profiling.device_profiler import Key, Point, Sample
+from sim.profiling.host import measure_host, swap_rows
 from sim.profiling.profiler import profiler_for
 from sim.terms import Host
 from traces.errors import TandemError
@@ -163,7 +163,9 @@ class DriftCheck:
                 show(TURNS * len(self._sample) + number)
         found = [(table, _axes(table), self._table(table, rows)) for table, rows in tables.items()]
         found.append((HELD_OUT, ("batch", "decodes", "prefill_tokens"), held_out))
-        found += [("swap", KEYS["swap"], self._copies()), ("host", ("kind", "sequences"), self._host())]
+        if "swap" in self._profile.tables:
+            found.append(("swap", KEYS["swap"], self._table("swap", swap_rows(self._executor, self._config))))
+        found.append(("host", ("kind", "sequences"), self._host()))
         return [TableDrift.of(*each) for each in found if each[-1]]
 
     def _measure(self, show: Callable[[int], None]) -> list[Sample]:
@@ -183,13 +185,6 @@ class DriftCheck:
             key: (now[key] - then[key]) / (_step_us(self._latency, table, key) or then[key])
             for key in now.keys() & then.keys()
         }
-
-    def _copies(self) -> Times:
-        if "swap" not in self._profile.tables:
-            return {}
-        then = _times("swap", self._profile.tables["swap"])
-        now = {(where, blocks): typical(of) for where, blocks, of in self._executor.measure_swap(self._config)}
-        return {key: now[key] / then[key] - 1 for key in now.keys() & then.keys()}
 
     def _host(self) -> Times:
         """All that the host does around a step, as a share of a decode step of so many sequences."""
@@ -239,16 +234,16 @@ def _step_us(latency: LatencyModel, table: str, key: Key) -> float | None:
 
 def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:
     """Whether a profile is to be trusted, and why, in a sentence."""
-    drifted = [each for each in found if each.verdict == "replace"]
-    unclear = [each for each in found if each.verdict == "unclear"]
-    worst = max(drifted or unclear or found, key=lambda each: abs(each.median) / each.allowed)
+    verdict = min((each.verdict for each in found), key=("replace", "unclear", "trusted").index)
+    worst = max((each for each in found if each.verdict == verdict), key=lambda each: abs(each.median) / each.allowed)
     said = f"{worst.table} takes {abs(worst.median):.1%} {'longer' if worst.median > 0 else 'less'} in the median"
     said += f" of {worst.points} points (± {worst.error:.1%})"
-    if drifted:
-        return "replace", f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this machine again."
-    if unclear:
-        return "unclear", f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed."
-    return "trusted", f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}."
+    why = {
+        "replace": f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this machine again.",
+        "unclear": f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed.",
+        "trusted": f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}.",
+    }
+    return verdict, why[verdict]
 
 
 def drift_report(executor: Executor, profile: Profile, found: Sequence[TableDrift]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ServingConfig
-from sim.profile.format import KEYS, Profile
+from sim.profile.format import Profile
 from sim.profile.meta import ProfileMeta
 from sim.profiling.batches import HeldOutBatch, held_out_rows, with_held_out_error
 from sim.profiling.cpu import CpuProfiler
-from sim.profiling.device_profiler import OUTLIER, DeviceProfiler, Point, Sample, row_of_repeats
+from sim.profiling.device_profiler import OUTLIER, DeviceProfiler, Point, Sample
 from sim.profiling.gpu import GpuProfiler
-from sim.profiling.host import measure_host
+from sim.profiling.host import measure_host, swap_rows
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
@@ -68,7 +68,7 @@ def measure_profile(
         meta, tables = device.describe(meta), device.tables(samples)
     tables |= {"host": measure_host(executor, config), "held_out": held_out_rows(batches)}
     if config.num_cpu_blocks:
-        tables["swap"] = [row_of_repeats(KEYS["swap"], key, times) for *key, times in executor.measure_swap(config)]
+        tables["swap"] = swap_rows(executor, config)
     meta = replace(meta, notes=meta.notes | {"machine_state": state, "date": time.strftime("%Y-%m-%d")})
     return with_held_out_error(Profile(meta, tables))
 
