@@ -20,8 +20,7 @@ from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
 from sim.profiling.batches import BatchShape, errors, held_out_batches
 from sim.profiling.device_profiler import Key, Point, Sample
-from sim.profiling.host import measure_host, swap_rows
-from sim.profiling.profiler import profiler_for
+from sim.profiling.profiler import measure_host, profiler_for, swap_rows
 from sim.terms import Host
 from traces.errors import TandemError
 
