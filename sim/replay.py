@@ -93,9 +93,8 @@ class RecordedTiming:
     def __init__(self, run: RunRecords, latency: LatencyModel | None = None) -> None:
         steps = run.tables["steps"]
         self._iterations: list[dict[str, Any]] = run.tables["iterations"].to_pylist()
-        self._device: Iterator[tuple[int, int]] = zip(
-            steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True
-        )
+        works = (steps[name].to_pylist() for name in ("device_start_ns", "device_ns"))
+        self._device: Iterator[tuple[int, int]] = zip(*works, strict=True)
         self._latency = latency
         self.predictions: list[tuple[int, Sequence[float]]] = []
         self._turn = 0
@@ -148,15 +147,12 @@ class RecordedTiming:
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     """The workload of a recorded run in order of arrival, each request stopping where it did stop."""
-    requests = [_request(row) for row in run.tables["requests"].to_pylist()]
+    names, requests = {field.name for field in fields(TraceRequest)}, []
+    for row in run.tables["requests"].to_pylist():
+        known = {name: value for name, value in row.items() if name in names and value is not None}
+        stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
+        requests.append(TraceRequest(**known | {"id": row["request"]} | stop))
     return sorted(requests, key=lambda request: (request.arrival_ns, request.id))
-
-
-def _request(row: Mapping[str, Any]) -> TraceRequest:
-    names = {field.name for field in fields(TraceRequest)}
-    known = {name: value for name, value in row.items() if name in names and value is not None}
-    stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
-    return TraceRequest(**known | {"id": row["request"]} | stop)
 
 
 def refusals(run: RunRecords) -> dict[int, str]:

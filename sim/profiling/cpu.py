@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -96,13 +97,11 @@ def grid(config: ServingConfig) -> list[BatchShape]:
     # Chunks below 16 tokens are rare, and their attention close to linear.
     prefills = [
         BatchShape(((tokens, min(context, longest - tokens)),), ())
-        for tokens in up_to(min(config.max_batched_tokens, longest, room))
+        for tokens, context in product(up_to(min(config.max_batched_tokens, longest, room)), contexts)
         if tokens == 1 or tokens >= 16
-        for context in contexts
     ]
     decodes = [
         BatchShape.decoding(count, min(context, room // count - config.block_size))
-        for count in up_to(config.max_seqs)
-        for context in contexts[1:]
+        for count, context in product(up_to(config.max_seqs), contexts[1:])
     ]
     return sorted({shape for shape in prefills + decodes if min(shape.decodes, default=1) > 0})

@@ -137,17 +137,9 @@ class Notes:
 
 
 def _identity(executor: Executor, config: ServingConfig) -> ProfileMeta:
-    return ProfileMeta(
-        device=executor.device,
-        model=executor.model,
-        dtype=executor.dtype,
-        source="measured",
-        kernels=executor.kernels,
-        kv_blocks=config.num_blocks,
-        block_size=config.block_size,
-        limits=config,
-        notes={"statistic": f"mean, outliers clipped at {OUTLIER:g} x median"},
-    )
+    meta = ProfileMeta(executor.device, executor.model, executor.dtype, "measured", executor.kernels)
+    notes = {"statistic": f"mean, outliers clipped at {OUTLIER:g} x median"}
+    return replace(meta, kv_blocks=config.num_blocks, block_size=config.block_size, limits=config, notes=notes)
 
 
 # -- the host and its copies ---------------------------------------------------------------------------------------

@@ -37,10 +37,8 @@ def plane(table: str, points: Points) -> Plane:
         return {(0, tokens): sum(curve(tokens) for curve in ops) for _, tokens in points}
     if table == "head":
         return {(0, samples): time for (samples,), time in points.items()}
-    if table == "decode_attention":
-        return {(n, kv / n): time for (n, kv, imbalance), time in points.items() if imbalance == 1}
-    if table == "mixed_decode_attention":
-        return {(n, kv / n): time for (n, kv), time in points.items()}
+    if table in ("decode_attention", "mixed_decode_attention"):
+        return {(n, kv / n): time for (n, kv, *imbalance), time in points.items() if imbalance in ([], [1])}
     return {(chunk, context): time for (chunk, context), time in points.items()}
 
 
