@@ -117,20 +117,20 @@ def _widths(model: ModelConfig) -> tuple[int, int]:
 
 def data_sheet(hardware: str) -> DataSheet:
     """A GPU's data sheet. Raises TandemError if there is none in `sim/sources/hardware`."""
-    path = DATA_SHEETS / f"{hardware}.yaml"
-    if not path.exists():
-        raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(known_hardware())}")
-    return DataSheet(**read_yaml(path))
+    sheets = data_sheets()
+    if hardware not in sheets:
+        raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(sheets)}")
+    return sheets[hardware]
 
 
 def sheet_of(device: str) -> DataSheet:
     """The data sheet of a device, by its name. Raises TandemError if `sim/sources/hardware` has none."""
-    sheets = {sheet.device: sheet for sheet in map(data_sheet, known_hardware())}
+    sheets = {sheet.device: sheet for sheet in data_sheets().values()}
     if device not in sheets:
         raise TandemError(f"no data sheet of {device} in sim/sources/hardware: it has {', '.join(sheets)}")
     return sheets[device]
 
 
-def known_hardware() -> list[str]:
-    """The GPUs of `sim/sources/hardware`."""
-    return sorted(each.stem for each in DATA_SHEETS.glob("*.yaml"))
+def data_sheets() -> dict[str, DataSheet]:
+    """The GPUs of `sim/sources/hardware`, by the names of their files."""
+    return {path.stem: DataSheet(**read_yaml(path)) for path in sorted(DATA_SHEETS.glob("*.yaml"))}

@@ -18,7 +18,7 @@ from sim.profile.format import KEYS, TABLES, Points, Profile, Row, rows_of
 from sim.sources.importers import aiconfigurator, llmservingsim, vidur
 from sim.sources.importers.points import RULES, between_chunks, cross_check, plane, with_contexts
 from sim.sources.importers.source import Measured
-from sim.sources.roofline import BYTES, data_sheet, known_hardware, roofline_profile, small_kernels
+from sim.sources.roofline import BYTES, data_sheet, data_sheets, roofline_profile, small_kernels
 from traces.errors import TandemError
 
 FORMATS = {"llmservingsim": llmservingsim, "aiconfigurator": aiconfigurator, "vidur": vidur}
@@ -83,22 +83,21 @@ def import_profile(
 def _reader(source: Path, source_format: str | None) -> Any:
     if not source.exists():
         raise TandemError(f"{source}: no such file or folder")
-    if source_format is None:
-        fitting = [name for name, reader in FORMATS.items() if reader.recognizes(source)]
-        if len(fitting) == 1:
-            return FORMATS[fitting[0]]
+    if source_format is not None and source_format not in FORMATS:
+        raise TandemError(f"no format '{source_format}': choose {', '.join(FORMATS)}")
+    recognized = [name for name, reader in FORMATS.items() if reader.recognizes(source)]
+    fitting = recognized if source_format is None else [source_format]
+    if len(fitting) != 1:
         raise TandemError(
             f"{source}: {'several formats' if fitting else 'no format that is known'}; give --format and "
             f"a folder with {', '.join(llmservingsim.FILES)} (llmservingsim) or {', '.join(aiconfigurator.FILES)} "
             "(aiconfigurator), or a .csv file (vidur)"
         )
-    if source_format not in FORMATS:
-        raise TandemError(f"no format '{source_format}': choose {', '.join(FORMATS)}")
-    return FORMATS[source_format]
+    return FORMATS[fitting[0]]
 
 
 def _hardware(found: Sequence[Measured], said: str | None) -> str:
-    devices = {name: data_sheet(name).device for name in known_hardware()}
+    devices = {name: sheet.device for name, sheet in data_sheets().items()}
     if said is not None:
         data_sheet(said)
     stated = {each.about["device"]: each.path for each in found if each.about["device"]}

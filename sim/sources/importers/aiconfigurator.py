@@ -17,7 +17,9 @@ from traces.errors import TandemError
 
 PUBLISHED = ("ai-dynamo/aiconfigurator", "095f58a", "Apache-2.0")
 DIGEST = "13694b42a4da49569177ae8e0daf77258609cf0c52426abc11f5e3195b872770"
-FILES = tuple(f"{of}_perf.parquet" for of in ("gemm", "context_attention", "generation_attention"))
+GEMM = "gemm_perf.parquet"
+PREFILL, DECODE = "context_attention_perf.parquet", "generation_attention_perf.parquet"
+FILES = (GEMM, PREFILL, DECODE)
 DTYPES = ("bfloat16", "float16")
 
 
@@ -28,8 +30,7 @@ def recognizes(source: Path) -> bool:
 
 def read(source: Path, model: ModelConfig) -> Measured:
     """Look up the operations of `model`. Raises TandemError if files are damaged, or its shape is not covered."""
-    gemm, prefill, decode = (source / name for name in FILES)
-    gemms = Gemms(gemm)
+    gemms = Gemms(source / GEMM)
     products = {op: gemms.times_ms(*shape) for op, shape in gemm_shapes(model).items()}
     head, head_rule = gemms.times_ms(model.vocab_size, model.hidden_size)
     layers_us = 1000 * model.num_layers  # of a millisecond in one layer
@@ -39,16 +40,16 @@ def read(source: Path, model: ModelConfig) -> Measured:
         # `step` tokens are cached before the one that is made, to which it attends too
         "decode_attention": {
             (row["batch_size"], row["batch_size"] * (row["step"] + 1), 1.0): layers_us * row["latency"]
-            for row in _attention(decode, model)
+            for row in _attention(source / DECODE, model)
         },
         "prefill_attention": {
             (row["isl"], row["step"]): layers_us * row["latency"]
-            for row in _attention(prefill, model)
+            for row in _attention(source / PREFILL, model)
             if row["batch_size"] == 1
         },
     }
     rules = {"dense": "; ".join(rule for _, rule in products.values() if rule), "head": head_rule}
-    about = provenance(gemm, *PUBLISHED, DIGEST)
+    about = provenance(source / GEMM, *PUBLISHED, DIGEST)
     about |= {"engine": gemms.engine, "dtype": gemms.dtype, "device": gemms.device}
     return Measured(source, about, tables, rules, frozenset({"small", "sampling"}))
 

@@ -49,7 +49,7 @@ def recognizes(source: Path) -> bool:
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a folder. Raises TandemError if it is damaged, or of another model."""
     meta = _read_meta(source / "meta.yaml", model)
-    attention = _attention(source / "attention.csv", model.num_layers)
+    prefill, decode, mixed = _attention(source / "attention.csv", model.num_layers)
     about = provenance(source / "dense.csv", *PUBLISHED, DIGEST) | {
         "engine": f"vLLM {meta['vllm_version']}",
         "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
@@ -58,7 +58,9 @@ def read(source: Path, model: ModelConfig) -> Measured:
         "measured": str(meta.get("profiled_at", "unknown")),
     }
     dense, head = _dense(source / "dense.csv", model.num_layers), _head(source / "per_sequence.csv")
-    measured = Measured(source, about, {"dense": dense, "head": head} | attention, RULES.copy())
+    tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
+    tables |= {"mixed_decode_attention": _beside(prefill, mixed)} if mixed else {}
+    measured = Measured(source, about, tables, RULES.copy())
     if (source / "skew.csv").exists():
         _add_imbalance(measured, source / "skew.csv")
     return measured
@@ -92,8 +94,8 @@ def _head(path: Path) -> Points:
     return {(count,): sum(times[name][count] for name in HEAD) for count in times["lm_head"]}
 
 
-def _attention(path: Path, layers: int) -> dict[str, Points]:
-    """The tables of prefill and decode, each alone in its step, and of what decodes add to a chunk in the same launch.
+def _attention(path: Path, layers: int) -> tuple[Points, Points, Points]:
+    """Prefill and decode, each alone in its step, and both in one: by chunk, context, sequences and KV tokens.
 
     A decode attends to its own token beside `kv_decode` earlier ones.
     """
@@ -110,12 +112,11 @@ def _attention(path: Path, layers: int) -> dict[str, Points]:
             mixed[chunk, context, sequences, sequences * (cached + 1)] = layers * row["time_us"]
     if not prefill or not decode:
         raise TandemError(f"{path}: needs rows with prefill_chunk 0, and rows with n_decode 0")
-    tables = {"prefill_attention": prefill, "decode_attention": decode}
-    return tables | ({"mixed_decode_attention": _beside(prefill, mixed)} if mixed else {})
+    return prefill, decode, mixed
 
 
 def _beside(prefill: Points, mixed: Points) -> Points:
-    """What decodes add to a chunk, where the chunk was measured alone too."""
+    """What decodes add to a chunk in the same launch, where the chunk was measured alone too."""
     added: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
     for (*chunk, sequences, kv_tokens), time_us in mixed.items():
         if tuple(chunk) in prefill:
