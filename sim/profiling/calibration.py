@@ -66,15 +66,15 @@ def _lengths(count: int, config: ServingConfig) -> Trace:
     """Requests at time 0 whose lengths are lognormal, but for the longest."""
     longest = min(LONGEST, config.max_model_len // 2)
 
-    def drawn(mean: int) -> str:
-        return f"lognormal:{math.log(max(1, min(mean, longest / 4))) - SIGMA**2 / 2}:{SIGMA}"
+    means = (max(1, min(mean, longest / 4)) for mean in (MEAN_PROMPT, MEAN_OUTPUT))
+    prompts, outputs = (f"lognormal:{math.log(mean) - SIGMA**2 / 2}:{SIGMA}" for mean in means)
+    drawn = synthetic(count, 0, prompts, outputs)
 
     def cut(request: TraceRequest) -> TraceRequest:
         prompt, output = (min(length, longest) for length in (request.prompt_len, request.output_len))
         return replace(request, prompt_len=prompt, output_len=output, max_tokens=output)
 
-    drawn_lengths = synthetic(count, 0, drawn(MEAN_PROMPT), drawn(MEAN_OUTPUT))
-    return replace(drawn_lengths, requests=[cut(each) for each in drawn_lengths.requests])
+    return replace(drawn, requests=[cut(each) for each in drawn.requests])
 
 
 def _capacity(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile) -> float:

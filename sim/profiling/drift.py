@@ -195,15 +195,11 @@ class DriftCheck:
         self._latency.rest()
         drifts = {}
         for kind, count in sorted(points):
-            then_us, now_us = (_around_us(host, kind, count) for host in (then, now))
+            chunks, terms = count if kind == "prefill" else 0, ("plan", "launch", "notice", "turn")
+            then_us, now_us = (sum(host.us(term, chunks, count) for term in terms) for host in (then, now))
             step_us = self._latency.device_ns(Step(0, decodes=count, load=StepLoad(kv_tokens=8 * count))) / 1000
             drifts[kind, count] = (now_us - then_us) / (step_us + then_us)
         return drifts
-
-
-def _around_us(host: Host, kind: str, sequences: int) -> float:
-    chunks = sequences if kind == "prefill" else 0
-    return sum(host.us(term, chunks, sequences) for term in ("plan", "launch", "notice", "turn"))
 
 
 def _axes(table: str) -> tuple[str, ...]:

@@ -57,7 +57,9 @@ def measure_profile(
     Raises:
         TandemError: the machine is in no state to be measured, or cannot be.
     """
-    meta = _identity(executor, config)
+    meta = ProfileMeta(executor.device, executor.model, executor.dtype, "measured", executor.kernels)
+    said = {"statistic": f"mean, outliers clipped at {OUTLIER:g} x median"}
+    meta = replace(meta, kv_blocks=config.num_blocks, block_size=config.block_size, limits=config, notes=said)
     with profiler_for(executor, config) as device:
         state = device.state()
         kept = Notes.open(notes, meta.to_dict())
@@ -136,12 +138,6 @@ class Notes:
         return samples
 
 
-def _identity(executor: Executor, config: ServingConfig) -> ProfileMeta:
-    meta = ProfileMeta(executor.device, executor.model, executor.dtype, "measured", executor.kernels)
-    notes = {"statistic": f"mean, outliers clipped at {OUTLIER:g} x median"}
-    return replace(meta, kv_blocks=config.num_blocks, block_size=config.block_size, limits=config, notes=notes)
-
-
 # -- the host and its copies ---------------------------------------------------------------------------------------
 
 
@@ -183,7 +179,6 @@ def _host_samples(steps: Sequence[Row], turns: Sequence[Row]) -> defaultdict[tup
 
 def _woken(requests: Sequence[Row], turns: Sequence[Row]) -> list[float]:
     """From arrival to delivery (us) of the requests that found the serving loop idle."""
-    reads = {
-        after["now_ns"] for turn, after in pairwise(turns) if turn["step"] is None and turn["completed_step"] is None
-    }
+    idle = [turn for turn in pairwise(turns) if turn[0]["step"] is None and turn[0]["completed_step"] is None]
+    reads = {after["now_ns"] for _, after in idle}
     return [(each["delivered_ns"] - each["arrival_ns"]) / 1000 for each in requests if each["delivered_ns"] in reads]

@@ -48,16 +48,13 @@ def recognizes(source: Path) -> bool:
 
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a folder. Raises TandemError if it is damaged, or of another model."""
-    meta = _read_meta(source / "meta.yaml", model)
+    described = _description(source / "meta.yaml", model)
     prefill, decode, mixed = _attention(source / "attention.csv", model.num_layers)
-    about = provenance(source / "dense.csv", *PUBLISHED, DIGEST) | {
-        "engine": f"vLLM {meta['vllm_version']}",
-        "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
-        "device": meta["gpu"],
-        "model": meta["model"],
-        "measured": str(meta.get("profiled_at", "unknown")),
-    }
-    dense, head = _dense(source / "dense.csv", model.num_layers), _head(source / "per_sequence.csv")
+    about = provenance(source / "dense.csv", *PUBLISHED, DIGEST) | described
+    found = read_rows(source / "dense.csv", ["tokens"], ["time_us"], ["layer"])
+    times = {(row["layer"], row["tokens"]): row["time_us"] for row in found}
+    dense = dense_points(source / "dense.csv", OPS, times, model.num_layers)
+    head = _head(source / "per_sequence.csv")
     tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
     tables |= {"mixed_decode_attention": _beside(prefill, mixed)} if mixed else {}
     measured = Measured(source, about, tables, RULES.copy())
@@ -66,11 +63,18 @@ def read(source: Path, model: ModelConfig) -> Measured:
     return measured
 
 
-def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
+def _description(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """What was measured, by a meta.yaml. Raises TandemError if that was another model, or more than one GPU at once."""
     meta = read_yaml(path)
     try:
         shape = meta["engine_effective"]["hf_overrides"]
-        wanted = {name: meta[name] for name in ("vllm_version", "variant", "gpu", "model")}
+        described = {
+            "engine": f"vLLM {meta['vllm_version']}",
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
+            "device": meta["gpu"],
+            "model": meta["model"],
+            "measured": str(meta.get("profiled_at", "unknown")),
+        }
         found = {name: shape[name] for name in ("intermediate_size", "vocab_size")}
         found |= {"num_heads": shape["num_attention_heads"], "num_kv_heads": shape["num_key_value_heads"]}
     except (KeyError, TypeError) as error:
@@ -78,12 +82,7 @@ def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
     check_shape(path, found, model)
     if meta.get("tp_degrees", [1]) != [1]:
         raise TandemError(f"{path}: measured at tensor-parallel degrees {meta['tp_degrees']}; Tandem imports 1")
-    return {**meta, **wanted}
-
-
-def _dense(path: Path, layers: int) -> Points:
-    found = read_rows(path, ["tokens"], ["time_us"], ["layer"])
-    return dense_points(path, OPS, {(row["layer"], row["tokens"]): row["time_us"] for row in found}, layers)
+    return described
 
 
 def _head(path: Path) -> Points:
