@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.step import Step
-from sim.coverage import Coverage
+from sim.coverage import Coverage, Note
 from sim.profile.format import IN_SERVICE, Profile
-from sim.terms import STEP_PARTS, ByCounts, DecodeAttention, Decodes, Power, PrefillAttention, Swap, WholeStep
+from sim.terms import STEP_TERMS, CapturedSteps, DecodeAttention, Decodes, Power, PrefillAttention, Swap
 
-PARTS = (*STEP_PARTS, "prefill_attention", "decode_attention", "imbalance", "power")
+IMBALANCE = "imbalance"  # what context imbalance adds
+PARTS = (*(term.part for term in STEP_TERMS), "prefill_attention", "decode_attention", IMBALANCE, "power")
 """The parts of a step's time: layers by tokens, the head by samples, padding to a captured size, attention of prefill
 chunks, attention of decodes were their contexts all alike, context imbalance, and the power limit."""
+
+
+class _ByCounts(NamedTuple):
+    """The terms that depend on a step's counts alone, their sum, and what full load adds to the step."""
+
+    parts_us: Sequence[float]
+    sum_us: float
+    full_load_us: float
 
 
 @dataclass(slots=True)
@@ -28,7 +37,7 @@ class _DecodeSteps:
         coverage: what each of these looked up.
     """
 
-    by_counts: ByCounts
+    by_counts: _ByCounts
     coverage: Coverage
     attention: Decodes
     steps: int = field(default=0)
@@ -43,10 +52,11 @@ class LatencyModel:
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
         self._ignored = [place for place, part in enumerate(PARTS) if part in ignore]
-        self._whole_step = WholeStep(profile)
+        self._captured = CapturedSteps(profile)
+        self._step_terms = [term(profile) for term in STEP_TERMS]
         self._prefill_attention = PrefillAttention(profile)
         self._decode_attention = DecodeAttention(profile)
-        self._power = Power(profile.meta.power) if profile.meta.power else None
+        self._power = Power(profile, profile.meta.power) if profile.meta.power else None
         self._swap = Swap(profile)
         self._by_decodes: dict[int, _DecodeSteps] = {}
         self._tables = profile.tables
@@ -70,7 +80,7 @@ class LatencyModel:
         if chunks:
             tokens += step.prefill_tokens
             samples = step.decodes + sum([chunk.samples for chunk in chunks.values()])
-            by_counts = self._whole_step.us(tokens, len(chunks), samples, self._note)
+            by_counts = self._by_counts(tokens, len(chunks), samples, self._note)
             prefill_us = self._prefill_attention.us(chunks.values(), self._note)
         elif decode_steps:
             by_counts = decode_steps.by_counts
@@ -126,6 +136,15 @@ class LatencyModel:
 
     def _decode_steps(self, decodes: int) -> _DecodeSteps:
         coverage = Coverage()
-        by_counts = self._whole_step.us(decodes, 0, decodes, coverage.note)
+        by_counts = self._by_counts(decodes, 0, decodes, coverage.note)
         found = self._by_decodes[decodes] = _DecodeSteps(by_counts, coverage, self._decode_attention.of(decodes))
         return found
+
+    def _by_counts(self, tokens: int, prefills: int, samples: int, note: Note) -> _ByCounts:
+        counts = self._captured.counts(tokens, prefills, samples)
+        parts_us, sum_us = [], 0.0
+        for term in self._step_terms:
+            part_us = term.us(counts, note)
+            parts_us.append(part_us)
+            sum_us += part_us
+        return _ByCounts(parts_us, sum_us, self._power.at_full_load_us(counts) if self._power else 0.0)

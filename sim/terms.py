@@ -1,15 +1,15 @@
 """The terms of a step's time.
 
 A term reads its tables of a profile, predicts its time in microseconds, and takes note of each look-up and whether it
-was measured there.
+was measured there. `StepTerm`s depend on a step's counts alone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
-from typing import NamedTuple
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Protocol
 
 from engine.step import Chunk, Copies, Step, StepLoad
 from sim.coverage import Note
@@ -19,54 +19,105 @@ from sim.profile.format import HOST_TERMS, HOST_TERMS_BY_KIND, IN_SERVICE, Profi
 from sim.profile.meta import PowerCalibration
 from traces.errors import TandemError
 
-STEP_PARTS = ("dense", "head", "padding")
 BESIDE_CHUNKS = "mixed_decode_attention"  # the table of decodes whose kernel attends to chunks too
 
 
-class ByCounts(NamedTuple):
-    """What depends on a step's counts alone: times of `STEP_PARTS`, their sum, and what full load adds to the step."""
+class Counts(NamedTuple):
+    """A step's counts, and the captured step that holds it.
 
-    parts_us: tuple[float, float, float]
-    sum_us: float
-    full_load_us: float
-
-
-class WholeStep:
-    """Everything but attention, by a step's counts: layers by tokens, head by samples, padding to a captured size.
-
-    A step that a captured one holds costs what that was measured to take, or takes in service where that is known: all
-    but head and padding are its layers. Others are launched kernel by kernel.
+    Attributes:
+        rows: of the captured step; 0 if none holds the step, which is then launched kernel by kernel.
+        padded_us: time of the captured step without attention, and
+        unpadded_us: what it would be without padding.
+        slowed_us: what full load adds.
+        covered: whether the captured step was measured.
     """
 
-    def __init__(self, profile: Profile) -> None:
-        tables = profile.tables
-        operations = curves(tables["dense"], "op", "tokens").values()
-        tokens = {each for curve in operations for each in curve.xs}
-        self._dense = Curve({each: sum(curve(each) for curve in operations) for each in tokens})
-        self._head = Curve({row["samples"]: row["time_us"] for row in tables["head"]})
-        in_service = tables.get(IN_SERVICE, ())
-        self._captured = curves(in_service or tables.get("graph", ()), "kind", "rows")
-        self._slowed = curves(in_service, "kind", "rows", "slowed_us")
-        self._sizes = profile.meta.graphs if self._captured else None
-        largest = max(in_service, key=lambda row: row["rows"], default={"slowed_us": 0.0, "time_us": 1.0})
-        # Steps larger than captured are taken to slow down as the largest of those.
-        self._most_slowed: float = largest["slowed_us"] / largest["time_us"]
+    tokens: int
+    samples: int
+    rows: int = 0
+    padded_us: float = 0.0
+    unpadded_us: float = 0.0
+    slowed_us: float = 0.0
+    covered: bool = False
 
-    def us(self, tokens: int, prefills: int, samples: int, note: Note) -> ByCounts:
+
+class StepTerm(Protocol):
+    """A term that depends on a step's counts alone; the class is called with the profile."""
+
+    part: ClassVar[str]
+
+    def us(self, counts: Counts, note: Note) -> float:
+        """Its time."""
+
+
+class CapturedSteps:
+    """Whole captured steps without attention, as they were measured or, where known, as they are in service."""
+
+    def __init__(self, profile: Profile) -> None:
+        in_service = profile.tables.get(IN_SERVICE, ())
+        self._times = curves(in_service or profile.tables.get("graph", ()), "kind", "rows")
+        self._slowed = curves(in_service, "kind", "rows", "slowed_us")
+        self._sizes = profile.meta.graphs if self._times else None
+
+    def counts(self, tokens: int, prefills: int, samples: int) -> Counts:
         """Of a step with so many tokens, requests with a chunk, and samples. A captured step samples all it can."""
         rows = self._sizes.rows(tokens, prefills) if self._sizes else None
         if self._sizes is None or rows is None:
-            dense_us = look_up("dense", self._dense, tokens, note)
-            head_us = look_up("head", self._head, samples, note) if samples else 0.0
-            return ByCounts((dense_us, head_us, 0.0), dense_us + head_us, self._most_slowed * dense_us)
-        kind, samples = "mixed" if prefills else "decode", min(rows, self._sizes.max_seqs)
-        curve, head_us = self._captured[kind], self._head(samples)
-        whole_us, unpadded_us = curve(rows), curve(tokens)
-        note("graph", curve.covers(rows), whole_us - head_us, rows)
-        note("head", self._head.covers(samples), head_us, samples)
-        dense_us, padding_us = unpadded_us - head_us, whole_us - unpadded_us
-        slowed_us = self._slowed[kind](rows) if self._slowed else 0.0
-        return ByCounts((dense_us, head_us, padding_us), dense_us + head_us + padding_us, slowed_us)
+            return Counts(tokens, samples)
+        kind = "mixed" if prefills else "decode"
+        curve, slowed_us = self._times[kind], self._slowed[kind](rows) if self._slowed else 0.0
+        samples = min(rows, self._sizes.max_seqs)
+        return Counts(tokens, samples, rows, curve(rows), curve(tokens), slowed_us, curve.covers(rows))
+
+
+class Dense:
+    """Everything whose cost depends on the number of tokens alone: of a captured step, all but head and padding."""
+
+    part = "dense"
+
+    def __init__(self, profile: Profile) -> None:
+        operations = curves(profile.tables["dense"], "op", "tokens").values()
+        tokens = {each for curve in operations for each in curve.xs}
+        self.curve = Curve({each: sum(curve(each) for curve in operations) for each in tokens})
+        self._head = Head(profile).curve
+
+    def us(self, counts: Counts, note: Note) -> float:
+        """As in `StepTerm`."""
+        if not counts.rows:
+            return look_up("dense", self.curve, counts.tokens, note)
+        head_us = self._head(counts.samples)
+        note("graph", counts.covered, counts.padded_us - head_us, counts.rows)
+        return counts.unpadded_us - head_us
+
+
+class Head:
+    """Final norm, language-model head and sampling."""
+
+    part = "head"
+
+    def __init__(self, profile: Profile) -> None:
+        self.curve = Curve({row["samples"]: row["time_us"] for row in profile.tables["head"]})
+
+    def us(self, counts: Counts, note: Note) -> float:
+        """As in `StepTerm`."""
+        return look_up("head", self.curve, counts.samples, note) if counts.samples else 0.0
+
+
+class Padding:
+    """The rows that a captured step has beyond those of the step that it holds."""
+
+    part = "padding"
+
+    def __init__(self, profile: Profile) -> None:
+        """Reads nothing: captured steps are measured whole."""
+
+    def us(self, counts: Counts, note: Note) -> float:
+        """As in `StepTerm`."""
+        return counts.padded_us - counts.unpadded_us
+
+
+STEP_TERMS: tuple[type[Dense] | type[Head] | type[Padding], ...] = (Dense, Head, Padding)
 
 
 class PrefillAttention:
@@ -82,8 +133,7 @@ class PrefillAttention:
         rows = profile.tables["prefill_attention"]
         self._surface = Surface({(row["chunk"], row["context"]): row["time_us"] for row in rows})
         captured = "graph" in profile.tables or IN_SERVICE in profile.tables
-        best = (row["time_us"] / _pairs(row["chunk"], row["context"]) for row in rows)  # by pair, device at its best
-        self._pair_us: float | None = min(best) if captured else None
+        self._pair_us = _least_pair_us(rows) if captured else None
         self.covered = 0
 
     def us(self, chunks: Collection[Chunk], note: Note) -> float:
@@ -175,10 +225,23 @@ class Power:
     It follows the device: ask for steps in their order.
     """
 
-    def __init__(self, calibration: PowerCalibration) -> None:
+    def __init__(self, profile: Profile, calibration: PowerCalibration) -> None:
         self._state = PowerState(calibration.memory_us)
         self._limit, self._row_us = calibration.limit, calibration.row_us
+        self._profile = profile
+        largest = max(profile.tables[IN_SERVICE], key=lambda row: row["rows"])
+        # Steps larger than captured are taken to slow down as the largest of those.
+        self._most_slowed: float = largest["slowed_us"] / largest["time_us"]
         self._end_ns = 0  # of the last step
+
+    @cached_property
+    def _operations(self) -> Curve:
+        """Of steps that are launched kernel by kernel."""
+        return Dense(self._profile).curve
+
+    def at_full_load_us(self, counts: Counts) -> float:
+        """What full load adds to a step."""
+        return counts.slowed_us if counts.rows else self._most_slowed * self._operations(counts.tokens)
 
     def us(self, full_load_us: float, rows: int, attention_us: float, time_us: float, start_ns: int | None) -> float:
         """What the power state adds to a step that takes `time_us` after a rest; the step then belongs to the state.
@@ -227,7 +290,8 @@ class Host:
     def __init__(self, profile: Profile) -> None:
         self._curves = {
             (term, kind): _host_curve(profile.tables["host"], term, kind)
-            for term, kind in product(HOST_TERMS, ("decode", "prefill"))
+            for term in HOST_TERMS
+            for kind in ("decode", "prefill")
         }
 
     def us(self, term: str, chunks: int, running: int) -> float:
@@ -266,3 +330,9 @@ def _decodes(rows: Collection[Row]) -> Surface:
 def _pairs(chunk: float, context: float) -> float:
     """Pairs of a query and a key that a chunk attends to."""
     return chunk * (context + (chunk + 1) / 2)
+
+
+def _least_pair_us(rows: Collection[Row]) -> float:
+    """Time of a pair where the device computes at its best."""
+    least_us: float = min(row["time_us"] / _pairs(row["chunk"], row["context"]) for row in rows)
+    return least_us
