@@ -1,16 +1,19 @@
 """The terms of a step's time.
 
-A term reads its tables of a profile, predicts its time in microseconds, and takes note of each look-up and whether it
-was measured there. `StepTerm`s depend on a step's counts alone.
+A term reads its tables of a profile, predicts its time in microseconds, takes note of each look-up and whether it was
+measured there, and lists the points that a profiler measures for it. `StepTerm`s depend on a step's counts alone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import ClassVar, NamedTuple, Protocol
 
+from engine.config import ServingConfig
+from engine.model.graph_sizes import GraphSizes
 from engine.step import Chunk, Copies, Step, StepLoad
 from sim.coverage import Note
 from sim.power_state import PowerState
@@ -19,7 +22,14 @@ from sim.profile.format import HOST_TERMS, HOST_TERMS_BY_KIND, IN_SERVICE, Profi
 from sim.profile.meta import PowerCalibration
 from traces.errors import TandemError
 
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+BEYOND_GRAPHS = (4096, 8192, 16384, 32768, 65536)  # tokens of steps too large to be captured
+CONTEXTS_BY_4 = (0, 64, 256, 1024, 4096, 16384, 65536)
+CONTEXTS_BY_2 = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BESIDE_CHUNKS = "mixed_decode_attention"  # the table of decodes whose kernel attends to chunks too
+IMBALANCES = (1.2, 1.8)  # serving ShareGPT brings the context imbalance to about 2
+IMBALANCED_SEQUENCES = (4, 8, 12, *range(16, 64, 8), *range(64, 256, 16), 256, 384, 512, 768, 1024)
+IMBALANCED_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
 
 
 class Counts(NamedTuple):
@@ -70,6 +80,11 @@ class CapturedSteps:
         samples = min(rows, self._sizes.max_seqs)
         return Counts(tokens, samples, rows, curve(rows), curve(tokens), slowed_us, curve.covers(rows))
 
+    @staticmethod
+    def points(sizes: GraphSizes) -> list[tuple[str, int]]:
+        """Kind and rows."""
+        return [("decode", rows) for rows in sizes.decode] + [("mixed", rows) for rows in sizes.mixed]
+
 
 class Dense:
     """Everything whose cost depends on the number of tokens alone: of a captured step, all but head and padding."""
@@ -90,6 +105,12 @@ class Dense:
         note("graph", counts.covered, counts.padded_us - head_us, counts.rows)
         return counts.unpadded_us - head_us
 
+    @staticmethod
+    def points(sizes: GraphSizes, limits: ServingConfig) -> list[int]:
+        """Tokens."""
+        beyond = [tokens for tokens in BEYOND_GRAPHS if tokens <= limits.max_batched_tokens]
+        return sorted({*sizes.decode, *sizes.mixed, *beyond})
+
 
 class Head:
     """Final norm, language-model head and sampling."""
@@ -102,6 +123,11 @@ class Head:
     def us(self, counts: Counts, note: Note) -> float:
         """As in `StepTerm`."""
         return look_up("head", self.curve, counts.samples, note) if counts.samples else 0.0
+
+    @staticmethod
+    def points(sizes: GraphSizes) -> Sequence[int]:
+        """Samples."""
+        return sizes.decode
 
 
 class Padding:
@@ -150,6 +176,14 @@ class PrefillAttention:
             return sum(times)
         pairs = [_pairs(tokens, start) for start, tokens, _ in chunks]
         return times[longest] + self._pair_us * (sum(pairs) - pairs[longest])
+
+    @staticmethod
+    def points(limits: ServingConfig) -> Iterator[tuple[int, int]]:
+        """Tokens of a chunk, and its context."""
+        most = min(limits.max_batched_tokens, limits.max_model_len)
+        # Chunks below 16 tokens are rare, and their attention is close to linear.
+        chunks = sorted({*(each for each in up_to(most) if each in (1, 4) or each >= 16), most})
+        return ((chunk, x) for chunk, x in product(chunks, CONTEXTS_BY_4) if chunk + x <= limits.max_model_len)
 
 
 class Decodes(NamedTuple):
@@ -217,6 +251,16 @@ class DecodeAttention:
         below = by_imbalance[right - 1](context) if right > 1 else alike
         above = by_imbalance[right](context)
         return max(0.0, below + (imbalance - low) * (above - below) / (high - low)) - alike
+
+    @staticmethod
+    def points(limits: ServingConfig) -> Iterator[tuple[int, int, float]]:
+        """Sequences, mean context and context imbalance; not all of them fit every number of KV blocks."""
+        longest = limits.max_model_len - 1
+        contexts = sorted({*(each for each in CONTEXTS_BY_2 if each < longest), longest})
+        yield from product(up_to(limits.max_seqs), contexts, (1.0,))
+        counts = [count for count in IMBALANCED_SEQUENCES if count < limits.max_seqs]
+        counts += [limits.max_seqs] if limits.max_seqs >= 4 else []
+        yield from product(counts, IMBALANCED_CONTEXTS, IMBALANCES)
 
 
 class Power:
@@ -306,6 +350,11 @@ def look_up(table: str, curve: Curve, x: float, note: Note) -> float:
     time_us = curve(x)
     note(table, curve.covers(x), time_us, x)
     return time_us
+
+
+def up_to(most: int) -> list[int]:
+    """Numbers to measure between 1 and `most`, both included."""
+    return [count for count in TOKENS if count < most] + [most]
 
 
 def curves(rows: Collection[Row], name: str, axis: str, values: str = "time_us") -> dict[str, Curve]:

@@ -30,9 +30,9 @@ from sim.profile.format import Profile, read_profile, shipped_profiles, write_pr
 from sim.profiling.batches import BatchShape
 from sim.profiling.cpu import grid
 from sim.profiling.device_profiler import Sample
-from sim.profiling.gpu import decodes
 from sim.profiling.profiler import Notes
 from sim.sources.roofline import roofline_profile
+from sim.terms import DecodeAttention
 from traces.errors import TandemError
 
 LLAMA3 = load_model_config("llama-3-8b")
@@ -249,7 +249,7 @@ def test_a_batch_that_prefills_rests_while_its_decodes_go_on():
 
 def test_decodes_have_the_context_imbalance_they_are_filed_under():
     config = ServingConfig(num_blocks=10_000, max_seqs=64, max_batched_tokens=200, max_model_len=4000)
-    points = [(n, mean, imbalance) for n, mean, imbalance in decodes(config) if imbalance > 1]
+    points = [(n, mean, imbalance) for n, mean, imbalance in DecodeAttention.points(config) if imbalance > 1]
     shapes = {point: BatchShape.decoding(*point) for point in points}
     fitting = {point: shape.decodes for point, shape in shapes.items() if shape.decodes_fit(config)}
     assert 0 < len(fitting) < len(points)

@@ -24,7 +24,6 @@ from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, Row
 from traces.request import TraceRequest
 
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 Item = TypeVar("Item")
 BURST, WARM = 10, 3  # steps of a captured batch that run one behind the other, of which the first do not count
 # As often runs a captured batch that prefills, with steps between two of them that only decode, as when serving.
@@ -120,11 +119,6 @@ def imbalanced(sequences: int, mean: int, imbalance: float) -> tuple[int, ...]:
     contexts = [max(1, round(mean * share)) for share in shares(shape)]
     random.Random(sequences).shuffle(contexts)
     return tuple(contexts)
-
-
-def up_to(most: int) -> list[int]:
-    """Numbers to measure between 1 and `most`, both included."""
-    return [count for count in TOKENS if count < most] + [most]
 
 
 class HeldOutBatch(NamedTuple):

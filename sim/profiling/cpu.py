@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from engine.config import ServingConfig
 from sim.profile.meta import ProfileMeta
-from sim.profiling.batches import BatchShape, mixed_batches, shuffled, up_to
+from sim.profiling.batches import BatchShape, mixed_batches, shuffled
 from sim.profiling.device_profiler import DeviceProfiler, Point, Sample
+from sim.terms import up_to
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,9 @@ from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from sim.profile.format import Row
 from sim.profile.meta import MemoryFacts, ProfileMeta
-from sim.profiling.batches import RESTS, BatchShape, serving_batches, shuffled, up_to
+from sim.profiling.batches import RESTS, BatchShape, serving_batches, shuffled
 from sim.profiling.device_profiler import DeviceProfiler, Key, Point, Sample
+from sim.terms import CapturedSteps, DecodeAttention, Dense, Head, PrefillAttention
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
@@ -31,12 +31,6 @@ DISTURBED = 1.1  # times the shortest of a point's rounds: one that took longer 
 STREAMS = 10  # runs over all captured sizes
 TYPICAL, TYPICAL_IMBALANCE = 384, 1.7  # mean context of the decodes in a stream, and the imbalance of their contexts
 HELD_OUT = 48
-BEYOND_GRAPHS = (4096, 8192, 16384, 32768, 65536)  # tokens of steps too large to be captured
-PREFILL_CONTEXTS = (0, 64, 256, 1024, 4096, 16384, 65536)
-DECODE_CONTEXTS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-IMBALANCES = (1.2, 1.8)  # serving ShareGPT brings the context imbalance to about 2
-IMBALANCED_SEQUENCES = (4, 8, 12, *range(16, 64, 8), *range(64, 256, 16), 256, 384, 512, 768, 1024)
-IMBALANCED_CONTEXTS = (32, 128, 256, 512, 1024, 2048, 4096)  # their means
 
 
 class GpuProfiler(DeviceProfiler):
@@ -45,8 +39,7 @@ class GpuProfiler(DeviceProfiler):
     def __init__(self, executor: Executor, config: ServingConfig) -> None:
         super().__init__(executor, config)
         self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
-        sizes = {"decode": self._sizes.decode, "mixed": self._sizes.mixed}
-        shapes = {(kind, rows): self._captured(kind, rows) for kind in sizes for rows in sizes[kind]}
+        shapes = {(kind, rows): self._captured(kind, rows) for kind, rows in CapturedSteps.points(self._sizes)}
         self._captures = {key: shape for key, shape in shapes.items() if shape}
         self._orders = random.Random(0)
         points = [Point("attended"), *self._points()]
@@ -65,22 +58,16 @@ class GpuProfiler(DeviceProfiler):
         return BatchShape(chunks, ()) if len(chunks) <= self._sizes.prefills(rows) else None
 
     def _points(self) -> Iterator[Point]:
-        beyond = [tokens for tokens in BEYOND_GRAPHS if tokens <= self._config.max_batched_tokens]
-        for tokens in sorted({*self._sizes.decode, *self._sizes.mixed, *beyond}):
+        for tokens in Dense.points(self._sizes, self._config):
             yield Point("dense", (tokens,))
-        for samples in self._sizes.decode:
+        for samples in Head.points(self._sizes):
             yield Point("head", (samples,))
-        for sequences, mean, imbalance in decodes(self._config):
+        for sequences, mean, imbalance in DecodeAttention.points(self._config):
             shape = BatchShape.decoding(sequences, mean, imbalance)
             if shape.decodes_fit(self._config):
                 yield Point("decode_attention", (sequences, shape.kv_tokens, imbalance), shape)
-        longest = self._config.max_model_len
-        most = min(self._config.max_batched_tokens, longest)
-        # Chunks below 16 tokens are rare, and their attention is close to linear.
-        chunks = sorted({*(each for each in up_to(most) if each in (1, 4) or each >= 16), most})
-        for chunk in product(chunks, PREFILL_CONTEXTS):
-            if sum(chunk) <= longest:
-                yield Point("prefill_attention", chunk, BatchShape((chunk,), ()))
+        for chunk in PrefillAttention.points(self._config):
+            yield Point("prefill_attention", chunk, BatchShape((chunk,), ()))
 
     def __enter__(self) -> GpuProfiler:
         self._meter = self._executor.meter(self._config)
@@ -139,16 +126,6 @@ class GpuProfiler(DeviceProfiler):
             row | {"time_us": row["time_us"] - attended[row["kind"], row["rows"]]} for row in tables["graph"]
         ]
         return tables
-
-
-def decodes(limits: ServingConfig) -> Iterator[tuple[int, int, float]]:
-    """Sequences, mean context and context imbalance to measure; not all of them fit every number of KV blocks."""
-    longest = limits.max_model_len - 1
-    contexts = sorted({*(each for each in DECODE_CONTEXTS if each < longest), longest})
-    yield from product(up_to(limits.max_seqs), contexts, (1.0,))
-    counts = [count for count in IMBALANCED_SEQUENCES if count < limits.max_seqs]
-    counts += [limits.max_seqs] if limits.max_seqs >= 4 else []
-    yield from product(counts, IMBALANCED_CONTEXTS, IMBALANCES)
 
 
 def _undisturbed(samples: Sequence[Sample]) -> Iterator[Sample]:
