@@ -13,8 +13,9 @@ from engine.model.graph_sizes import GraphSizes
 from engine.step import Step
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, read_profile, write_profile
-from sim.profiling.batches import BatchShape, HeldOutBatch, held_out_batches, held_out_rows, with_held_out_error
+from sim.profiling.batches import BatchShape
 from sim.profiling.gpu import GpuProfiler
+from sim.profiling.held_out import HeldOutBatch, held_out_batches, held_out_rows, with_held_out_error
 
 CONFIG = ServingConfig(num_blocks=2000, block_size=64, max_seqs=64, max_batched_tokens=4096, max_model_len=2048)
 SIZES = GraphSizes.within(CONFIG.max_seqs, CONFIG.max_batched_tokens)

@@ -29,8 +29,8 @@ from sim.profile.curves import Curve, Surface
 from sim.profile.format import Profile, read_profile, shipped_profiles, write_profile
 from sim.profiling.batches import BatchShape
 from sim.profiling.cpu import grid
-from sim.profiling.device_profiler import Sample
 from sim.profiling.profiler import Notes
+from sim.profiling.samples import Sample
 from sim.sources.roofline import roofline_profile
 from sim.terms import DecodeAttention
 from traces.errors import TandemError

@@ -10,8 +10,8 @@ import pytest
 from engine.step import Chunk, Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import Profile, read_profile, shipped_profiles
-from sim.profiling.batches import held_out_batches, serving_batches, with_held_out_error
 from sim.profiling.gpu import HELD_OUT as BATCHES
+from sim.profiling.held_out import held_out_batches, serving_batches, with_held_out_error
 
 CHUNKS = (256, 512, 1024, 2048)
 CONTEXTS = (0, 128, 512, 1024, 2048, 4000)

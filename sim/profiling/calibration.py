@@ -22,8 +22,8 @@ from sim.power_state import PowerState
 from sim.profile.curves import Curve
 from sim.profile.format import IN_SERVICE, Profile, Row
 from sim.profile.meta import PowerCalibration
-from sim.profiling.batches import with_held_out_error
-from sim.profiling.device_profiler import OUTLIER
+from sim.profiling.held_out import with_held_out_error
+from sim.profiling.samples import OUTLIER
 from sim.replay import replay
 from sim.simulate import predict
 from traces.arrivals import gamma, with_arrivals

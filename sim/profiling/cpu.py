@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from engine.config import ServingConfig
 from sim.profile.meta import ProfileMeta
-from sim.profiling.batches import BatchShape, mixed_batches, shuffled
-from sim.profiling.device_profiler import DeviceProfiler, Point, Sample
+from sim.profiling.batches import BatchShape, shuffled
+from sim.profiling.device_profiler import DeviceProfiler, Point
+from sim.profiling.held_out import TimedSteps, mixed_batches
+from sim.profiling.samples import Sample
 from sim.terms import up_to
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class CpuProfiler(DeviceProfiler):
 
     def _time(self, shape: BatchShape) -> dict[str, float]:
         runner = self._executor.runner(shape.requests(self._executor.model.vocab_size), self._caches, self._config)
-        (step,) = shape.steps(self._config.block_size)
+        (step,) = TimedSteps.of(shape, self._config.block_size, captured=False).steps
         groups: defaultdict[str, float] = defaultdict(float)
         last = time.perf_counter_ns()
 

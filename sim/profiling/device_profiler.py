@@ -8,37 +8,24 @@ that serve.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from engine.config import ServingConfig
-from sim.profile.format import KEYS, Row
+from sim.profile.format import Row
 from sim.profile.meta import ProfileMeta
 from sim.profiling.batches import BatchShape
+from sim.profiling.samples import Sample, rows_of_samples
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
-
-
-OUTLIER = 2.0
-Key = tuple[Any, ...]
-
-
-class Sample(NamedTuple):
-    """One time of one point of a table, in microseconds."""
-
-    table: str
-    key: Key
-    time_us: float
 
 
 class Point(NamedTuple):
     """Something to measure for a table: by its key, or by what says more to the profiler; and a batch if one is run."""
 
     table: str
-    key: Key = ()
+    key: tuple[Any, ...] = ()
     shape: BatchShape | None = None
 
 
@@ -82,31 +69,5 @@ class DeviceProfiler(ABC):
         return {}
 
     def tables(self, samples: Sequence[Sample]) -> dict[str, list[Row]]:
-        """The profile's tables, made of samples, the rows sorted by their keys."""
-        times: defaultdict[str, defaultdict[Key, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for table, key, time_us in samples:
-            times[table][key].append(time_us)
-        return {
-            # a GPU profiler takes `attended` away from `graph`
-            table: [row_of_repeats(KEYS.get(table, KEYS["graph"]), *point) for point in sorted(points.items())]
-            for table, points in times.items()
-        }
-
-
-def row_of_repeats(columns: Sequence[str], key: Sequence[Any], times: Sequence[float]) -> Row:
-    """A row of a table, from the repeats of its point."""
-    return dict(zip(columns, key, strict=True)) | {"time_us": typical(times), "spread": spread(times)}
-
-
-def typical(times: Sequence[float]) -> float:
-    """The mean of repeats, outliers clipped. Means add up where medians do not: a step is a sum of many groups."""
-    ceiling = OUTLIER * median(times)
-    return fmean(min(time, ceiling) for time in times)
-
-
-def spread(times: Sequence[float]) -> float:
-    """Interquartile range over median; 0 for a single time."""
-    if len(times) < 2 or not median(times):
-        return 0.0
-    low, _, high = quantiles(times, n=4)
-    return (high - low) / median(times)
+        """The profile's tables, made of samples."""
+        return rows_of_samples(samples)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.step import Step, StepLoad
 from sim.latency_model import LatencyModel
 from sim.profile.format import KEYS, Profile, Row
-from sim.profiling.batches import BatchShape, errors, held_out_batches
-from sim.profiling.device_profiler import Key, Point, Sample
+from sim.profiling.batches import BatchShape
+from sim.profiling.device_profiler import Point
+from sim.profiling.held_out import errors, held_out_batches
 from sim.profiling.profiler import measure_host, profiler_for, swap_rows
+from sim.profiling.samples import Sample
 from sim.terms import Host
 from traces.errors import TandemError
 
@@ -34,6 +36,7 @@ ALLOWED = 0.03  # the median drift of a table that is still the profile's
 HOST_ALLOWED = {"host": 0.05, "swap": 0.10}
 HELD_OUT = "held-out batches"
 
+Key = tuple[Any, ...]
 Times = dict[Key, float]  # microseconds by a point's key
 Verdict = Literal["trusted", "unclear", "replace"]
 
@@ -69,12 +72,12 @@ def measure_drift(
     batches = held_out_batches(profile)
     if not batches:
         raise TandemError("the profile keeps no held-out batches to measure again: measure it again (tandem profile)")
-    times = []
+    now = []
     with profiler_for(executor, profile.meta.measured_within) as device:
-        for done, (shape, then_us) in enumerate(batches, start=1):
-            times.append((then_us, device.batch_us(shape)))
+        for done, batch in enumerate(batches, start=1):
+            now.append(device.batch_us(batch.shape))
             show(done)
-    return errors(times)
+    return errors([batch.time_us for batch in batches], now)
 
 
 @dataclass(frozen=True, slots=True)

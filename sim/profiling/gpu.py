@@ -19,8 +19,10 @@ from engine.config import ServingConfig
 from engine.model.graph_sizes import GraphSizes
 from sim.profile.format import Row
 from sim.profile.meta import MemoryFacts, ProfileMeta
-from sim.profiling.batches import RESTS, BatchShape, serving_batches, shuffled
-from sim.profiling.device_profiler import DeviceProfiler, Key, Point, Sample
+from sim.profiling.batches import BatchShape, shuffled
+from sim.profiling.device_profiler import DeviceProfiler, Point
+from sim.profiling.held_out import RESTS, TimedSteps, serving_batches
+from sim.profiling.samples import Sample
 from sim.terms import CapturedSteps, DecodeAttention, Dense, Head, PrefillAttention
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ class GpuProfiler(DeviceProfiler):
 
     def batch_us(self, shape: BatchShape) -> float:
         """As in `DeviceProfiler`: over and over; a batch that prefills, between steps of its decodes alone."""
-        steps, counted = shape.timed_steps(self._config.block_size, captured=True)
+        steps, counted = TimedSteps.of(shape, self._config.block_size, captured=True)
         requests = shape.requests(self._executor.model.vocab_size, len(steps))
         return fmean(self._meter.steps_us(requests, steps)[counted])
 
@@ -130,7 +132,7 @@ class GpuProfiler(DeviceProfiler):
 
 def _undisturbed(samples: Sequence[Sample]) -> Iterator[Sample]:
     """Of operations and attention the rounds that none held up; of streams all, whose steps vary with those before."""
-    shortest: dict[tuple[str, Key], float] = {}
+    shortest: dict[tuple[str, tuple[Any, ...]], float] = {}
     for table, key, time_us in samples:
         shortest[table, key] = min(time_us, shortest.get((table, key), time_us))
     for sample in samples:

@@ -20,10 +20,11 @@ from engine.config import ServingConfig
 from engine.records.recorder import Recorder
 from sim.profile.format import KEYS, Profile, Row
 from sim.profile.meta import ProfileMeta
-from sim.profiling.batches import HeldOutBatch, held_out_rows, with_held_out_error
 from sim.profiling.cpu import CpuProfiler
-from sim.profiling.device_profiler import OUTLIER, DeviceProfiler, Point, Sample, row_of_repeats
+from sim.profiling.device_profiler import DeviceProfiler, Point
 from sim.profiling.gpu import GpuProfiler
+from sim.profiling.held_out import HeldOutBatch, held_out_rows, with_held_out_error
+from sim.profiling.samples import OUTLIER, Sample, row_of_repeats
 from traces.request import TraceRequest
 
 if TYPE_CHECKING:
