@@ -18,13 +18,6 @@ from sim.profile.format import HOST_TERMS, Profile
 from sim.terms import Host
 
 
-class DeviceWork(NamedTuple):
-    """When the device began to work on a step, and how long it worked (ns)."""
-
-    start_ns: int
-    device_ns: int
-
-
 class DeviceTiming(Protocol):
     """What a simulated backend asks. The last value of each answer is when the loop goes on."""
 

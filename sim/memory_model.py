@@ -117,11 +117,9 @@ def gpu_blocks(profile: Profile, config: ServingConfig) -> int:
     Raises:
         TandemError: not even one request of the longest length fits, or the profile says nothing of its GPU.
     """
-    measured = measured_blocks(profile, config)
-    if measured is not None:
+    if (measured := measured_blocks(profile, config)) is not None:
         return measured
-    memory_gib = _gpu_gib(profile)
-    if memory_gib is None:
+    if (memory_gib := _gpu_gib(profile)) is None:
         raise TandemError("the profile does not say what memory its GPU has: give --kv-blocks")
     memory = Memory.of(memory_gib, profile.model, profile.meta.dtype, config)
     check_fits(memory, profile.name, config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import simpy
@@ -55,46 +55,33 @@ class PacedEnvironment(simpy.Environment):  # type: ignore[misc]
         super().step()
 
 
+@dataclass(eq=False)
 class RealtimeDriver:
     """Implements `engine.server.driver.Driver`: the times of a profile, and filler text of the right length.
 
     A request makes `max_tokens` tokens, or as many as its client tells or `draw` says, whatever is the least.
 
     Attributes:
-        prompts: token ids by request, if they are kept.
+        filler: the token ids that every output repeats.
+        vocab_size: of the tokenizer that they are from.
+        draw: where the request of a number meets its end-of-sequence, for those that heed it; None: nowhere.
+        prompts: token ids by request, if `keep_prompts` is set.
     """
 
-    def __init__(
-        self,
-        profile: Profile,
-        config: ServingConfig,
-        filler: Sequence[int],
-        vocab_size: int,
-        draw: Callable[[int], int] | None = None,
-        keep_prompts: bool = False,
-    ) -> None:
-        """Build the driver.
+    profile: Profile
+    config: ServingConfig
+    filler: Sequence[int]
+    vocab_size: int
+    draw: Callable[[int], int] | None = None
+    keep_prompts: bool = False
 
-        Args:
-            filler: the token ids that every output repeats.
-            vocab_size: of the tokenizer that they are from.
-            draw: where the request of a number meets its end-of-sequence, for those that heed it; None: nowhere.
-        """
-        self.config = config
-        self.facts: dict[str, Any] = {
-            "backend": "sim",
-            "device": profile.meta.device,
-            "model": profile.model.name,
-            "vocab_size": vocab_size,
-        }
-        self._profile = profile
-        self._filler = tuple(filler)
-        self._draw = draw
+    def __post_init__(self) -> None:
+        named = {"device": self.profile.meta.device, "model": self.profile.model.name}
+        self.facts: dict[str, Any] = {"backend": "sim", **named, "vocab_size": self.vocab_size}
         self.prompts: dict[int, Sequence[int]] = {}
-        self._keep_prompts = keep_prompts
         self._env = PacedEnvironment()
         self._events = LiveEvents(self._env.wall_ns, self._admit)
-        self._backend = SimBackend(self._env, (), DeliveredTiming(profile), self._events)
+        self._backend = SimBackend(self._env, (), DeliveredTiming(self.profile), self._events)
 
     @property
     def lag_ns(self) -> int:
@@ -103,7 +90,7 @@ class RealtimeDriver:
 
     def token(self, request_id: int, position: int) -> int:
         """As in `Driver`."""
-        return self._filler[position % len(self._filler)]
+        return self.filler[position % len(self.filler)]
 
     def forget(self, request_id: int) -> None:
         """As in `Driver`."""
@@ -115,12 +102,12 @@ class RealtimeDriver:
         self._env.run(until=self._env.process(Instance(scheduler, self._backend, observer).serve()))
 
     def _admit(self, source: TraceRequest, condition: StopCondition) -> str | None:
-        if self._keep_prompts and source.prompt_token_ids is not None:
+        if self.keep_prompts and source.prompt_token_ids is not None:
             self.prompts[source.id] = source.prompt_token_ids
         lengths = [source.max_tokens]
         if condition.output_len is not None:
             lengths.append(condition.output_len)
-        elif self._draw is not None and not condition.ignore_eos:
-            lengths.append(max(self._draw(source.id), condition.min_tokens))
+        elif self.draw is not None and not condition.ignore_eos:
+            lengths.append(max(self.draw(source.id), condition.min_tokens))
         self._backend.outputs.seen(replace(source, output_len=min(lengths)))
-        return unknown_token(source, self.facts["vocab_size"])
+        return unknown_token(source, self.vocab_size)

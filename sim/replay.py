@@ -24,7 +24,6 @@ from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
 from engine.request import STOP, Request
 from engine.step import Step
-from sim.device_timing import DeviceWork
 from sim.latency_model import PARTS, LatencyModel
 from sim.profile.format import Profile
 from sim.simulate import simulate
@@ -94,13 +93,12 @@ class RecordedTiming:
     def __init__(self, run: RunRecords, latency: LatencyModel | None = None) -> None:
         steps = run.tables["steps"]
         self._iterations: list[dict[str, Any]] = run.tables["iterations"].to_pylist()
-        self._device: Iterator[tuple[int, int]] = zip(
-            steps["device_start_ns"].to_pylist(), steps["device_ns"].to_pylist(), strict=True
-        )
+        works = (steps[name].to_pylist() for name in ("device_start_ns", "device_ns"))
+        self._device: Iterator[tuple[int, int]] = zip(*works, strict=True)
         self._latency = latency
         self.predictions: list[tuple[int, Sequence[float]]] = []
         self._turn = 0
-        self._in_flight: deque[DeviceWork | None] = deque()
+        self._in_flight: deque[tuple[int, int] | None] = deque()  # when the device began, how long it worked
 
     @property
     def start_ns(self) -> int:
@@ -118,19 +116,12 @@ class RecordedTiming:
         row = self._row
         if row["launched_ns"] is None:
             raise ReplayOver
-        self._in_flight.append(self._work(step))
+        recorded = next(self._device, None)  # None if the step was cut off
+        if recorded is not None and self._latency:
+            self.predictions.append(self._latency.predict(step, recorded[0]))
+        self._in_flight.append(recorded)
         launch = Launch(row["planned_ns"], row["launched_ns"])
         return launch, launch.launched_ns if row["completed_ns"] is not None else self._next_read(launch.launched_ns)
-
-    def _work(self, step: Step) -> DeviceWork | None:
-        """What the device did, as recorded; None if the step was cut off."""
-        recorded = next(self._device, None)
-        if recorded is None:
-            return None
-        work = DeviceWork(*recorded)
-        if self._latency:
-            self.predictions.append(self._latency.predict(step, work.start_ns))
-        return work
 
     def complete(self, now: int, step: int, shown: Shown) -> tuple[Completion, int]:
         """The recorded completion of this iteration. Raises ReplayOver if the recorded run waited for none here."""
@@ -156,15 +147,12 @@ class RecordedTiming:
 
 def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     """The workload of a recorded run in order of arrival, each request stopping where it did stop."""
-    requests = [_request(row) for row in run.tables["requests"].to_pylist()]
+    names, requests = {field.name for field in fields(TraceRequest)}, []
+    for row in run.tables["requests"].to_pylist():
+        known = {name: value for name, value in row.items() if name in names and value is not None}
+        stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
+        requests.append(TraceRequest(**known | {"id": row["request"]} | stop))
     return sorted(requests, key=lambda request: (request.arrival_ns, request.id))
-
-
-def _request(row: Mapping[str, Any]) -> TraceRequest:
-    names = {field.name for field in fields(TraceRequest)}
-    known = {name: value for name, value in row.items() if name in names and value is not None}
-    stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
-    return TraceRequest(**known | {"id": row["request"]} | stop)
 
 
 def refusals(run: RunRecords) -> dict[int, str]:

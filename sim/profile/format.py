@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class Profile:
         for table, keys in KEYS.items():
             if table in TABLES or table in self.tables:
                 _check_table(table, keys, self.tables.get(table, []))
-        _check_captured(self.tables, self.meta)
+        if "graph" in self.tables and self.meta.graphs is None:
+            raise TandemError(f"profile table graph needs the entry graphs: {MEASURE}")
+        if (IN_SERVICE in self.tables) != (self.meta.power is not None):
+            raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {CALIBRATE}")
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; {MEASURE}")
@@ -106,13 +109,6 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
                 )
 
 
-def _check_captured(tables: Mapping[str, Sequence[Row]], meta: ProfileMeta) -> None:
-    if "graph" in tables and meta.graphs is None:
-        raise TandemError(f"profile table graph needs the entry graphs: {MEASURE}")
-    if (IN_SERVICE in tables) != (meta.power is not None):
-        raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {CALIBRATE}")
-
-
 def _check_units(folder: Path, profile: Profile) -> None:
     """Refuse times that are too short for any machine, as milliseconds and seconds are when taken for microseconds."""
     head = min(profile.tables["head"], key=lambda row: row["samples"])
@@ -137,12 +133,10 @@ def find_profile(where: Path) -> Path:
         TandemError: neither is there.
     """
     shipped = shipped_profiles()
-    if where.exists():
-        return where
-    if where.as_posix() not in shipped:
+    if not where.exists() and where.as_posix() not in shipped:
         known = ", ".join(shipped)
         raise TandemError(f"{where} is not a profile: there is no such folder, and the profiles that ship are {known}")
-    return shipped[where.as_posix()]
+    return where if where.exists() else shipped[where.as_posix()]
 
 
 def read_profile(folder: Path) -> Profile:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,15 +66,15 @@ def _lengths(count: int, config: ServingConfig) -> Trace:
     """Requests at time 0 whose lengths are lognormal, but for the longest."""
     longest = min(LONGEST, config.max_model_len // 2)
 
-    def drawn(mean: int) -> str:
-        return f"lognormal:{math.log(max(1, min(mean, longest / 4))) - SIGMA**2 / 2}:{SIGMA}"
+    means = (max(1, min(mean, longest / 4)) for mean in (MEAN_PROMPT, MEAN_OUTPUT))
+    prompts, outputs = (f"lognormal:{math.log(mean) - SIGMA**2 / 2}:{SIGMA}" for mean in means)
+    drawn = synthetic(count, 0, prompts, outputs)
 
     def cut(request: TraceRequest) -> TraceRequest:
         prompt, output = (min(length, longest) for length in (request.prompt_len, request.output_len))
         return replace(request, prompt_len=prompt, output_len=output, max_tokens=output)
 
-    drawn_lengths = synthetic(count, 0, drawn(MEAN_PROMPT), drawn(MEAN_OUTPUT))
-    return replace(drawn_lengths, requests=[cut(each) for each in drawn_lengths.requests])
+    return replace(drawn, requests=[cut(each) for each in drawn.requests])
 
 
 def _capacity(requests: Sequence[TraceRequest], config: ServingConfig, profile: Profile) -> float:
@@ -100,15 +101,9 @@ def calibrate(profile: Profile, runs: Sequence[tuple[RunRecords, ServingConfig]]
     bare = without_in_service(profile)
     graph = bare.tables["graph"]
     row_us = min(row["time_us"] / row["rows"] for row in graph if row["kind"] == "mixed")
-    best = _best_fit([_captured_steps(bare, run, config, row_us) for run, config in runs])
-    in_service = [
-        row
-        for kind, sizes in best.sizes.items()
-        for row in _in_service([row for row in graph if row["kind"] == kind], sizes)
-    ]
-    power = PowerCalibration(best.memory_us, row_us, best.limit)
-    tables = bare.tables | {IN_SERVICE: in_service}
-    return with_held_out_error(Profile(replace(bare.meta, power=power), tables))
+    power, sizes = _best_fit([_captured_steps(bare, run, config, row_us) for run, config in runs], row_us)
+    in_service = [row for kind in sizes for row in _in_service(kind, graph, sizes[kind])]
+    return with_held_out_error(Profile(replace(bare.meta, power=power), bare.tables | {IN_SERVICE: in_service}))
 
 
 def check_captured(profile: Profile) -> None:
@@ -123,12 +118,11 @@ def without_in_service(profile: Profile) -> Profile:
     return replace(profile, meta=replace(profile.meta, power=None), tables=tables)
 
 
-@dataclass(frozen=True, slots=True)
-class _CapturedStep:
+class _CapturedStep(NamedTuple):
     """A captured step of a run.
 
     Attributes:
-        prefills: whether it prefills.
+        kind: `mixed` if it prefills, else `decode`.
         rows: of its captured size.
         ratio: what it took but for attention, over what the profile says.
         best_us: what the device would have needed at its best for what the step computes.
@@ -136,7 +130,7 @@ class _CapturedStep:
         time_us: how long it took.
     """
 
-    prefills: bool
+    kind: str
     rows: int
     ratio: float
     best_us: float
@@ -157,9 +151,8 @@ def _captured_steps(profile: Profile, run: RunRecords, config: ServingConfig, ro
             alone_us = parts["dense"] + parts["head"] + parts["padding"]
             ratio = (time_us - (sum(parts.values()) - alone_us)) / alone_us
             best_us = row_us * tokens + parts["prefill_attention"]
-            found.append(
-                _CapturedStep(bool(step["chunks"]), rows, ratio, best_us, step["device_start_ns"] / 1e3, time_us)
-            )
+            kind, start_us = "mixed" if step["chunks"] else "decode", step["device_start_ns"] / 1e3
+            found.append(_CapturedStep(kind, rows, ratio, best_us, start_us, time_us))
     if len(found) < ENOUGH:
         raise TandemError(f"the run has {len(found)} captured steps, too few to calibrate a profile on")
     return found
@@ -176,8 +169,7 @@ def _power_shares(steps: Sequence[_CapturedStep], memory_us: float) -> list[floa
     return shares
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
+class _Size(NamedTuple):
     """Of one captured size, as shares of what the profile says: its time below the limit, what an excess of 1 adds."""
 
     rows: int
@@ -186,30 +178,22 @@ class _Size:
     spread: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """The captured sizes by kind of step for one choice of the power state, and the sum of the squared residuals."""
-
-    memory_us: float
-    limit: float
-    sizes: dict[str, list[_Size]]
-    squares: float
-
-
-def _best_fit(runs: Sequence[Sequence[_CapturedStep]]) -> _Fit:
-    steps = [step for run in runs for step in run]
-    prefills, rows = np.array([step.prefills for step in steps]), np.array([step.rows for step in steps])
-    ratios = np.array([step.ratio for step in steps])
-    kinds = {"decode": ~prefills, "mixed": prefills}
+def _best_fit(
+    runs: Sequence[Sequence[_CapturedStep]], row_us: float
+) -> tuple[PowerCalibration, dict[str, list[_Size]]]:
+    """The power state that leaves the least squared residuals, and the captured sizes by kind of step."""
+    kinds, rows, ratios, *_ = map(np.array, zip(*(step for run in runs for step in run), strict=True))
     found = []
     for memory_us in MEMORIES_US:
         shares = np.array([share for run in runs for share in _power_shares(run, memory_us)])
         for limit in LIMITS:
             excess = np.maximum(0.0, shares - limit)
-            of_kinds = {kind: _fit_kind(rows[of], ratios[of], excess[of]) for kind, of in kinds.items()}
-            sizes = {kind: of_kind for kind, (of_kind, _) in of_kinds.items()}
-            found.append(_Fit(memory_us, limit, sizes, sum(squares for _, squares in of_kinds.values())))
-    return min(found, key=lambda fit: fit.squares)
+            of_kinds = [(kind, kinds == kind) for kind in ("decode", "mixed")]
+            fits = {kind: _fit_kind(rows[of], ratios[of], excess[of]) for kind, of in of_kinds}
+            squares = sum(squares for _, squares in fits.values())
+            found.append((squares, PowerCalibration(memory_us, row_us, limit), fits))
+    _, power, fits = min(found, key=lambda fit: fit[0])
+    return power, {kind: sizes for kind, (sizes, _) in fits.items()}
 
 
 def _fit_kind(rows: NDArray[np.int64], ratios: Floats, excess: Floats) -> tuple[list[_Size], float]:
@@ -232,17 +216,12 @@ def _moments(values: Floats, at: Floats) -> tuple[float, float]:
     return float(off @ values), float(off @ off)
 
 
-def _in_service(rows: Sequence[Row], sizes: Sequence[_Size]) -> Iterator[Row]:
+def _in_service(kind: str, graph: Sequence[Row], sizes: Sequence[_Size]) -> Iterator[Row]:
     """The captured steps of a kind in service; one that came by too rarely, as those next to it."""
     time, slowed, spread = (
         Curve({size.rows: getattr(size, name) for size in sizes}) for name in ("time", "slowed", "spread")
     )
-    for row in rows:
-        at = min(max(row["rows"], sizes[0].rows), sizes[-1].rows)
-        yield {
-            "kind": row["kind"],
-            "rows": row["rows"],
-            "time_us": row["time_us"] * time(at),
-            "slowed_us": row["time_us"] * slowed(at),
-            "spread": spread(at),
-        }
+    for rows, time_us in [(row["rows"], row["time_us"]) for row in graph if row["kind"] == kind]:
+        at = min(max(rows, sizes[0].rows), sizes[-1].rows)
+        times = {"time_us": time_us * time(at), "slowed_us": time_us * slowed(at)}
+        yield {"kind": kind, "rows": rows, **times, "spread": spread(at)}

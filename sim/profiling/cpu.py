@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class CpuProfiler(DeviceProfiler):
         self.work = shuffled(
             Point("prefill_attention" if shape.chunks else "decode_attention", shape)
             for shape in grid(config)
-            for _ in range(_repeats(shape))
+            for _ in range(SHORT_REPEATS if shape.tokens <= SHORT_TOKENS else LONG_REPEATS)
         )
         self.held_out = mixed_batches(config, HELD_OUT)
 
@@ -92,10 +93,6 @@ class CpuProfiler(DeviceProfiler):
         return replace(meta, notes=meta.notes | {"repeats": repeats})
 
 
-def _repeats(shape: BatchShape) -> int:
-    return SHORT_REPEATS if shape.tokens <= SHORT_TOKENS else LONG_REPEATS
-
-
 def grid(config: ServingConfig) -> list[BatchShape]:
     """Batches that span all that `config` allows: chunks by context, and decodes by context."""
     longest, room = config.max_model_len, config.num_blocks * config.block_size
@@ -103,13 +100,11 @@ def grid(config: ServingConfig) -> list[BatchShape]:
     # Chunks below 16 tokens are rare, and their attention close to linear.
     prefills = [
         BatchShape(((tokens, min(context, longest - tokens)),), ())
-        for tokens in up_to(min(config.max_batched_tokens, longest, room))
+        for tokens, context in product(up_to(min(config.max_batched_tokens, longest, room)), contexts)
         if tokens == 1 or tokens >= 16
-        for context in contexts
     ]
     decodes = [
         BatchShape.decoding(count, min(context, room // count - config.block_size))
-        for count in up_to(config.max_seqs)
-        for context in contexts[1:]
+        for count, context in product(up_to(config.max_seqs), contexts[1:])
     ]
     return sorted({shape for shape in prefills + decodes if min(shape.decodes, default=1) > 0})

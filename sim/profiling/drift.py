@@ -21,9 +21,8 @@ from sim.profile.format import KEYS, Profile, Row
 from sim.profiling.batches import BatchShape
 from sim.profiling.device_profiler import Point
 from sim.profiling.held_out import errors, held_out_batches
-from sim.profiling.host import measure_host
-from sim.profiling.profiler import profiler_for
-from sim.profiling.samples import Sample, typical
+from sim.profiling.profiler import measure_host, profiler_for, swap_rows
+from sim.profiling.samples import Sample
 from sim.terms import Host
 from traces.errors import TandemError
 
@@ -166,7 +165,9 @@ class DriftCheck:
                 show(TURNS * len(self._sample) + number)
         found = [(table, _axes(table), self._table(table, rows)) for table, rows in tables.items()]
         found.append((HELD_OUT, ("batch", "decodes", "prefill_tokens"), held_out))
-        found += [("swap", KEYS["swap"], self._copies()), ("host", ("kind", "sequences"), self._host())]
+        if "swap" in self._profile.tables:
+            found.append(("swap", KEYS["swap"], self._table("swap", swap_rows(self._executor, self._config))))
+        found.append(("host", ("kind", "sequences"), self._host()))
         return [TableDrift.of(*each) for each in found if each[-1]]
 
     def _measure(self, show: Callable[[int], None]) -> list[Sample]:
@@ -187,13 +188,6 @@ class DriftCheck:
             for key in now.keys() & then.keys()
         }
 
-    def _copies(self) -> Times:
-        if "swap" not in self._profile.tables:
-            return {}
-        then = _times("swap", self._profile.tables["swap"])
-        now = {(where, blocks): typical(of) for where, blocks, of in self._executor.measure_swap(self._config)}
-        return {key: now[key] / then[key] - 1 for key in now.keys() & then.keys()}
-
     def _host(self) -> Times:
         """All that the host does around a step, as a share of a decode step of so many sequences."""
         points = {(row["kind"], row["sequences"]) for row in self._profile.tables["host"] if row["kind"] != "any"}
@@ -204,15 +198,11 @@ class DriftCheck:
         self._latency.rest()
         drifts = {}
         for kind, count in sorted(points):
-            then_us, now_us = (_around_us(host, kind, count) for host in (then, now))
+            chunks, terms = count if kind == "prefill" else 0, ("plan", "launch", "notice", "turn")
+            then_us, now_us = (sum(host.us(term, chunks, count) for term in terms) for host in (then, now))
             step_us = self._latency.device_ns(Step(0, decodes=count, load=StepLoad(kv_tokens=8 * count))) / 1000
             drifts[kind, count] = (now_us - then_us) / (step_us + then_us)
         return drifts
-
-
-def _around_us(host: Host, kind: str, sequences: int) -> float:
-    chunks = sequences if kind == "prefill" else 0
-    return sum(host.us(term, chunks, sequences) for term in ("plan", "launch", "notice", "turn"))
 
 
 def _axes(table: str) -> tuple[str, ...]:
@@ -242,16 +232,16 @@ def _step_us(latency: LatencyModel, table: str, key: Key) -> float | None:
 
 def judge(found: Sequence[TableDrift]) -> tuple[Verdict, str]:
     """Whether a profile is to be trusted, and why, in a sentence."""
-    drifted = [each for each in found if each.verdict == "replace"]
-    unclear = [each for each in found if each.verdict == "unclear"]
-    worst = max(drifted or unclear or found, key=lambda each: abs(each.median) / each.allowed)
+    verdict = min((each.verdict for each in found), key=("replace", "unclear", "trusted").index)
+    worst = max((each for each in found if each.verdict == verdict), key=lambda each: abs(each.median) / each.allowed)
     said = f"{worst.table} takes {abs(worst.median):.1%} {'longer' if worst.median > 0 else 'less'} in the median"
     said += f" of {worst.points} points (± {worst.error:.1%})"
-    if drifted:
-        return "replace", f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this machine again."
-    if unclear:
-        return "unclear", f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed."
-    return "trusted", f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}."
+    why = {
+        "replace": f"Replace it: {said}, more than the {worst.allowed:.0%} allowed; measure this machine again.",
+        "unclear": f"Not clear: {said}, too uncertain to set against the {worst.allowed:.0%} allowed.",
+        "trusted": f"To be trusted: every table is within what is allowed in the median; nearest to it, {said}.",
+    }
+    return verdict, why[verdict]
 
 
 def drift_report(executor: Executor, profile: Profile, found: Sequence[TableDrift]) -> dict[str, Any]:

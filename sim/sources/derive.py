@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
     sheet, item, block_size = sheet_of(source.meta.device), DTYPE_BYTES[source.meta.dtype], source.meta.block_size
     if block_size is None:
         raise TandemError(f"{name} does not say its block size: derive from a profile that was measured or imported")
-    made = _Derivation(source, Floor.of(sheet, source.model, item), Floor.of(sheet, model, item))
+    made = _Derivation(source, Floor(sheet, source.model, item), Floor(sheet, model, item))
     found = {table: derive(source.tables[table]) for table, derive in made.ways().items() if table in source.tables}
     origins = {table: origin for table, (_, origin) in found.items()}
     for table, origin in origins.items():
@@ -65,12 +66,6 @@ def derive_profile(source: Profile, model: ModelConfig, name: str) -> Profile:
 
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
-KERNELS = {  # operations that only move memory -> kernels of a layer
-    "norm": ("norm",),
-    "rope_and_cache": ("rope_and_cache",),
-    "silu": ("silu",),
-    "small": ("norm", "rope_and_cache", "silu"),
-}
 ONCE = ("embed", "plan", "finish")  # not in every layer; the first moves rows of the model's width, the others none
 Origin = dict[str, Any]  # `how` of `ORDER`, and rules
 Derived = tuple[list[Row], Origin]
@@ -117,7 +112,7 @@ class _Derivation:
     def _product(self, op: str, by_op: dict[str, list[Row]]) -> Derived:
         old, new = gemm_shapes(self.old.model), gemm_shapes(self.new.model)[op]
         measured = [each for each in PRODUCTS if each in by_op]
-        near = min(measured, key=lambda each: (old[each] != new, abs(math.log(_weights(old[each]) / _weights(new)))))
+        near = min(measured, key=lambda each: (old[each] != new, abs(math.log(math.prod(old[each]) / math.prod(new)))))
         n, k = old[near]
         rows = _fixed_and_rest(
             [row | {"op": op} for row in by_op[near]],
@@ -161,7 +156,10 @@ class _Derivation:
         return self._attention(rows, lambda floor, row: floor.decode_us(row["sequences"], row["kv_tokens"]))
 
     def _attention(self, rows: list[Row], time_us: Callable[[Floor, Row], float]) -> Derived:
-        old, new = (_heads(floor.model) for floor in (self.old, self.new))
+        old, new = (
+            f"{of.num_heads} heads, {of.num_kv_heads} of KV, head_dim {of.head_dim}"
+            for of in (self.old.model, self.new.model)
+        )
         scaled = _fixed_and_rest(rows, self._layers, lambda row: time_us(self.new, row) / time_us(self.old, row))
         if old == new:
             return scaled, self._origin(self._same, f"as {old} of {self.old.model.name}")
@@ -169,7 +167,7 @@ class _Derivation:
 
     def head(self, rows: list[Row]) -> Derived:
         """By vocabulary and width."""
-        old, new = ((floor.model.vocab_size, floor.model.hidden_size) for floor in (self.old, self.new))
+        old, new = ((of.vocab_size, of.hidden_size) for of in (self.old.model, self.new.model))
         scaled = [row | {"time_us": row["time_us"] * self._gemm_ratio(row["samples"], new, old)} for row in rows]
         of = f"n {old[0]}, k {old[1]} of {self.old.model.name}"
         if old == new:
@@ -202,20 +200,13 @@ class _Derivation:
 
 def _traffic(op: str, model: ModelConfig) -> int:
     """Numbers that an operation moves per token, in all layers."""
-    if op in KERNELS:
-        kernels = small_kernels(model)
-        return model.num_layers * sum(sum(kernels[name]) for name in KERNELS[op])
+    kernels = small_kernels(model)
+    kernels["small"] = tuple(chain(*kernels.values()))  # all of them, as one operation
+    if op in kernels:
+        return model.num_layers * sum(kernels[op])
     if op not in ONCE:
         raise TandemError(f"profile table dense: '{op}' is no operation that is known; choose another profile")
     return 2 * model.hidden_size if op == "embed" else 0
-
-
-def _weights(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1]
-
-
-def _heads(model: ModelConfig) -> str:
-    return f"{model.num_heads} heads, {model.num_kv_heads} of KV, head_dim {model.head_dim}"
 
 
 def _fixed_and_rest(

@@ -36,13 +36,11 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
         raise TandemError(
             f"{model.name} needs {memory.weights / 1e9:.0f} GB for weights alone: too big for {sheet.device}"
         )
-    floor = Floor.of(sheet, model)
-
+    floor = Floor(sheet, model)
     points: dict[str, Points] = {
         "dense": {
-            (op, m): model.num_layers * floor.gemm_us(m, n, k)
-            for op, (n, k) in gemm_shapes(model).items()
-            for m in TOKENS
+            (op, m): model.num_layers * floor.gemm_us(m, *shape)
+            for (op, shape), m in product(gemm_shapes(model).items(), TOKENS)
         },
         "prefill_attention": {(c, x): floor.prefill_us(c, x) for c, x in product(TOKENS, LENGTHS)},
         "decode_attention": {(n, n * x, 1.0): floor.decode_us(n, n * x) for n, x in product(SEQUENCES, LENGTHS[1:])},
@@ -52,15 +50,8 @@ def roofline_profile(hardware: str, model: ModelConfig, block_size: int = 16) ->
             (way, n): n * memory.block / (sheet.bus_gb_per_s * 1e3) for way, n in product(("out", "in"), TOKENS[:9])
         },
     }
-    meta = ProfileMeta(
-        device=sheet.device,
-        model=model,
-        dtype="float16",
-        source="roofline of the data sheet: a floor, nothing was measured",
-        data_sheet=sheet,
-        memory=memory,
-        block_size=block_size,
-    )
+    said = "roofline of the data sheet: a floor, nothing was measured"
+    meta = ProfileMeta(sheet.device, model, "float16", said, data_sheet=sheet, memory=memory, block_size=block_size)
     return Profile(meta, {table: rows_of(table, of_table) for table, of_table in points.items()})
 
 
@@ -74,19 +65,13 @@ def memory_facts(sheet: DataSheet, model: ModelConfig, item: int, block_size: in
 class Floor:
     """The least that a model's operations can take on a GPU, in microseconds."""
 
-    flops_per_us: float
-    bytes_per_us: float
+    sheet: DataSheet
     model: ModelConfig
-    item: int  # bytes of a number
-
-    @classmethod
-    def of(cls, sheet: DataSheet, model: ModelConfig, item: int = BYTES) -> Floor:
-        """By a GPU's data sheet."""
-        return cls(sheet.tflops * 1e6, sheet.memory_gb_per_s * 1e3, model, item)
+    item: int = BYTES  # of a number
 
     def us(self, flops: float, traffic: float) -> float:
         """The longer of arithmetic and traffic (bytes)."""
-        return max(flops / self.flops_per_us, traffic / self.bytes_per_us)
+        return max(flops / (self.sheet.tflops * 1e6), traffic / (self.sheet.memory_gb_per_s * 1e3))
 
     def gemm_us(self, m: int, n: int, k: int) -> float:
         """(m, k) x (k, n)."""
@@ -132,20 +117,20 @@ def _widths(model: ModelConfig) -> tuple[int, int]:
 
 def data_sheet(hardware: str) -> DataSheet:
     """A GPU's data sheet. Raises TandemError if there is none in `sim/sources/hardware`."""
-    path = DATA_SHEETS / f"{hardware}.yaml"
-    if not path.exists():
-        raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(known_hardware())}")
-    return DataSheet(**read_yaml(path))
+    sheets = data_sheets()
+    if hardware not in sheets:
+        raise TandemError(f"no data sheet for '{hardware}': choose {', '.join(sheets)}")
+    return sheets[hardware]
 
 
 def sheet_of(device: str) -> DataSheet:
     """The data sheet of a device, by its name. Raises TandemError if `sim/sources/hardware` has none."""
-    sheets = {sheet.device: sheet for sheet in map(data_sheet, known_hardware())}
+    sheets = {sheet.device: sheet for sheet in data_sheets().values()}
     if device not in sheets:
         raise TandemError(f"no data sheet of {device} in sim/sources/hardware: it has {', '.join(sheets)}")
     return sheets[device]
 
 
-def known_hardware() -> list[str]:
-    """The GPUs of `sim/sources/hardware`."""
-    return sorted(each.stem for each in DATA_SHEETS.glob("*.yaml"))
+def data_sheets() -> dict[str, DataSheet]:
+    """The GPUs of `sim/sources/hardware`, by the names of their files."""
+    return {path.stem: DataSheet(**read_yaml(path)) for path in sorted(DATA_SHEETS.glob("*.yaml"))}

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config import ModelConfig
-from sim.profile.curves import Surface
-from sim.profile.format import KEYS, TABLES, Points, Profile, Row
-from sim.profile.meta import DataSheet
+from sim.profile.curves import Curve, Surface
+from sim.profile.format import KEYS, TABLES, Points, Profile, Row, rows_of
 from sim.sources.importers import aiconfigurator, llmservingsim, vidur
-from sim.sources.importers.points import RULES, complete, cross_check, plane, rows
+from sim.sources.importers.points import RULES, between_chunks, cross_check, plane, with_contexts
 from sim.sources.importers.source import Measured
-from sim.sources.roofline import BYTES, data_sheet, known_hardware, roofline_profile, small_kernels
+from sim.sources.roofline import BYTES, data_sheet, data_sheets, roofline_profile, small_kernels
 from traces.errors import TandemError
 
 FORMATS = {"llmservingsim": llmservingsim, "aiconfigurator": aiconfigurator, "vidur": vidur}
@@ -51,16 +50,17 @@ def import_profile(
     origin: dict[str, Any] = {name: {"how": "roofline"} for name in tables}
     origin["host"] = {"how": "zero"}
     held_out: dict[str, Any] = {"rule": RULES["held_out"]}
-    for table in KEYS:
-        of = next((each for each in found if table in each.tables), None)
-        if of is None:
-            continue
+    first = {table: each for each in reversed(found) for table in each.tables}
+    for table in (each for each in KEYS if each in first):
+        of = first[table]
         if table in TABLES:
             _check_unit(of, table, floor)
+        points, rules = _completed(of, table, floor)
         provenance = {name: of.about[name] for name in ("source", "engine", "dtype")}
-        origin[table] = {"how": "measured"} | provenance | _rules(of, table)
+        origin[table] = {"how": "measured"} | provenance | ({"rules": rules} if rules else {})
         held_out[table] = cross_check(table, of.tables[table])
-        tables[table] = rows(table, complete(table, of) | _filled(of, table, model, floor.meta.data_sheet))
+        # To four digits. Sources state no spread of their repeats.
+        tables[table] = rows_of(table, {key: float(f"{time:.4g}") for key, time in sorted(points.items())})
     for each in found:
         held_out |= each.checks
     published = [f"{each.about['source']} {each.about['commit']} ({each.about['licence']})" for each in found]
@@ -83,22 +83,21 @@ def import_profile(
 def _reader(source: Path, source_format: str | None) -> Any:
     if not source.exists():
         raise TandemError(f"{source}: no such file or folder")
-    if source_format is None:
-        fitting = [name for name, reader in FORMATS.items() if reader.recognizes(source)]
-        if len(fitting) == 1:
-            return FORMATS[fitting[0]]
+    if source_format is not None and source_format not in FORMATS:
+        raise TandemError(f"no format '{source_format}': choose {', '.join(FORMATS)}")
+    recognized = [name for name, reader in FORMATS.items() if reader.recognizes(source)]
+    fitting = recognized if source_format is None else [source_format]
+    if len(fitting) != 1:
         raise TandemError(
             f"{source}: {'several formats' if fitting else 'no format that is known'}; give --format and "
             f"a folder with {', '.join(llmservingsim.FILES)} (llmservingsim) or {', '.join(aiconfigurator.FILES)} "
             "(aiconfigurator), or a .csv file (vidur)"
         )
-    if source_format not in FORMATS:
-        raise TandemError(f"no format '{source_format}': choose {', '.join(FORMATS)}")
-    return FORMATS[source_format]
+    return FORMATS[fitting[0]]
 
 
 def _hardware(found: Sequence[Measured], said: str | None) -> str:
-    devices = {name: data_sheet(name).device for name in known_hardware()}
+    devices = {name: sheet.device for name, sheet in data_sheets().items()}
     if said is not None:
         data_sheet(said)
     stated = {each.about["device"]: each.path for each in found if each.about["device"]}
@@ -126,17 +125,28 @@ def _check_unit(of: Measured, table: str, floor: Profile) -> None:
         )
 
 
-def _filled(of: Measured, table: str, model: ModelConfig, sheet: DataSheet | None) -> Points:
-    """What a measured table lacks: small kernels and sampling, by their memory traffic."""
+def _completed(of: Measured, table: str, floor: Profile) -> tuple[Points, list[str]]:
+    """All points of a table of ours, from those that were measured, and by which rules the others were filled in."""
+    points, model, sheet = of.tables[table], floor.model, floor.meta.data_sheet
     assert sheet, "of the roofline"
     bytes_per_us = sheet.memory_gb_per_s * 1e3
+    rules = [of.rules[table]] if of.rules.get(table) else []
+    if table == "decode_attention" and of.imbalance:
+        gain = Curve({1.0: 0.0} | of.imbalance)
+        points = points | {(n, kv, 2.0): time * (1 + gain(n)) for (n, kv, _), time in points.items()}
+    elif table == "decode_attention":
+        rules.append("contexts all alike: uneven ones were not measured")
+    if table == "prefill_attention":
+        rules += [RULES["chunks"]] if any(context for _, context in points) else [RULES["chunks"], RULES["contexts"]]
+        points = dict(between_chunks(with_contexts(plane(table, points))))
     if table == "dense" and "small" in of.lacks:
-        sizes = {tokens for _, tokens in of.tables["dense"]}
-        return {("small", tokens): _small_kernels_us(model, tokens, bytes_per_us) for tokens in sizes}
+        rules.append(f"op small by memory traffic, {LEAST_KERNEL_US:g} us a kernel at least")
+        sizes = {tokens for _, tokens in points}
+        points = points | {("small", tokens): _small_kernels_us(model, tokens, bytes_per_us) for tokens in sizes}
     if table == "head" and "sampling" in of.lacks:
-        logits_us = {n: n * model.vocab_size * LOGIT_BYTES / bytes_per_us for (n,) in of.tables["head"]}
-        return {(n,): of.tables["head"][n,] + time_us for n, time_us in logits_us.items()}
-    return {}
+        rules.append(f"sampling by memory traffic, {LOGIT_BYTES} bytes a logit")
+        points = {(n,): time + n * model.vocab_size * LOGIT_BYTES / bytes_per_us for (n,), time in points.items()}
+    return points, rules
 
 
 def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> float:
@@ -145,18 +155,3 @@ def _small_kernels_us(model: ModelConfig, tokens: int, bytes_per_us: float) -> f
     in_layer = sum(max(LEAST_KERNEL_US, BYTES * tokens * each / bytes_per_us) for each in numbers)
     once = 2 * max(LEAST_KERNEL_US, BYTES * tokens * 2 * model.hidden_size / bytes_per_us)  # embedding, final norm
     return model.num_layers * in_layer + once
-
-
-def _rules(of: Measured, table: str) -> dict[str, Any]:
-    rules = [of.rules[table]] if of.rules.get(table) else []
-    if table == "decode_attention" and not of.imbalance:
-        rules.append("contexts all alike: uneven ones were not measured")
-    if table == "prefill_attention":
-        rules.append(RULES["chunks"])
-        if not any(context for _, context in of.tables[table]):
-            rules.append(RULES["contexts"])
-    if table == "dense" and "small" in of.lacks:
-        rules.append(f"op small by memory traffic, {LEAST_KERNEL_US:g} us a kernel at least")
-    if table == "head" and "sampling" in of.lacks:
-        rules.append(f"sampling by memory traffic, {LOGIT_BYTES} bytes a logit")
-    return {"rules": rules} if rules else {}

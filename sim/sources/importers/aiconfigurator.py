@@ -11,21 +11,15 @@ from pathlib import Path
 
 from engine.model.config import ModelConfig
 from sim.profile.format import Points, Row
-from sim.sources.importers.source import Line, Measured, Publication, read_rows
+from sim.sources.importers.source import Line, Measured, provenance, read_rows
 from sim.sources.roofline import gemm_shapes
 from traces.errors import TandemError
 
-PUBLISHED = Publication(
-    "ai-dynamo/aiconfigurator",
-    "095f58a",
-    "Apache-2.0",
-    ("13694b42a4da49569177ae8e0daf77258609cf0c52426abc11f5e3195b872770",),
-)
-GEMM, PREFILL, DECODE = FILES = (
-    "gemm_perf.parquet",
-    "context_attention_perf.parquet",
-    "generation_attention_perf.parquet",
-)
+PUBLISHED = ("ai-dynamo/aiconfigurator", "095f58a", "Apache-2.0")
+DIGEST = "13694b42a4da49569177ae8e0daf77258609cf0c52426abc11f5e3195b872770"
+GEMM = "gemm_perf.parquet"
+PREFILL, DECODE = "context_attention_perf.parquet", "generation_attention_perf.parquet"
+FILES = (GEMM, PREFILL, DECODE)
 DTYPES = ("bfloat16", "float16")
 
 
@@ -37,27 +31,26 @@ def recognizes(source: Path) -> bool:
 def read(source: Path, model: ModelConfig) -> Measured:
     """Look up the operations of `model`. Raises TandemError if files are damaged, or its shape is not covered."""
     gemms = Gemms(source / GEMM)
-    dense: Points = {}
-    of_layers: list[str] = []
-    for op, (n, k) in gemm_shapes(model).items():
-        for tokens, time_ms in gemms.times_ms(n, k, of_layers).items():
-            dense[op, tokens] = 1000 * model.num_layers * time_ms
-    of_head: list[str] = []
-    line = gemms.times_ms(model.vocab_size, model.hidden_size, of_head)
-    head: Points = {(samples,): 1000 * time_ms for samples, time_ms in line.items()}
-    rules = {"dense": "; ".join(of_layers), "head": "; ".join(of_head)}
-    # `step` tokens are cached before the one that is made, to which it attends too
-    decode: Points = {
-        (row["batch_size"], row["batch_size"] * (row["step"] + 1), 1.0): 1000 * model.num_layers * row["latency"]
-        for row in _attention(source / DECODE, model)
+    products = {op: gemms.times_ms(*shape) for op, shape in gemm_shapes(model).items()}
+    head, head_rule = gemms.times_ms(model.vocab_size, model.hidden_size)
+    layers_us = 1000 * model.num_layers  # of a millisecond in one layer
+    tables: dict[str, Points] = {
+        "dense": {(op, m): layers_us * time for op, (line, _) in products.items() for m, time in line.items()},
+        "head": {(m,): 1000 * time for m, time in head.items()},
+        # `step` tokens are cached before the one that is made, to which it attends too
+        "decode_attention": {
+            (row["batch_size"], row["batch_size"] * (row["step"] + 1), 1.0): layers_us * row["latency"]
+            for row in _attention(source / DECODE, model)
+        },
+        "prefill_attention": {
+            (row["isl"], row["step"]): layers_us * row["latency"]
+            for row in _attention(source / PREFILL, model)
+            if row["batch_size"] == 1
+        },
     }
-    prefill: Points = {
-        (row["isl"], row["step"]): 1000 * model.num_layers * row["latency"]
-        for row in _attention(source / PREFILL, model)
-        if row["batch_size"] == 1
-    }
-    about = PUBLISHED.of(source / GEMM) | {"engine": gemms.engine, "dtype": gemms.dtype, "device": gemms.device}
-    tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
+    rules = {"dense": "; ".join(rule for _, rule in products.values() if rule), "head": head_rule}
+    about = provenance(source / GEMM, *PUBLISHED, DIGEST)
+    about |= {"engine": gemms.engine, "dtype": gemms.dtype, "device": gemms.device}
     return Measured(source, about, tables, rules, frozenset({"small", "sampling"}))
 
 
@@ -77,17 +70,16 @@ class Gemms:
             if row["gemm_dtype"] == self.dtype:
                 self._shapes[row["n"], row["k"]][row["m"]] = row["latency"]
 
-    def times_ms(self, n: int, k: int, rules: list[str]) -> Line:
-        """Milliseconds by m of (m, k) x (k, n): as measured, else from the nearest n or k, which `rules` is told."""
+    def times_ms(self, n: int, k: int) -> tuple[Line, str]:
+        """Milliseconds by m of (m, k) x (k, n): as measured, or from the nearest n or k, and then by which rule."""
         if (n, k) in self._shapes:
-            return self._shapes[n, k]
+            return self._shapes[n, k], ""
         by_n = {of_n: line for (of_n, of_k), line in self._shapes.items() if of_k == k}
         by_k = {of_k: line for (of_n, of_k), line in self._shapes.items() if of_n == n}
         for axis, size, lines in (("n", n, by_n), ("k", k, by_k)):
             if lines and min(lines) < size:
                 line, rule = _between(axis, size, lines)
-                rules.append(f"GEMM of n {n}, k {k}: {rule}")
-                return line
+                return line, f"GEMM of n {n}, k {k}: {rule}"
         raise TandemError(f"{self._path}: nothing near a GEMM of n {n}, k {k}")
 
 

@@ -6,6 +6,7 @@ the sampler, measured in vLLM (github.com/casys-kaist/LLMServingSim, `profiler/`
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +14,11 @@ from typing import Any
 from engine.model.config import ModelConfig
 from sim.profile.format import Points, read_yaml
 from sim.sources.importers.points import errors
-from sim.sources.importers.source import Measured, Publication, check_shape, dense_points, read_rows
+from sim.sources.importers.source import Measured, check_shape, dense_points, provenance, read_rows
 from traces.errors import TandemError
 
-PUBLISHED = Publication(
-    "casys-kaist/LLMServingSim", "5daddb2", "MIT", ("4f5b0623f1fa27033752cc54807a4089c39205c7132a0bb196520249d9d9140a",)
-)
+PUBLISHED = ("casys-kaist/LLMServingSim", "5daddb2", "MIT")
+DIGEST = "4f5b0623f1fa27033752cc54807a4089c39205c7132a0bb196520249d9d9140a"
 FILES = ("dense.csv", "attention.csv", "per_sequence.csv", "meta.yaml")
 # their operation -> ours, and how often it runs: in each layer, and once a step
 OPS = {
@@ -32,6 +32,10 @@ OPS = {
     "embedding": ("small", 0, 1),
     "final_layernorm": ("small", 0, 1),
 }
+RULES = {
+    "dense": "the final norm counts here, by tokens, as the engine runs it",
+    "mixed_decode_attention": "the median over chunks and their contexts of what decodes add to them",
+}
 HEAD = ("lm_head", "sampler")
 ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 Shape = tuple[int, int]  # of a batch with imbalance: sequences, and how many of them are long
@@ -44,34 +48,33 @@ def recognizes(source: Path) -> bool:
 
 def read(source: Path, model: ModelConfig) -> Measured:
     """Read a folder. Raises TandemError if it is damaged, or of another model."""
-    meta = _read_meta(source / "meta.yaml", model)
+    described = _description(source / "meta.yaml", model)
     prefill, decode, mixed = _attention(source / "attention.csv", model.num_layers)
-    about = PUBLISHED.of(source / "dense.csv") | {
-        "engine": f"vLLM {meta['vllm_version']}",
-        "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
-        "device": meta["gpu"],
-        "model": meta["model"],
-        "measured": str(meta.get("profiled_at", "unknown")),
-    }
-    dense, head = _dense(source / "dense.csv", model.num_layers), _head(source / "per_sequence.csv")
+    about = provenance(source / "dense.csv", *PUBLISHED, DIGEST) | described
+    found = read_rows(source / "dense.csv", ["tokens"], ["time_us"], ["layer"])
+    times = {(row["layer"], row["tokens"]): row["time_us"] for row in found}
+    dense = dense_points(source / "dense.csv", OPS, times, model.num_layers)
+    head = _head(source / "per_sequence.csv")
     tables = {"dense": dense, "head": head, "prefill_attention": prefill, "decode_attention": decode}
-    measured = Measured(source, about, tables)
-    if mixed:
-        measured.tables["mixed_decode_attention"] = _beside(prefill, mixed)
-        measured.rules["mixed_decode_attention"] = (
-            "the median over chunks and their contexts of what decodes add to them"
-        )
-    measured.rules["dense"] = "the final norm counts here, by tokens, as the engine runs it"
+    tables |= {"mixed_decode_attention": _beside(prefill, mixed)} if mixed else {}
+    measured = Measured(source, about, tables, RULES.copy())
     if (source / "skew.csv").exists():
         _add_imbalance(measured, source / "skew.csv")
     return measured
 
 
-def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
+def _description(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """What was measured, by a meta.yaml. Raises TandemError if that was another model, or more than one GPU at once."""
     meta = read_yaml(path)
     try:
         shape = meta["engine_effective"]["hf_overrides"]
-        wanted = {name: meta[name] for name in ("vllm_version", "variant", "gpu", "model")}
+        described = {
+            "engine": f"vLLM {meta['vllm_version']}",
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(meta["variant"], meta["variant"]),
+            "device": meta["gpu"],
+            "model": meta["model"],
+            "measured": str(meta.get("profiled_at", "unknown")),
+        }
         found = {name: shape[name] for name in ("intermediate_size", "vocab_size")}
         found |= {"num_heads": shape["num_attention_heads"], "num_kv_heads": shape["num_key_value_heads"]}
     except (KeyError, TypeError) as error:
@@ -79,12 +82,7 @@ def _read_meta(path: Path, model: ModelConfig) -> dict[str, Any]:
     check_shape(path, found, model)
     if meta.get("tp_degrees", [1]) != [1]:
         raise TandemError(f"{path}: measured at tensor-parallel degrees {meta['tp_degrees']}; Tandem imports 1")
-    return {**meta, **wanted}
-
-
-def _dense(path: Path, layers: int) -> Points:
-    found = read_rows(path, ["tokens"], ["time_us"], ["layer"])
-    return dense_points(path, OPS, {(row["layer"], row["tokens"]): row["time_us"] for row in found}, layers)
+    return described
 
 
 def _head(path: Path) -> Points:
@@ -118,10 +116,10 @@ def _attention(path: Path, layers: int) -> tuple[Points, Points, Points]:
 
 def _beside(prefill: Points, mixed: Points) -> Points:
     """What decodes add to a chunk in the same launch, where the chunk was measured alone too."""
-    added: dict[tuple[int, int], list[float]] = {}
-    for (chunk, context, sequences, kv_tokens), time_us in mixed.items():
-        if (chunk, context) in prefill:
-            added.setdefault((sequences, kv_tokens), []).append(time_us - prefill[chunk, context])
+    added: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    for (*chunk, sequences, kv_tokens), time_us in mixed.items():
+        if tuple(chunk) in prefill:
+            added[sequences, kv_tokens].append(time_us - prefill[tuple(chunk)])
     return {key: max(0.0, median(times)) for key, times in added.items()}
 
 

@@ -1,4 +1,4 @@
-"""From what a source measured to tables of ours, and how well those predict points that are left out.
+"""Points between those that a source measured, and how well those predict points that are left out.
 
 Times are microseconds of the whole model (all layers).
 """
@@ -12,8 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from sim.profile.curves import Curve, Surface
-from sim.profile.format import Points, Row, rows_of
-from sim.sources.importers.source import Measured
+from sim.profile.format import Points
 
 Plane = dict[tuple[float, float], float]  # time by two axes
 
@@ -38,22 +37,9 @@ def plane(table: str, points: Points) -> Plane:
         return {(0, tokens): sum(curve(tokens) for curve in ops) for _, tokens in points}
     if table == "head":
         return {(0, samples): time for (samples,), time in points.items()}
-    if table == "decode_attention":
-        return {(n, kv / n): time for (n, kv, imbalance), time in points.items() if imbalance == 1}
-    if table == "mixed_decode_attention":
-        return {(n, kv / n): time for (n, kv), time in points.items()}
+    if table in ("decode_attention", "mixed_decode_attention"):
+        return {(n, kv / n): time for (n, kv, *imbalance), time in points.items() if imbalance in ([], [1])}
     return {(chunk, context): time for (chunk, context), time in points.items()}
-
-
-def complete(table: str, measured: Measured) -> Points:
-    """All points of a table of ours, from those that were measured."""
-    points = measured.tables[table]
-    if table == "prefill_attention":
-        return dict(between_chunks(with_contexts(plane(table, points))))
-    if table == "decode_attention" and measured.imbalance:
-        gain = Curve({1.0: 0.0} | measured.imbalance)
-        return points | {(n, kv, 2.0): time * (1 + gain(n)) for (n, kv, _), time in points.items()}
-    return points
 
 
 def between_chunks(points: Plane) -> Plane:
@@ -85,11 +71,6 @@ def with_contexts(points: Plane) -> Plane:
     return points | {(n, x): time(n, x) for n in chunks for x in CONTEXTS[1:] if n + x <= longest}
 
 
-def rows(table: str, points: Points) -> list[Row]:
-    """A table's rows, times to four digits. Sources state no spread of their repeats."""
-    return rows_of(table, {key: float(f"{time:.4g}") for key, time in sorted(points.items())})
-
-
 # -- held-out error ----------------------------------------------------------------------------------------
 
 
@@ -97,10 +78,8 @@ def cross_check(table: str, points: Points) -> dict[str, Any]:
     """Errors of a table read without some of its points, by `RULES["held_out"]`."""
     whole = plane(table, points)
     lines = sorted({x for x, _ in whole})
-    along: dict[tuple[float, float], int] = {}
-    for line in lines:
-        interior = sorted(y for x, y in whole if x == line)[1:-1]
-        along |= {(line, y): position % FOLDS for position, y in enumerate(interior)}
+    inner = {line: sorted(y for x, y in whole if x == line)[1:-1] for line in lines}
+    along = {(line, y): position % FOLDS for line, ys in inner.items() for position, y in enumerate(ys)}
     across = {key: lines.index(key[0]) % FOLDS for key in whole if key[0] in lines[1:-1]}
     found = {"along": _left_out(table, whole, along), "across": _left_out(table, whole, across)}
     of_axis = {axis: errors(of) for axis, of in found.items() if of}

@@ -17,22 +17,6 @@ Line = dict[int, float]  # time by tokens, samples or sequences
 Operations = Mapping[str, tuple[str, int, int]]  # theirs -> ours, and how often it runs: in each layer, and once a step
 
 
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """Where measurements were published; `digest` is the SHA-256 of one file at `commit`, by which that is known."""
-
-    repository: str
-    commit: str
-    licence: str
-    digests: tuple[str, ...]
-
-    def of(self, path: Path) -> dict[str, str]:
-        """Provenance of a file that this repository published, at `commit` or at one that is not known."""
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        commit = self.commit if digest in self.digests else "unknown"
-        return {"source": self.repository, "commit": commit, "licence": self.licence, "file_sha256": digest}
-
-
 @dataclass(slots=True)
 class Measured:
     """What one source has of a model.
@@ -54,6 +38,13 @@ class Measured:
     lacks: frozenset[str] = frozenset()
     imbalance: dict[float, float] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
+
+
+def provenance(path: Path, repository: str, commit: str, licence: str, *digests: str) -> dict[str, Any]:
+    """Of a file that a repository published, at `commit` if its SHA-256 is among `digests`, else at an unknown one."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    known = commit if digest in digests else "unknown"
+    return {"source": repository, "commit": known, "licence": licence, "file_sha256": digest}
 
 
 def read_rows(path: Path, counts: Sequence[str], times: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:

@@ -11,18 +11,12 @@ from pathlib import Path
 from statistics import fmean
 
 from engine.model.config import ModelConfig
-from sim.sources.importers.source import Measured, Publication, check_shape, dense_points, read_rows
+from sim.sources.importers.source import Measured, check_shape, dense_points, provenance, read_rows
 from traces.errors import TandemError
 
-PUBLISHED = Publication(
-    "microsoft/vidur",
-    "7d47513",
-    "MIT",
-    (
-        "98c26488298e324e89db7349e213f75c856ae83dc6b17548a68636d2cb5efff0",  # Llama-3-8B
-        "2cfacca979f32e83257753cf6fd815a71af8ba9a7a9d0643b18d9f54e8a37688",  # Llama-2-7B
-    ),
-)
+PUBLISHED = ("microsoft/vidur", "7d47513", "MIT")
+LLAMA_3_8B = "98c26488298e324e89db7349e213f75c856ae83dc6b17548a68636d2cb5efff0"
+LLAMA_2_7B = "2cfacca979f32e83257753cf6fd815a71af8ba9a7a9d0643b18d9f54e8a37688"
 # their operation -> ours, and how often it runs: in each layer, and once a step (a final norm is like any other)
 OPS = {
     "attn_pre_proj": ("qkv", 1, 0),
@@ -65,6 +59,7 @@ def read(source: Path, model: ModelConfig) -> Measured:
         for theirs, column in columns.items():
             times[theirs, row["num_tokens"]].append(1000 * row[column])
     points = dense_points(source, OPS, {key: fmean(repeats) for key, repeats in times.items()}, model.num_layers)
-    about = PUBLISHED.of(source) | {"engine": "Sarathi-Serve", "dtype": "float16", "device": None}
+    about = provenance(source, *PUBLISHED, LLAMA_3_8B, LLAMA_2_7B)
+    about |= {"engine": "Sarathi-Serve", "dtype": "float16", "device": None}
     rules = {"dense": "the final norm counts here and costs what another does; form factor of the GPU not stated"}
     return Measured(source, about, {"dense": points}, rules)
