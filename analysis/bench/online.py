@@ -187,10 +187,7 @@ def _metrics_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) 
 
 
 def _spread(of: Mapping[str, float | None]) -> str:
-    mean, low, high = (_whole(of[name]) for name in ("mean", "min", "max"))
+    """Whole numbers are shown whole."""
+    whole = {name: value if value is None or value % 1 else int(value) for name, value in of.items()}
+    mean, low, high = (amount(whole[name]) for name in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def _whole(value: float | None) -> str:
-    """As `amount`, and whole numbers whole."""
-    return amount(int(value) if value is not None and value == int(value) else value)
