@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from analysis.comparison.compare import equal_steps
 from analysis.comparison.runs import flatten_manifest
@@ -21,14 +24,9 @@ from analysis.report.verdict import decisions_sentence, difference_table, spread
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     """Print caveats, the three parts of a comparison, the sources of its error, and the verdict."""
-    from rich.text import Text
-
     if said := [*_caveats(comparison)]:
         console.print(Text("\n".join(said) + "\n"))
     print_tables((*_parts(comparison), *_explanations(comparison), verdict_table(comparison)), console)
