@@ -74,8 +74,7 @@ Statistics = dict[str, float | None]
 def latency_statistics(values: Mapping[str, Floats]) -> dict[str, Statistics]:
     """`STATISTICS` of each latency that `latencies` returned, in milliseconds."""
     # Gaps are many, but it is the requests they come from that make a tail trustworthy.
-    requests = {name: len(values["tpot" if name == "itl" else name]) for name in values}
-    return {name: _statistics(of, requests[name]) for name, of in values.items()}
+    return {name: _statistics(of, len(values["tpot" if name == "itl" else name])) for name, of in values.items()}
 
 
 def _statistics(values: Floats, requests: int) -> Statistics:
@@ -174,8 +173,7 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "unfinished": len(table) - len(done) - rejected - cancelled,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "wasted_tokens": int(column(table, "wasted_tokens").sum()),
-        "preemptions": int(column(table, "preemptions").sum()),
+        **{name: int(column(table, name).sum()) for name in ("wasted_tokens", "preemptions")},
         "own_slo_attainment": _own_slo_attainment(run),
         **_prefix_cache(run),
         "duration_s": duration_s,

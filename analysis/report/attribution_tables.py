@@ -83,17 +83,13 @@ def ablation_tables(ablation: Mapping[str, Any] | None) -> list[TextTable]:
     closed_loop = [
         (name, f"{of['num_blocks']:,}", *map(signed, of["closed_loop"].values())) for name, of in named.items()
     ]
-    title = "Ablation, open loop: predicted against measured time of the same batches, without a term"
+    batches = "Ablation, open loop: predicted against measured time of the same batches, without a term"
+    simulation = "Ablation, closed loop: errors of the means in a simulation without a term"
     note = f"Without {KV_BLOCKS}: as many as fit in the usable memory less the weights." * (KV_BLOCKS in ablation)
     means = [latency_label("mean", name) for name in JUDGED_LATENCIES]
     return [
-        TextTable(title, "MAPE and mean error, by kind of step.", ("without", *kinds), open_loop),
-        TextTable(
-            "Ablation, closed loop: errors of the means in a simulation without a term",
-            note,
-            ("without", "KV blocks", *means),
-            closed_loop,
-        ),
+        TextTable(batches, "MAPE and mean error, by kind of step.", ("without", *kinds), open_loop),
+        TextTable(simulation, note, ("without", "KV blocks", *means), closed_loop),
     ]
 
 

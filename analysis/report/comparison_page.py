@@ -87,11 +87,13 @@ def _caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTable]:
-    decisions = comparison["decisions"]
-    title = "1. Decisions: the real run against its replay"
+    decisions, model = comparison["decisions"], comparison["latency_model"]
+    replay = "1. Decisions: the real run against its replay"
+    batches = "2. Latency model: predicted against measured time of the same batches"
+    errors = [(kind, f"{of['steps']:,}", percent(of["mape"]), signed(of["mean_error"])) for kind, of in model.items()]
     return (
-        difference_table(title, decisions_sentence(decisions), decisions, ("real", "replay")),
-        _latency_model_table(comparison["latency_model"]),
+        difference_table(replay, decisions_sentence(decisions), decisions, ("real", "replay")),
+        TextTable(batches, "", ("kind of step", "steps", "MAPE", "mean error"), errors),
         _closed_loop_table(comparison),
     )
 
@@ -99,15 +101,6 @@ def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTab
 def _explanations(comparison: Mapping[str, Any]) -> list[TextTable]:
     """Where the error comes from, and the worth of the model's terms if that was asked for."""
     return [*attribution_tables(comparison["attribution"]), *ablation_tables(comparison.get("ablation"))]
-
-
-def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
-    rows = [
-        (kind, f"{part['steps']:,}", percent(part["mape"]), signed(part["mean_error"]))
-        for kind, part in latency_model.items()
-    ]
-    title = "2. Latency model: predicted against measured time of the same batches"
-    return TextTable(title, "", ("kind of step", "steps", "MAPE", "mean error"), rows)
 
 
 def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:

@@ -6,6 +6,7 @@ Differences are to the first policy. It draws from the records of the runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _number_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     rows = [(*side, *(amount(of[policy]) for of in totals.values())) for policy, side in sides.items()]
     columns, of_each = [TOTALS[name].heading for name in totals], "Of the requests that each completed."
     tables = [
-        _latency_table(comparison, "Latency, ms", note, ("",), shown, latencies),
+        _latency_table(comparison, TextTable("Latency, ms", note, ("", *shown)), latencies),
         TextTable("Totals", "" if comparison["same"] else of_each, (*heads, *columns), rows, labels=len(heads)),
     ]
     return [*tables, _client_table(comparison)] if comparison["clients"] else tables
@@ -130,27 +131,26 @@ def _client_table(comparison: Mapping[str, Any]) -> TextTable:
     }
     note = "" if comparison["same"] else "Of the requests that all completed."
     means = [latency_label("mean", name) for name in JUDGED_LATENCIES]
-    return _latency_table(comparison, "By client, ms", note, ("", "requests"), means, clients)
+    return _latency_table(comparison, TextTable("By client, ms", note, ("", "requests", *means), labels=2), clients)
 
 
-def _latency_table(
-    comparison: Mapping[str, Any],
-    title: str,
-    note: str,
-    heads: Sequence[str],
-    columns: Sequence[str],
-    groups: Mapping[Any, Sequence[Values]],
-) -> TextTable:
-    """For each group a row for each policy. The group's labels stand in the first of these rows."""
+def _latency_table(comparison: Mapping[str, Any], of: TextTable, groups: Mapping[Any, Sequence[Values]]) -> TextTable:
+    """For each group a row for each policy. The group's labels stand in the first of these rows.
+
+    Args:
+        comparison: what names the policies.
+        of: the table without rows; policies come behind its labels, a difference behind each number.
+        groups: values of each column by policy, by labels.
+    """
     rows: list[tuple[str, ...]] = []
     for labels, values in groups.items():
         shown = labels
         for policy, side in _sides(comparison).items():
             rows.append((*shown, *side, *_with_differences(values, policy, comparison["policies"][0])))
             shown = ("",) * len(labels)
-    heads = (*heads, *_heads(comparison))
-    pairs = [text for column in columns for text in (column, "")]
-    return TextTable(title, note, (*heads, *pairs), rows, labels=len(heads))
+    heads = (*of.columns[: of.labels], *_heads(comparison))
+    pairs = [text for column in of.columns[of.labels :] for text in (column, "")]
+    return replace(of, columns=(*heads, *pairs), rows=rows, labels=len(heads))
 
 
 def _is_known(values: Values) -> bool:
