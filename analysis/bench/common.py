@@ -109,10 +109,6 @@ class BenchBatch(NamedTuple):
     def __str__(self) -> str:
         return f"{self.size}x{self.input_len}"
 
-    def blocks(self, outputs: int, block_size: int) -> int:
-        """KV blocks that it needs to make `outputs` tokens a request after the first."""
-        return self.size * -(-(self.input_len + outputs) // block_size)
-
 
 def read_batch(text: str) -> BenchBatch:
     """Read BATCHxINPUT. Raises ValueError if it is not two numbers of 1 or more."""

@@ -88,7 +88,7 @@ class Forward:
         longest, positions = batch.input_len + self.outputs + 1, model.max_position_embeddings
         if longest > positions and not self.said.allow_long_context:
             return f"{longest:,} tokens are beyond the model's {positions:,} positions: add --allow-long-context"
-        needed = batch.blocks(self.outputs, config.block_size)
+        needed = batch.size * -(-(batch.input_len + self.outputs) // config.block_size)  # the last token is in no block
         if needed > config.num_blocks:
             held = "memory holds" if self.said.num_blocks is None else "--kv-blocks gives"
             return f"needs {needed:,} KV blocks, more than {held}"
@@ -106,17 +106,16 @@ class Forward:
     def _row(self, batch: BenchBatch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
         row: Row = {"row": str(batch), "batch": batch.size, "input_len": batch.input_len} | dict.fromkeys(TIMES)
         row |= {"decode_steps": decode_steps([], 0), "prefill_walls_ms": [], "decode_walls_ms": []}
-        misfit = self._misfit(batch, executor.model, config)
-        if misfit is None:
-            try:
-                for measured in self._repeats(batch, executor, config):
-                    yield row | measured | {"not_measured": None}
-            except TandemError as error:
-                misfit = str(error).splitlines()[0]
-        if misfit is not None:
-            yield row | {"not_measured": misfit}
+        try:
+            for measured in self._repeats(batch, executor, config):
+                yield row | measured | {"not_measured": None}
+        except TandemError as error:
+            yield row | {"not_measured": str(error).splitlines()[0]}
 
     def _repeats(self, batch: BenchBatch, executor: Executor, config: ServingConfig) -> Iterator[Row]:
+        """Raises TandemError if memory does not hold the batch."""
+        if misfit := self._misfit(batch, executor.model, config):
+            raise TandemError(misfit)
         first_ms, last_ms, steps = [], [], []
         for _ in range(self.repeats):
             first_ms.append(_wall_ms(serve_batch(executor, batch, 1, config)))

@@ -7,11 +7,12 @@ turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -46,38 +47,9 @@ HOW = "medians of CUDA-graph replays, random inputs; share: of the rate of a mat
 COLD_BYTES = 1 << 29  # several times any L2 cache
 
 
-@dataclass(frozen=True, slots=True)
-class KernelTiming:
-    """One measurement. `rate` is in TFLOP/s for products and attention over prompts, in GB/s for the rest."""
-
-    kernel: str
-    shape: str
-    time_us: float
-    rate: float
-    unit: str
-    share: float  # of the ceiling with that unit
-
-
-def _moved(kernel: str, shape: str, us: float, nbytes: int, ceiling: float = math.inf) -> KernelTiming:
-    """Of a kernel that moves so many bytes."""
-    rate = nbytes / us / 1e3
-    return KernelTiming(kernel, shape, us, rate, "GB/s", rate / ceiling)
-
-
-def _computed(shape: str, us: float, flops: int, ceiling: float = math.inf) -> KernelTiming:
-    """Of attention over prompts."""
-    rate = flops / us / 1e6
-    return KernelTiming("paged_prefill", shape, us, rate, "TFLOP/s", rate / ceiling)
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """The most that the machine reaches: TFLOP/s of cuBLAS, GB/s of a read, of a copy (both ways), and over the bus."""
-
-    product: float
-    read: float
-    copy: float
-    bus: float
+Timing = tuple[str, str, float, int, str]
+"""Kernel, shape, microseconds; bytes that it moves, or operations of `PRODUCT`; and the ceiling that bounds it."""
+PRODUCT, READ, COPY, BUS = "matrix product", "read", "copy", "bus"
 
 
 @triton.jit
@@ -90,19 +62,19 @@ def _read(out: tl.tensor, data: tl.tensor, BLOCK: tl.constexpr) -> None:
     tl.store(out + tl.program_id(0), tl.sum(total))
 
 
-def measure_ceilings(dtype: torch.dtype) -> Ceilings:
-    """Measure the machine."""
+def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
+    """The most that the machine reaches: TFLOP/s of cuBLAS, GB/s of a read, of a copy (both ways), and over the bus."""
     a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     host = torch.zeros(1 << 26, pin_memory=True)
     sums = torch.empty(len(source) // 32768, device="cuda")
-    return Ceilings(
-        product=2 * 8192**3 / time_us([partial(torch.mm, a, b)]) / 1e6,
-        read=source.nbytes / time_us([lambda: _read[(len(sums),)](sums, source, BLOCK=4096, num_warps=8)]) / 1e3,
-        copy=2 * source.nbytes / time_us([lambda: torch.neg(source, out=target)]) / 1e3,
-        bus=host.nbytes / time_us([lambda: host.copy_(source[: len(host)], non_blocking=True)]) / 1e3,
-    )
+    return {
+        PRODUCT: 2 * 8192**3 / time_us([partial(torch.mm, a, b)]) / 1e6,
+        READ: source.nbytes / time_us([lambda: _read[(len(sums),)](sums, source, BLOCK=4096, num_warps=8)]) / 1e3,
+        COPY: 2 * source.nbytes / time_us([lambda: torch.neg(source, out=target)]) / 1e3,
+        BUS: host.nbytes / time_us([lambda: host.copy_(source[: len(host)], non_blocking=True)]) / 1e3,
+    }
 
 
 class Paged:
@@ -152,20 +124,19 @@ DECODES = ((1, 1024), (1, 65336), (8, 1024), (16, 1024), (64, 1024), (128, 512),
 PREFILLS = ((1, 2048, 2048), (1, 8192, 8192), (1, 32768, 32768), (16, 1024, 1024), (128, 128, 128), (1, 2048, 16384))
 
 
-def _attention(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _attention(dtype: torch.dtype, block_size: int) -> Iterator[Timing]:
     """Decode against the read ceiling, prefill against the product's."""
     tuned = tuning(torch.device("cuda"), dtype.itemsize, HEAD_DIM, block_size)
     for requests, context in DECODES:
         paged = Paged(requests, context, dtype, block_size)
-        us = paged.decode(tuned)
-        yield _moved("paged_decode", f"{requests} x {context}", us, paged.bytes, ceilings.read)
+        yield "paged_decode", f"{requests} x {context}", paged.decode(tuned), paged.bytes, READ
     for requests, rows, context in PREFILLS:
         us = Paged(requests, context, dtype, block_size).prefill(tuned.prefill, rows)
         flops = prefill_flops(requests, rows, context)
-        yield _computed(f"{requests} x {rows} of {context}", us, flops, ceilings.product)
+        yield "paged_prefill", f"{requests} x {rows} of {context}", us, flops, PRODUCT
 
 
-def _bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _bytes(tokens: int, dtype: torch.dtype, block_size: int) -> Iterator[Timing]:
     """The kernels of a step of so many tokens that only move bytes, against the copy ceiling."""
 
     def randn(*shape: int) -> torch.Tensor:
@@ -186,10 +157,10 @@ def _bytes(tokens: int, dtype: torch.dtype, block_size: int, ceilings: Ceilings)
     }
     for name, (moved, calls) in works.items():
         rows = samples if name == "greedy" else tokens
-        yield _moved(name, f"{rows} rows", time_us(calls), moved, ceilings.copy)
+        yield name, f"{rows} rows", time_us(calls), moved, COPY
 
 
-def _products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _products(rows: int, dtype: torch.dtype) -> Iterator[Timing]:
     """The products of a step of so few rows, by `ops.linear` and by cuBLAS, against the read ceiling."""
     for name, (columns, depth) in PRODUCTS.items():
         x = torch.randn(rows, depth, dtype=dtype, device="cuda")
@@ -197,49 +168,56 @@ def _products(rows: int, dtype: torch.dtype, ceilings: Ceilings) -> Iterator[Ker
         weights = torch.randn(turns, columns, depth, dtype=dtype, device="cuda")
         for kernel, linear in (("linear", ops.linear), ("linear (cuBLAS)", F.linear)):
             calls: list[Callable[[], object]] = [partial(linear, x, weight, None) for weight in weights]
-            yield _moved(kernel, f"{name}, {rows} rows", time_us(calls), weights[0].nbytes, ceilings.read)
+            yield kernel, f"{name}, {rows} rows", time_us(calls), weights[0].nbytes, READ
 
 
-def _swap(dtype: torch.dtype, block_size: int, ceilings: Ceilings) -> Iterator[KernelTiming]:
+def _swap(dtype: torch.dtype, block_size: int) -> Iterator[Timing]:
     """Blocks of 32 layers to pinned memory and back, against the bus."""
     gpu = torch.randn(32, 2, 128, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
     host = torch.zeros(32, 2, 64, block_size, KV_HEADS, HEAD_DIM, dtype=dtype, pin_memory=True)
     pairs = torch.stack((torch.randperm(64), torch.randperm(64)), dim=1).cuda()
     for shape, source, target in (("out", gpu, host), ("in", host, gpu)):
-        us = time_us([partial(copy_blocks, source, target, pairs)])
-        yield _moved("copy_blocks", shape, us, host.nbytes, ceilings.bus)
+        yield "copy_blocks", shape, time_us([partial(copy_blocks, source, target, pairs)]), host.nbytes, BUS
 
 
-def _tuned(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[KernelTiming]:
+def _tuned(dtype: torch.dtype, block_size: int, head_dim: int) -> Iterator[Timing]:
     """Time tile shapes, best first; what the GPU has no room for is left out."""
     many, long = Paged(64, 1024, dtype, block_size, head_dim), Paged(1, 8192, dtype, block_size, head_dim)
     tuned = tuning(torch.device("cuda"), dtype.itemsize, head_dim, block_size)
-    timings = []
+    timings: list[Timing] = []
     for tokens, warps, stages in product((16, 32, 64, 128), (1, 2, 4, 8), (2, 3, 4)):
         tiles = Tiles(16, tokens, warps, stages)
         with suppress(OutOfResources):
             us = many.decode(replace(tuned, decode=tiles, chunk=max(tuned.chunk, tokens)))
-            timings.append(_moved("paged_decode", str(tiles), us, many.bytes))
+            timings.append(("paged_decode", str(tiles), us, many.bytes, READ))
+    flops = prefill_flops(1, 8192, 8192, head_dim)
     for rows, tokens, warps, stages, bulk in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (False, True)):
         tiles = Tiles(rows, tokens, warps, stages, bulk)
         with suppress(OutOfResources):
-            us = long.prefill(tiles, 8192)
-            timings.append(_computed(str(tiles), us, prefill_flops(1, 8192, 8192, head_dim)))
-    yield from sorted(timings, key=lambda timing: (timing.kernel, timing.time_us))
+            timings.append(("paged_prefill", str(tiles), long.prefill(tiles, 8192), flops, PRODUCT))
+    yield from sorted(timings, key=itemgetter(0, 2))
 
 
-def _all(dtype: torch.dtype, block_size: int) -> Iterator[KernelTiming]:
-    """Time every kernel on the shapes of Llama-3-8B; the ceilings come first."""
+def _all_rows(dtype: torch.dtype, block_size: int) -> Iterator[Row]:
+    """The ceilings, then every kernel on the shapes of Llama-3-8B."""
     ceilings = measure_ceilings(dtype)
-    yield KernelTiming("matrix product", "8192 x 8192 x 8192", 0.0, ceilings.product, "TFLOP/s", 1.0)
-    for name in ("read", "copy", "bus"):
-        yield KernelTiming(name, "", 0.0, getattr(ceilings, name), "GB/s", 1.0)
-    yield from _attention(dtype, block_size, ceilings)
-    for tokens in (1, 64, 256, 16384):
-        yield from _bytes(tokens, dtype, block_size, ceilings)
-    for rows in (1, 16, 32, 64):
-        yield from _products(rows, dtype, ceilings)
-    yield from _swap(dtype, block_size, ceilings)
+    for name, rate in ceilings.items():
+        yield _row(name, "8192 x 8192 x 8192" * (name == PRODUCT), 0.0, rate, name, 1.0)
+    moving = (_bytes(tokens, dtype, block_size) for tokens in (1, 64, 256, 16384))
+    products = (_products(rows, dtype) for rows in (1, 16, 32, 64))
+    timings = (_attention(dtype, block_size), *moving, *products, _swap(dtype, block_size))
+    yield from _rows(chain.from_iterable(timings), ceilings)
+
+
+def _rows(timings: Iterable[Timing], ceilings: Mapping[str, float]) -> Iterator[Row]:
+    for kernel, shape, us, work, bound in timings:
+        rate = work / us / (1e6 if bound == PRODUCT else 1e3)
+        yield _row(kernel, shape, us, rate, bound, rate / ceilings.get(bound, math.inf))
+
+
+def _row(kernel: str, shape: str, us: float, rate: float, bound: str, share: float) -> Row:
+    unit = "TFLOP/s" if bound == PRODUCT else "GB/s"
+    return {"kernel": kernel, "shape": shape, "time_us": us, "rate": rate, "unit": unit, "share": share}
 
 
 def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Progress) -> Benchmark:
@@ -259,15 +237,16 @@ def kernels(dtype: str, block_size: int, head_dim: int, tune: bool, progress: Pr
     if not torch.cuda.is_available():
         raise TandemError("kernels run on a GPU, and there is none here")
     facts = {"dtype": dtype} | manifest.compose(device=torch.cuda.get_device_name(), backend="kernels")
-    timings = _tuned(DTYPES[dtype], block_size, head_dim) if tune else _all(DTYPES[dtype], block_size)
-    return Benchmark("kernels", HOW, facts, _rows(timings, progress), _tables)
+    rows = _rows(_tuned(DTYPES[dtype], block_size, head_dim), {}) if tune else _all_rows(DTYPES[dtype], block_size)
+    return Benchmark("kernels", HOW, facts, _numbered(rows, progress), _tables)
 
 
-def _rows(timings: Iterator[KernelTiming], progress: Progress) -> Iterator[Row]:
+def _numbered(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
     with progress.status("bench kernels"):
-        for number, timing in enumerate(timings, start=1):
-            progress.note(f"{timing.kernel} {timing.shape}: {timing.time_us:.1f} µs, {timing.rate:.1f} {timing.unit}")
-            yield {"row": f"{number} {timing.kernel} {timing.shape}"} | asdict(timing)
+        for number, row in enumerate(rows, start=1):
+            name = f"{row['kernel']} {row['shape']}"
+            progress.note(f"{name}: {row['time_us']:.1f} µs, {row['rate']:.1f} {row['unit']}")
+            yield {"row": f"{number} {name}"} | row
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:

@@ -13,6 +13,7 @@ from analysis.jobs.limits import real_limits
 from analysis.jobs.options import Limits, RunOptions
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import real_run
+from analysis.metrics.names import COMPARED_STATISTICS, latency_key
 from analysis.metrics.summary import metrics, not_completed
 from analysis.report.caveats import NOTHING_COMPLETED, missing_sentences
 from analysis.report.tables import TextTable, amount
@@ -29,7 +30,6 @@ BURST = 2000  # requests of `all at once`
 DECODE_BATCHES = (64, 256)  # the batches for which a run's decode steps are timed,
 SLACK = 8  # give or take an eighth
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E", "per_token": "Per token: E2E / (prompt + output tokens)"}
-STATISTICS = ("mean", "p50", "p90", "p99")
 COUNTS = ("completed", "rejected", "preemptions", "request_throughput", "output_throughput")
 STEP_TIMES = {"steps": "steps", "p50_host_us": "host p50", "p99_host_us": "p99", "p50_device_us": "device p50"}
 HOW = (
@@ -163,7 +163,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:
     counts = {name: name.replace("_", " ") for name in COUNTS}
     yield _metrics_table("Served (mean over seeds; lowest to highest; throughputs a second)", counts, rows)
     for latency, title in LATENCIES.items():
-        columns = {f"{statistic}_{latency}_ms": statistic for statistic in STATISTICS}
+        columns = {latency_key(statistic, latency): statistic for statistic in COMPARED_STATISTICS}
         if any(row["metrics"][key]["mean"] is not None for row in rows for key in columns):
             yield _metrics_table(f"{title}, ms", columns, rows)
     batches = [(batch, key) for batch in DECODE_BATCHES for key in STEP_TIMES]
@@ -187,10 +187,7 @@ def _metrics_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) 
 
 
 def _spread(of: Mapping[str, float | None]) -> str:
-    mean, low, high = (_whole(of[name]) for name in ("mean", "min", "max"))
+    """Whole numbers are shown whole."""
+    whole = {name: value if value is None or value % 1 else int(value) for name, value in of.items()}
+    mean, low, high = (amount(whole[name]) for name in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def _whole(value: float | None) -> str:
-    """As `amount`, and whole numbers whole."""
-    return amount(int(value) if value is not None and value == int(value) else value)

@@ -30,11 +30,12 @@ from engine.model.config import load_model_config
 from engine.records import manifest
 from engine.records.run_folder import RunRecords, read_run
 from engine.server.tokenization import Text, load_text
-from sim.profile.format import HOST_TERMS, Profile, write_profile
+from sim.profile.format import HOST_TERMS, Points, Profile, rows_of, write_profile
 from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 from traces.request import TraceRequest
 
+DEVICE = "a device of even steps"
 PROMPT, BLOCK = 8, 16
 RAMP_SHARE = 0.4  # of a stream's life, over which the streams begin
 NAP_S = 0.001
@@ -85,7 +86,7 @@ def read_streams(text: str) -> tuple[int, float]:
 
 def server_path(offered: Sequence[Offered], model: str, progress: Progress) -> Benchmark:
     """The benchmark of several loads; `model` gives the tokenizer. Raises TandemError if the server does not start."""
-    facts = {"model": model} | manifest.compose(device="a device of even steps", backend="simulator")
+    facts = {"model": model} | manifest.compose(device=DEVICE, backend="simulator")
     return Benchmark("serve", HOW, facts, (_measure(each, model, progress) for each in offered), _tables)
 
 
@@ -154,27 +155,22 @@ def _judge(offered: Offered, text: Text, run: RunRecords, replies: Sequence[Repl
     lengths = np.cumsum([len(text.tokens.decode([token])) for token in ids])
     engine_ns = run.manifest["provenance"]["start_perf_ns"]
     times = token_times(run)
-    added, received, complete = [np.empty(0, np.int64)], [], 0
+    added, received, complete = [], [], 0
     for reply in replies:
         whole = "".join(reply.pieces) == expected and reply.ends == 1 and reply.error is None
         complete += whole and reply.completion_tokens == offered.tokens
         if whole and reply.response_id:
             request_id = int(reply.response_id.rpartition("-")[2]) - 1  # answers are numbered from 1, requests from 0
             known = times.time_ns[np.searchsorted(times.request, request_id) :][: offered.tokens] + engine_ns
-            received.append(_received(reply, lengths))
+            so_far = np.cumsum([len(piece) for piece in reply.pieces])  # a token came with what completed its text
+            received.append(np.asarray(reply.chunk_ns, np.int64)[np.searchsorted(so_far, lengths)])
             added.append(received[-1] - known)
     return {
         "tokens": offered.streams * offered.tokens,
         "complete": int(complete),
         "chunks": sum(len(reply.chunk_ns) for reply in replies),
         "tokens_per_s": _plateau(received),
-    } | _milliseconds(np.concatenate(added))
-
-
-def _received(reply: Reply, lengths: Ints) -> Ints:
-    """When each token came, (tokens,): with the chunk that completed its text."""
-    so_far = np.cumsum([len(piece) for piece in reply.pieces])
-    return np.asarray(reply.chunk_ns, np.int64)[np.searchsorted(so_far, lengths)]
+    } | _milliseconds(added)
 
 
 def _plateau(received: Sequence[Ints]) -> float | None:
@@ -186,38 +182,26 @@ def _plateau(received: Sequence[Ints]) -> float | None:
     return tokens / ((end - begin) / 1e9) if end > begin else None
 
 
-def _milliseconds(added_ns: Ints) -> dict[str, float | None]:
-    values = [None] * len(STATISTICS)
-    if len(added_ns):
-        values = [added_ns.mean() / 1e6, *np.percentile(added_ns, [50, 99]) / 1e6, added_ns.max() / 1e6]
-    return {f"added_{name}_ms": value for name, value in zip(STATISTICS, values, strict=True)}
+def _milliseconds(added: Sequence[Ints]) -> dict[str, float | None]:
+    names = [f"added_{name}_ms" for name in STATISTICS]
+    if not added:
+        return dict.fromkeys(names)
+    ns = np.concatenate(added)
+    return dict(zip(names, np.array([ns.mean(), *np.percentile(ns, [50, 99]), ns.max()]) / 1e6, strict=True))
 
 
 def steady_profile(step_us: float) -> Profile:
     """Every step takes as long, whatever it runs; the host takes no time."""
-
-    def row(time_us: float, **keys: Any) -> dict[str, Any]:
-        return keys | {"time_us": time_us, "spread": 0.0}
-
-    return Profile(
-        ProfileMeta(
-            device="a device of even steps",
-            model=load_model_config(Path("llama-3-8b")),
-            dtype="float16",
-            source="invented: every step takes the same time",
-            kv_blocks=1,
-            block_size=BLOCK,
-        ),
-        {
-            "dense": [row(step_us, op="all", tokens=1), row(step_us, op="all", tokens=2**20)],
-            "prefill_attention": [row(0.0, chunk=c, context=x) for c in (1, 2**20) for x in (0, 2**20)],
-            "decode_attention": [
-                row(0.0, sequences=s, kv_tokens=s * k, unevenness=1) for s in (1, 2**16) for k in (1, 2**20)
-            ],
-            "head": [row(0.0, samples=1), row(0.0, samples=2**16)],
-            "host": [row(0.0, term=term, kind="any", sequences=1) for term in HOST_TERMS],
-        },
-    )
+    model, source = load_model_config(Path("llama-3-8b")), "invented: every step takes the same time"
+    meta = ProfileMeta(device=DEVICE, model=model, dtype="float16", source=source, kv_blocks=1, block_size=BLOCK)
+    points: dict[str, Points] = {
+        "dense": {("all", tokens): step_us for tokens in (1, 2**20)},
+        "prefill_attention": {(chunk, context): 0.0 for chunk in (1, 2**20) for context in (0, 2**20)},
+        "decode_attention": {(many, many * each, 1): 0.0 for many in (1, 2**16) for each in (1, 2**20)},
+        "head": {(samples,): 0.0 for samples in (1, 2**16)},
+        "host": {(term, "any", 1): 0.0 for term in HOST_TERMS},
+    }
+    return Profile(meta, {table: rows_of(table, of) for table, of in points.items()})
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[TextTable]:

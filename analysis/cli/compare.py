@@ -105,14 +105,14 @@ def _compare_simulations(
     runs: Mapping[str, RunRecords], out: Path | None, allowed: Sequence[str], as_json: bool
 ) -> int:
     from analysis.comparison.policies import compare_simulations
-    from analysis.report.policy_page import simulation_tables, write_simulation_page
+    from analysis.report.policy_page import policy_tables, write_policy_page
 
     first, second = runs.items()
     comparison = compare_simulations(first, second, allowed)
     if out:
         write_json(out / "simulations.json", comparison)
-        write_simulation_page(comparison, runs, out / "simulations.html")
-    print_result(comparison, as_json, simulation_tables, width=110 + max(map(len, runs)))
+        write_policy_page(comparison, runs, out / "simulations.html", f"{' and '.join(runs)}: two simulations")
+    print_result(comparison, as_json, policy_tables, width=110 + max(map(len, runs)))
     if out and not as_json:
         progress.note(f"HTML page: {out / 'simulations.html'}")
     return 0 if comparison["requests"] else 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +30,6 @@ from analysis.metrics.tokens import Gaps, gaps_at_ranks, itl, token_gaps
 from engine.records.run_folder import RunRecords
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from traces.errors import TandemError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _NUMBER = re.compile(r"\d+")
 
@@ -77,8 +74,7 @@ Statistics = dict[str, float | None]
 def latency_statistics(values: Mapping[str, Floats]) -> dict[str, Statistics]:
     """`STATISTICS` of each latency that `latencies` returned, in milliseconds."""
     # Gaps are many, but it is the requests they come from that make a tail trustworthy.
-    requests = {name: len(values["tpot" if name == "itl" else name]) for name in values}
-    return {name: _statistics(of, requests[name]) for name, of in values.items()}
+    return {name: _statistics(of, len(values["tpot" if name == "itl" else name])) for name, of in values.items()}
 
 
 def _statistics(values: Floats, requests: int) -> Statistics:
@@ -167,7 +163,9 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
     done = completed_requests(run, columns=("prompt_len", "output_len"))
     rejected, cancelled = (int(np.count_nonzero(is_among(table["outcome"], [each]))) for each in (REJECTED, CANCELLED))
     inputs, outputs = int(column(done, "prompt_len").sum()), int(column(done, "output_len").sum())
-    duration_s = _duration_s(table, done)
+    duration_s = None
+    if len(done):
+        duration_s = float(column(done, "last_token_ns").max() - column(table, "arrival_ns").min()) / NS_PER_S
     return {
         "completed": len(done),
         "rejected": rejected,
@@ -175,8 +173,7 @@ def _request_totals(run: RunRecords) -> dict[str, Any]:
         "unfinished": len(table) - len(done) - rejected - cancelled,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "wasted_tokens": int(column(table, "wasted_tokens").sum()),
-        "preemptions": int(column(table, "preemptions").sum()),
+        **{name: int(column(table, name).sum()) for name in ("wasted_tokens", "preemptions")},
         "own_slo_attainment": _own_slo_attainment(run),
         **_prefix_cache(run),
         "duration_s": duration_s,
@@ -203,12 +200,6 @@ def _prefix_cache(run: RunRecords) -> dict[str, Any]:
     batches = run.batches("steps", "prefill_tokens")
     prefilled = cached + sum(int(column(steps, "prefill_tokens").sum()) for steps in batches)
     return {"cached_tokens": cached, "prefix_cache_hit_rate": cached / prefilled if prefilled else None}
-
-
-def _duration_s(requests: pa.Table, done: pa.Table) -> float | None:
-    if not len(done):
-        return None
-    return float(column(done, "last_token_ns").max() - column(requests, "arrival_ns").min()) / NS_PER_S
 
 
 def _per_second(count: int, duration_s: float | None) -> float | None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.metrics.columns import NS_PER_MS, Floats, Ints, by_request, column, completed_ids, is_among, step_rows
 from engine.records.run_folder import RunRecords
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _SPAN_COLUMNS = ("request", "first_step", "last_step")
 PART = 50_000  # requests whose tokens are looked at together, for the sake of memory
@@ -99,7 +96,9 @@ def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
     request, begin, end = request[order], begin[order], end[order]
     earlier = np.cumsum(end - begin) - (end - begin)  # tokens of all stretches before
     earlier -= earlier[np.searchsorted(request, request)]  # of the same request
-    end = np.minimum(end, begin + np.maximum(0, _output_len(run, request) - earlier))
+    requests = by_request(run.select("requests", "request", "output_len"))
+    output_len = column(requests, "output_len")[np.searchsorted(column(requests, "request"), request)]
+    end = np.minimum(end, begin + np.maximum(0, output_len - earlier))
     some = end > begin
     time_ns = completed_ns[np.concatenate([decode_steps, prefilled])]
     return _Stretches(time_ns, len(decode_steps), request[some], begin[some], end[some])
@@ -107,20 +106,12 @@ def _stretches(run: RunRecords, ids: Ints | None = None) -> _Stretches:
 
 def _sampling_spans(run: RunRecords, ids: Ints | None) -> tuple[NDArray[Any], ...]:
     """Of the spans whose steps make a token: whether they are prefills, request, first and last step, (spans,) each."""
-    pieces = [_chosen_spans(batch, ids) for batch in run.batches("spans", *_SPAN_COLUMNS, "kind", "samples")]
-    is_prefill, *numbers = (np.concatenate(each) for each in zip(*pieces, strict=True))
-    return is_prefill, *numbers
-
-
-def _chosen_spans(spans: pa.Table, ids: Ints | None) -> tuple[NDArray[Any], ...]:
-    chosen = spans["samples"].to_numpy()
-    spans = spans.filter(chosen if ids is None else chosen & np.isin(column(spans, "request"), ids))
-    return is_among(spans["kind"], ["prefill"]), *(column(spans, name) for name in _SPAN_COLUMNS)
-
-
-def _output_len(run: RunRecords, ids: Ints) -> Ints:
-    known = by_request(run.select("requests", "request", "output_len"))
-    return column(known, "output_len")[np.searchsorted(column(known, "request"), ids)]
+    pieces: list[tuple[NDArray[Any], ...]] = []
+    for batch in run.batches("spans", *_SPAN_COLUMNS, "kind", "samples"):
+        chosen = batch["samples"].to_numpy()
+        spans = batch.filter(chosen if ids is None else chosen & np.isin(column(batch, "request"), ids))
+        pieces.append((is_among(spans["kind"], ["prefill"]), *(column(spans, name) for name in _SPAN_COLUMNS)))
+    return tuple(np.concatenate(each) for each in zip(*pieces, strict=True))
 
 
 def _ranges(begin: Ints, end: Ints) -> Ints:

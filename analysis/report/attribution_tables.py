@@ -58,7 +58,12 @@ def _cells(errors: Iterable[Mapping[str, float]]) -> list[str]:
 
 
 def _kernel_table(kernels: Mapping[str, Any]) -> TextTable:
-    rows = [(name, *_kernel_cells(kernel)) for name, kernel in kernels["kernels"].items()]
+    rows = []
+    for name, kernel in kernels["kernels"].items():
+        off, off_ms = kernel["uncertainty"], kernel["ms_uncertainty"]
+        share = signed(kernel["error"]), "–" if off is None else f"±{percent(off)}"
+        absolute = f"{kernel['ms_per_step']:+z.3f}", "–" if off_ms is None else f"±{off_ms:.3f}"
+        rows.append((name, f"{kernel['steps']:,}", *share, *absolute, "yes" if kernel["certain"] else "no"))
     note = (
         f"Each kernel's predicted times, fitted by a factor to the {kernels['steps']:,} measured steps. "
         f"±: how far one standard error moves the number before it. Clear: at least {STEPS_MIN} steps, and "
@@ -66,15 +71,6 @@ def _kernel_table(kernels: Mapping[str, Any]) -> TextTable:
     )
     columns = ("kernel", "steps", "predicted", "±", "ms a step", "±", "clear")
     return TextTable("Which kernel is predicted too long (+) or too short (-)", note, columns, rows)
-
-
-def _kernel_cells(kernel: Mapping[str, Any]) -> Iterator[str]:
-    uncertainty, uncertainty_ms = kernel["uncertainty"], kernel["ms_uncertainty"]
-    yield from (f"{kernel['steps']:,}", signed(kernel["error"]))
-    yield "–" if uncertainty is None else f"±{percent(uncertainty)}"
-    yield f"{kernel['ms_per_step']:+z.3f}"
-    yield "–" if uncertainty_ms is None else f"±{uncertainty_ms:.3f}"
-    yield "yes" if kernel["certain"] else "no"
 
 
 def ablation_tables(ablation: Mapping[str, Any] | None) -> list[TextTable]:
@@ -87,17 +83,13 @@ def ablation_tables(ablation: Mapping[str, Any] | None) -> list[TextTable]:
     closed_loop = [
         (name, f"{of['num_blocks']:,}", *map(signed, of["closed_loop"].values())) for name, of in named.items()
     ]
-    title = "Ablation, open loop: predicted against measured time of the same batches, without a term"
+    batches = "Ablation, open loop: predicted against measured time of the same batches, without a term"
+    simulation = "Ablation, closed loop: errors of the means in a simulation without a term"
     note = f"Without {KV_BLOCKS}: as many as fit in the usable memory less the weights." * (KV_BLOCKS in ablation)
     means = [latency_label("mean", name) for name in JUDGED_LATENCIES]
     return [
-        TextTable(title, "MAPE and mean error, by kind of step.", ("without", *kinds), open_loop),
-        TextTable(
-            "Ablation, closed loop: errors of the means in a simulation without a term",
-            note,
-            ("without", "KV blocks", *means),
-            closed_loop,
-        ),
+        TextTable(batches, "MAPE and mean error, by kind of step.", ("without", *kinds), open_loop),
+        TextTable(simulation, note, ("without", "KV blocks", *means), closed_loop),
     ]
 
 

@@ -16,27 +16,17 @@ LOUD = 0.02  # shares of the CPUs from which something is worth naming
 NOTHING_COMPLETED = "No request completed: there are no latencies."
 
 # A scheduler's reason to reject -> for people, with the largest and the limit, and which option helps.
-_REASONS = (
-    (
-        re.compile(r"prompt \+ max_tokens is (\d+), max_model_len (\d+)"),
-        "prompt + max_tokens above --max-model-len ({limit:,}); the longest is {most:,}: "
-        "raise it to {most}, or leave these out",
-    ),
-    (
-        re.compile(r"needs (\d+) KV blocks, there are (\d+)"),
-        "longer than all KV blocks ({limit:,}); the longest needs {most:,}: raise --kv-blocks to {most}, or leave "
-        "these out",
-    ),
-    (
-        re.compile(r"a prefill of up to (\d+) tokens exceeds max_batched_tokens (\d+)"),
-        "a prefill above --max-batched-tokens ({limit:,}), which this policy does not split; the longest is {most:,}: "
-        "raise it to {most}, or take a policy that chunks (`chunked = True`)",
-    ),
-    (
-        re.compile(r"token id (-?\d+) is not in the model's vocabulary, which has (\d+)"),
-        "tokens that the model lacks, such as {most}, for it has {limit:,}: make the trace with its tokenizer",
-    ),
-)
+_REASONS = {
+    r"prompt \+ max_tokens is (\d+), max_model_len (\d+)": "prompt + max_tokens above --max-model-len ({limit:,}); "
+    "the longest is {most:,}: raise it to {most}, or leave these out",
+    r"needs (\d+) KV blocks, there are (\d+)": "longer than all KV blocks ({limit:,}); the longest needs {most:,}: "
+    "raise --kv-blocks to {most}, or leave these out",
+    r"a prefill of up to (\d+) tokens exceeds max_batched_tokens (\d+)": "a prefill above --max-batched-tokens "
+    "({limit:,}), which this policy does not split; the longest is {most:,}: raise it to {most}, or take a policy that "
+    "chunks (`chunked = True`)",
+    r"token id (-?\d+) is not in the model's vocabulary, which has (\d+)": "tokens that the model lacks, such as "
+    "{most}, for it has {limit:,}: make the trace with its tokenizer",
+}
 _NO_REASON = {
     CANCELLED: "their clients gave up",
     REJECTED: "without a reason on record",
@@ -63,7 +53,8 @@ def missing_sentences(groups: Sequence[Mapping[str, Any]], asked: int) -> Iterat
     """A sentence for each group of `analysis.metrics.summary.not_completed`."""
     for group in groups:
         count, outcome = group["requests"], group["outcome"]
-        yield f"{count:,} of {asked:,} requests {_was(count)} {outcome}: {_reason(outcome, group['reason'])}."
+        was = "was" if count == 1 else "were"
+        yield f"{count:,} of {asked:,} requests {was} {outcome}: {_reason(outcome, group['reason'])}."
 
 
 def sentences_by_run(not_completed: Mapping[str, Sequence[Mapping[str, Any]]], asked: int) -> Iterator[str]:
@@ -76,15 +67,11 @@ def sentences_by_run(not_completed: Mapping[str, Sequence[Mapping[str, Any]]], a
             yield f"{', '.join(names)}: {sentence}"
 
 
-def _was(count: int) -> str:
-    return "was" if count == 1 else "were"
-
-
 def _reason(outcome: str, reason: str | None) -> str:
     if reason is None:
         return _NO_REASON[outcome]
-    for pattern, words in _REASONS:
-        if found := pattern.search(reason):
+    for pattern, words in _REASONS.items():
+        if found := re.search(pattern, reason):
             return words.format(most=int(found[1]), limit=int(found[2]))
     return reason.rstrip(".")
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from analysis.comparison.compare import equal_steps
 from analysis.comparison.runs import flatten_manifest
@@ -21,14 +24,9 @@ from analysis.report.verdict import decisions_sentence, difference_table, spread
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     """Print caveats, the three parts of a comparison, the sources of its error, and the verdict."""
-    from rich.text import Text
-
     if said := [*_caveats(comparison)]:
         console.print(Text("\n".join(said) + "\n"))
     print_tables((*_parts(comparison), *_explanations(comparison), verdict_table(comparison)), console)
@@ -89,11 +87,13 @@ def _caveats(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTable]:
-    decisions = comparison["decisions"]
-    title = "1. Decisions: the real run against its replay"
+    decisions, model = comparison["decisions"], comparison["latency_model"]
+    replay = "1. Decisions: the real run against its replay"
+    batches = "2. Latency model: predicted against measured time of the same batches"
+    errors = [(kind, f"{of['steps']:,}", percent(of["mape"]), signed(of["mean_error"])) for kind, of in model.items()]
     return (
-        difference_table(title, decisions_sentence(decisions), decisions, ("real", "replay")),
-        _latency_model_table(comparison["latency_model"]),
+        difference_table(replay, decisions_sentence(decisions), decisions, ("real", "replay")),
+        TextTable(batches, "", ("kind of step", "steps", "MAPE", "mean error"), errors),
         _closed_loop_table(comparison),
     )
 
@@ -101,15 +101,6 @@ def _parts(comparison: Mapping[str, Any]) -> tuple[TextTable, TextTable, TextTab
 def _explanations(comparison: Mapping[str, Any]) -> list[TextTable]:
     """Where the error comes from, and the worth of the model's terms if that was asked for."""
     return [*attribution_tables(comparison["attribution"]), *ablation_tables(comparison.get("ablation"))]
-
-
-def _latency_model_table(latency_model: Mapping[str, Any]) -> TextTable:
-    rows = [
-        (kind, f"{part['steps']:,}", percent(part["mape"]), signed(part["mean_error"]))
-        for kind, part in latency_model.items()
-    ]
-    title = "2. Latency model: predicted against measured time of the same batches"
-    return TextTable(title, "", ("kind of step", "steps", "MAPE", "mean error"), rows)
 
 
 def _closed_loop_table(comparison: Mapping[str, Any]) -> TextTable:

@@ -6,17 +6,12 @@ Differences are to the first policy. It draws from the records of the runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from analysis.comparison.errors import relative_difference
-from analysis.metrics.names import (
-    COMPARED_STATISTICS,
-    JUDGED_LATENCIES,
-    LATENCIES,
-    TOTALS,
-    latency_label,
-)
+from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, LATENCIES, TOTALS, latency_label
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentences, p99_sentence, sentences_by_run
 from analysis.report.figures import bar_figure, cdf_figure
 from analysis.report.html import Definitions, Part, write_page
@@ -30,45 +25,29 @@ Values = Mapping[str, float | None]  # by policy
 
 
 def policy_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """Caveats, then latencies, totals and, if there are several clients, those of each: a row for each policy."""
-    missing = "\n".join(caveats(comparison))
+    """Caveats, then latencies, totals and, if there are several clients, those of each: a row for each policy.
+
+    Of two simulations, first that nothing is measured, and last the fields that differ, and where decisions part.
+    """
+    missing, differences = "\n".join(caveats(comparison)), _differences(comparison)
+    unmeasured = [TextTable(UNMEASURED)] if differences else []
     before = [TextTable("Before the numbers", missing)] if missing else []
-    return [*before, *_number_tables(comparison)]
+    return [*unmeasured, *before, *_number_tables(comparison), *differences]
 
 
-def simulation_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """That nothing is measured, then latencies and totals, fields that differ, and where decisions part."""
-    return [TextTable(UNMEASURED), *policy_tables(comparison), *_differences(comparison)]
-
-
-def write_simulation_page(comparison: Mapping[str, Any], runs: Mapping[str, RunRecords], path: Path) -> None:
-    """Write two simulations as one self-contained HTML page. Raises TandemError if it cannot be written."""
-    title = f"{' and '.join(comparison['policies'])}: two simulations"
-    write_policy_page(comparison, runs, path, title, UNMEASURED, _differences(comparison))
-
-
-def write_policy_page(
-    comparison: Mapping[str, Any],
-    runs: Mapping[str, RunRecords],
-    path: Path,
-    title: str,
-    opening: str = "",
-    further: Sequence[TextTable] = (),
-) -> None:
+def write_policy_page(comparison: Mapping[str, Any], runs: Mapping[str, RunRecords], path: Path, title: str) -> None:
     """Write the comparison as one self-contained HTML page.
 
     Args:
-        comparison: what `compare_policies` returned for these runs.
-        runs: by policy.
+        comparison: what `compare_policies` or `compare_simulations` returned for these runs.
+        runs: by policy, or by name.
         path: the file.
         title: its heading.
-        opening: a sentence that comes before all others.
-        further: tables that come after its own.
 
     Raises:
         TandemError: the file cannot be written.
     """
-    latency, *others = _number_tables(comparison)
+    (latency, *others), differences = _number_tables(comparison), _differences(comparison)
     names = _names(comparison)
     metrics = [*(LATENCIES[name] for name in comparison["latencies"]), *(TOTALS[name] for name in comparison["totals"])]
     click = "A click on a policy hides it. "
@@ -77,11 +56,11 @@ def write_policy_page(
         cdf_figure({names[policy]: run for policy, run in runs.items()}, click, plotly_js=True),
         bar_figure(comparison["latencies"], names),
         *others,
-        *further,
+        *differences,
         Definitions({metric.heading: metric.definition for metric in metrics}, "Definitions"),
     )
-    headline = " ".join(filter(None, (opening, *caveats(comparison), _headline(comparison))))
-    write_page(path, title, headline, parts)
+    sentences = [*caveats(comparison), _headline(comparison)]
+    write_page(path, title, " ".join([UNMEASURED, *sentences] if differences else sentences), parts)
 
 
 # -- words -----------------------------------------------------------------------------------------------------
@@ -139,7 +118,7 @@ def _number_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     rows = [(*side, *(amount(of[policy]) for of in totals.values())) for policy, side in sides.items()]
     columns, of_each = [TOTALS[name].heading for name in totals], "Of the requests that each completed."
     tables = [
-        _latency_table(comparison, "Latency, ms", note, ("",), shown, latencies),
+        _latency_table(comparison, TextTable("Latency, ms", note, ("", *shown)), latencies),
         TextTable("Totals", "" if comparison["same"] else of_each, (*heads, *columns), rows, labels=len(heads)),
     ]
     return [*tables, _client_table(comparison)] if comparison["clients"] else tables
@@ -152,27 +131,26 @@ def _client_table(comparison: Mapping[str, Any]) -> TextTable:
     }
     note = "" if comparison["same"] else "Of the requests that all completed."
     means = [latency_label("mean", name) for name in JUDGED_LATENCIES]
-    return _latency_table(comparison, "By client, ms", note, ("", "requests"), means, clients)
+    return _latency_table(comparison, TextTable("By client, ms", note, ("", "requests", *means), labels=2), clients)
 
 
-def _latency_table(
-    comparison: Mapping[str, Any],
-    title: str,
-    note: str,
-    heads: Sequence[str],
-    columns: Sequence[str],
-    groups: Mapping[Any, Sequence[Values]],
-) -> TextTable:
-    """For each group a row for each policy. The group's labels stand in the first of these rows."""
+def _latency_table(comparison: Mapping[str, Any], of: TextTable, groups: Mapping[Any, Sequence[Values]]) -> TextTable:
+    """For each group a row for each policy. The group's labels stand in the first of these rows.
+
+    Args:
+        comparison: what names the policies.
+        of: the table without rows; policies come behind its labels, a difference behind each number.
+        groups: values of each column by policy, by labels.
+    """
     rows: list[tuple[str, ...]] = []
     for labels, values in groups.items():
         shown = labels
         for policy, side in _sides(comparison).items():
             rows.append((*shown, *side, *_with_differences(values, policy, comparison["policies"][0])))
             shown = ("",) * len(labels)
-    heads = (*heads, *_heads(comparison))
-    pairs = [text for column in columns for text in (column, "")]
-    return TextTable(title, note, (*heads, *pairs), rows, labels=len(heads))
+    heads = (*of.columns[: of.labels], *_heads(comparison))
+    pairs = [text for column in of.columns[of.labels :] for text in (column, "")]
+    return replace(of, columns=(*heads, *pairs), rows=rows, labels=len(heads))
 
 
 def _is_known(values: Values) -> bool:
@@ -191,6 +169,9 @@ def _with_differences(values: Iterable[Values], policy: str, first: str) -> Iter
 
 
 def _differences(comparison: Mapping[str, Any]) -> list[TextTable]:
+    """Of two simulations; policies need not be compared step by step."""
+    if "decisions" not in comparison:
+        return []
     names, decisions = comparison["policies"], comparison["decisions"]
     rows = [(field, *(str(of[name]) for name in names)) for field, of in comparison["manifest_differences"].items()]
     alike = "" if rows else "Both were simulated with the same limits, policy and profile."

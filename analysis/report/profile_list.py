@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from analysis.report.tables import TextTable, percent
@@ -14,21 +13,13 @@ COLUMNS = ("profile", "gpu", "model", "dtype", "kernels", "kib")
 
 def list_profiles() -> list[dict[str, Any]]:
     """A row for each profile that ships; `held_out` as in its meta.yaml."""
-    return [_row(name, folder) for name, folder in shipped_profiles().items()]
-
-
-def _row(name: str, folder: Path) -> dict[str, Any]:
-    meta = read_meta(folder / "meta.yaml")
-    return {
-        "profile": name,
-        "gpu": meta.device,
-        "model": meta.model.name,
-        "dtype": meta.dtype,
-        "kernels": meta.kernels or "none",
-        "source": meta.source,
-        "held_out": meta.held_out or {},
-        "kib": round(sum(file.stat().st_size for file in folder.iterdir()) / 1024, 1),
-    }
+    rows = []
+    for name, folder in shipped_profiles().items():
+        meta, size = read_meta(folder / "meta.yaml"), sum(file.stat().st_size for file in folder.iterdir())
+        shape = {"profile": name, "gpu": meta.device, "model": meta.model.name, "dtype": meta.dtype}
+        made = {"kernels": meta.kernels or "none", "source": meta.source, "held_out": meta.held_out or {}}
+        rows.append(shape | made | {"kib": round(size / 1024, 1)})
+    return rows
 
 
 def profile_tables(profiles: list[dict[str, Any]]) -> list[TextTable]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table as RichTable
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,6 @@ class TextTable:
 
 def print_tables(tables: Iterable[TextTable], console: Console) -> None:
     """Print tables, each under its title and above its note. `analysis.report.html` makes HTML of them."""
-    from rich.text import Text
-
     for table in tables:
         console.print(Text(table.title, style="bold"))
         if table.rows:
@@ -34,11 +32,7 @@ def print_tables(tables: Iterable[TextTable], console: Console) -> None:
             console.print(Text(table.note + "\n"))
 
 
-def _rich_table(table: TextTable) -> RichTable:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _rich_table(table: TextTable) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, name in enumerate(table.columns):
         shown.add_column(Text(name), justify="left" if position < table.labels else "right", no_wrap=True)
