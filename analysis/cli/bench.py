@@ -6,10 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from analysis.cli import options
-from analysis.cli.options import listed, option, read_rate, read_whole
+from analysis.cli.options import Commands, but, listed, option, read_rate, read_whole
 from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.files import check_new_file, write_json
 from analysis.jobs.options import Limits, Loading, Output
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from analysis.bench.forward import Forward
     from analysis.bench.online import Online
 
-app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
+app = Commands(help="Time this machine as other engines are timed.", no_args_is_help=True)
 
 # The baselines' 20 rows: as many tokens in many ways, contexts up to 64k, and batches up to 256.
 ROWS = (
@@ -31,7 +29,6 @@ Rates = Annotated[str, option("Requests a second, with commas between; '' for no
 
 
 @app.command("serve")
-@options.takes(Output)
 def bench_serve(
     output: Output,
     loads: Annotated[str, option("STREAMSxRATE: at once, and tokens a second of each.")] = "2000x10,1000x10,2000x5",
@@ -50,13 +47,10 @@ def bench_serve(
 
 
 @app.command("forward")
-@options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
-@options.takes_loading()
-@options.takes(Output)
 def bench_forward(
     output: Output,
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)],
     rows: Annotated[str, option("BATCHxINPUT, with commas between.")] = ROWS,
     outputs: Annotated[int, option("Decode steps that are timed.", min=1)] = 64,
     repeats: Annotated[int, option("Of each measurement.", min=1)] = 3,
@@ -70,13 +64,10 @@ def bench_forward(
 
 
 @app.command("online")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
-@options.takes_loading()
-@options.takes(Output)
 def bench_online(
     output: Output,
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)],
     trace: options.TracePath,
     rates: Rates = "5,10,20,30,40",
     all_at_once: Annotated[bool, option("Also 2,000 requests at time 0.", "--all-at-once")] = False,
@@ -93,11 +84,9 @@ def bench_online(
 
 
 @app.command("simulate")
-@options.takes_limits(max_seqs=256, pipeline_depth=1)
-@options.takes(Output)
 def bench_simulate(
     output: Output,
-    limits: Limits,
+    limits: Annotated[Limits, but(max_seqs=256, pipeline_depth=1)],
     trace: options.TracePath,
     profile: options.ProfilePath = Path("a100-80gb/llama-3-8b"),
     rates: Rates = "6,2",
@@ -118,7 +107,6 @@ def bench_simulate(
 
 
 @app.command("kernels")
-@options.takes(Output)
 def bench_kernels(
     output: Output,
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",

@@ -8,20 +8,18 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import listed, read_rate
+from analysis.cli.options import Commands, but, listed, read_rate
 from analysis.cli.output import print_result, progress
 from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
 
-app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
+app = Commands(help="How far simulation can be believed on this machine.", no_args_is_help=True)
 
 
 @app.command("measure")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
-@options.takes_loading()
 def fidelity_measure(
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)],
     trace: options.TracePath,
     out: options.Out,
     loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",

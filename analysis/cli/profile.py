@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option, with_groups
 from analysis.cli.output import facts_table, print_result, progress
 from analysis.jobs.options import Limits, Loading
 from engine.model.config import load_model_config
@@ -19,16 +19,15 @@ if TYPE_CHECKING:
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
 
-app = typer.Typer(invoke_without_command=True)
+app = Commands(invoke_without_command=True)
 Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
 
 
 @app.callback()
-@options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
-@options.takes_loading()
+@with_groups
 def profile(
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but("scheduler", "pipeline_depth", "prefix_caching")],
     context: typer.Context,
     out: options.OutIfAny = None,
     roofline: Annotated[str | None, option("From a data sheet, unmeasured: a100-80gb, …")] = None,

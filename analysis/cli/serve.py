@@ -6,11 +6,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_run, progress, read_noted
 from analysis.jobs.options import Limits, Loading, RunOptions
 from engine.records.run_folder import check_out, read_run
@@ -20,15 +19,13 @@ if TYPE_CHECKING:
     from analysis.jobs.serve import RealService, SimService
     from analysis.report.console_progress import ConsoleProgress
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
-@options.takes_limits()
-@options.takes_loading()
 def serve(
-    limits: Limits,
     loading: Loading,
+    limits: Limits,
     backend: Annotated[str, option("real: the executor. sim: the simulator, paced by the clock.")] = "real",
     profile: options.ProfileIfAny = None,
     output_len: Annotated[
@@ -91,9 +88,8 @@ def _say(address: str) -> None:
 
 
 @app.command()
-@options.takes(RunOptions, "check", "strict")
 def load(
-    how: RunOptions,
+    how: Annotated[RunOptions, but("check", "strict")],
     url: Annotated[str, option("The server's address, such as http://127.0.0.1:8000.")],
     trace: options.TracePath,
     out: options.Out,

@@ -78,13 +78,11 @@ def _client(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
     return {"requests": len(ids)} | means
 
 
-def compare_simulations(
-    first: tuple[str, RunRecords], second: tuple[str, RunRecords], allow_different: Collection[str] = ()
-) -> dict[str, Any]:
+def compare_simulations(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) -> dict[str, Any]:
     """Set two simulations of one workload side by side.
 
     Args:
-        first, second: name and run; differences are to the first.
+        runs: two, by name; differences are to the first.
         allow_different: manifest fields of the workload in which they may differ.
 
     Returns:
@@ -94,12 +92,12 @@ def compare_simulations(
     Raises:
         TandemError: the workloads differ in a field that is not allowed to.
     """
-    runs = dict((first, second))
-    allowed = {"system", *allow_different}  # the worth of a limit or policy is why one compares
-    differences = manifest_differences(first[1], dict((second,)), allowed, reference=first[0])
+    (one, first), (other, second) = runs.items()
+    # The worth of a limit or policy is why one compares.
+    differences = manifest_differences(runs, {"system", *allow_different})
     return compare_policies(runs) | {
         "manifest_differences": differences | _provenance(runs),
-        "decisions": compare_decisions(first[1], second[1], (first[0], second[0])),
+        "decisions": compare_decisions(first, second, (one, other)),
     }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, latency_label
 from traces.errors import TandemError
 
+Drift = Mapping[str, float] | None
+"""How far a machine has moved since it was profiled, {mean_error, mape}, if that was measured."""
 WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
 CAPACITY = 1.0  # the load at which queueing amplifies errors
 
@@ -80,21 +82,15 @@ def read_targets(text: str | None, default: Targets) -> Targets:
     return replace(default, ttft=ttft, tpot=tpot, e2el=e2el, model=model, at_capacity=None)
 
 
-def judge_run(
-    closed_loop: Mapping[str, Any],
-    latency_model: Mapping[str, Any],
-    spread: Mapping[str, Any],
-    targets: Targets,
-    drift: Mapping[str, float],
-) -> dict[str, dict[str, Any]]:
+def judge_run(errors: Mapping[str, Any], targets: Targets, drift: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Judge the means of a comparison and its latency model: {what: {error, allowed, spread, drift, verdict}}."""
-    verdicts = {}
+    spread, verdicts = errors["repeat_spread"], {}
     for name in JUDGED_LATENCIES:
-        error, noise, allowed = closed_loop[name]["mean"]["error"], spread[name]["mean"], targets.of_latency(name)
-        verdicts[f"mean_{name}"] = _judge(error, allowed, noise, drift.get("mean_error"))
-    mape = latency_model["all"]["mape"] if latency_model else None
-    allowed = targets.model["all"]
-    return verdicts | {"latency_model_mape": _judge(mape, allowed, spread["latency_model"], drift.get("mape"))}
+        error, allowed = errors["closed_loop"][name]["mean"]["error"], targets.of_latency(name)
+        verdicts[f"mean_{name}"] = _judge(error, allowed, spread[name]["mean"], drift.get("mean_error"))
+    mape = errors["latency_model"].get("all", {}).get("mape")
+    model = _judge(mape, targets.model["all"], spread["latency_model"], drift.get("mape"))
+    return verdicts | {"latency_model_mape": model}
 
 
 def _judge(error: float | None, allowed: float, spread: float | None, drift: float | None) -> dict[str, Any]:
