@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from analysis.bench.forward import Forward
     from analysis.bench.online import Online
 
-app = Commands(help="Time this machine as other engines are timed.", no_args_is_help=True)
+app = Commands(name="bench", help="Time this machine as other engines are timed.", no_args_is_help=True)
 
 # The baselines' 20 rows: as many tokens in many ways, contexts up to 64k, and batches up to 256.
 ROWS = (

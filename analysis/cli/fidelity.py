@@ -13,7 +13,7 @@ from analysis.cli.output import print_result, progress
 from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
 
-app = Commands(help="How far simulation can be believed on this machine.", no_args_is_help=True)
+app = Commands(name="fidelity", help="How far simulation can be believed on this machine.", no_args_is_help=True)
 
 
 @app.command("measure")

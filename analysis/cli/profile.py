@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.config import ServingConfig
     from engine.executor.executor import Executor
 
-app = Commands(invoke_without_command=True)
+app = Commands(name="profile", invoke_without_command=True)
 Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
 
 

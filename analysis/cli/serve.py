@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -12,12 +12,9 @@ from analysis.cli import options
 from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_run, progress, read_noted
 from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.progress import Progress
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
-
-if TYPE_CHECKING:
-    from analysis.jobs.serve import RealService, SimService
-    from analysis.report.console_progress import ConsoleProgress
 
 app = Commands()
 
@@ -66,7 +63,7 @@ def serve(
     def server_limits(model: str) -> ServerLimits:
         return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
 
-    run_server(service, load_once, server_limits, host, port, drain, _say)
+    run_server(service, load_once, server_limits, host, port, drain, partial(print, "tandem serves on", flush=True))
 
 
 def _check_backend(backend: str, profile: Path | None, output_len: str | None) -> None:
@@ -78,13 +75,9 @@ def _check_backend(backend: str, profile: Path | None, output_len: str | None) -
         raise TandemError("--profile and --output-len are for --backend sim: an executor has times of its own")
 
 
-def _progress() -> ConsoleProgress:
+def _progress() -> Progress:
     """In the engine's process too."""
     return progress
-
-
-def _say(address: str) -> None:
-    print(f"tandem serves on {address}", flush=True)
 
 
 @app.command()

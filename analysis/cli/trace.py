@@ -15,7 +15,7 @@ from analysis.jobs.files import check_new
 from analysis.jobs.options import Arrivals
 from traces.trace import Trace, read_trace, write_trace
 
-app = Commands(help="Make, convert and look at traces.", no_args_is_help=True)
+app = Commands(name="trace", help="Make, convert and look at traces.", no_args_is_help=True)
 
 
 @app.command("sharegpt")
