@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,8 +43,7 @@ def bench_serve(
     from analysis.bench.server_path import Offered, read_streams, server_path
 
     offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_streams, "2000x10,1000x10")]
-    check_new_file(output)
-    _bench(server_path(offered, model, progress), output)
+    _bench(partial(server_path, offered, model, progress), output)
 
 
 @app.command("forward")
@@ -102,8 +102,7 @@ def bench_simulate(
     counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
-    check_new_file(output)
-    _bench(bench.on(progress), output)
+    _bench(partial(bench.on, progress), output)
 
 
 @app.command("kernels")
@@ -117,8 +116,7 @@ def bench_kernels(
     """Time each kernel on this GPU against the ceiling that bounds it. Ctrl-C keeps what was measured."""
     from analysis.bench.kernels import kernels
 
-    check_new_file(output)
-    _bench(kernels(dtype, block_size, head_dim, tune, progress), output)
+    _bench(partial(kernels, dtype, block_size, head_dim, tune, progress), output)
 
 
 def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -> None:
@@ -128,15 +126,15 @@ def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -
 
     bench.check()
     check_before(config_to_check(bench.limits))
-    check_new_file(output)
-    executor = load_executor(loading, progress)
-    _bench(bench.on(executor, progress, load_format=loading.load_format), output)
+    _bench(lambda: bench.on(load_executor(loading, progress), progress, load_format=loading.load_format), output)
 
 
-def _bench(benchmark: Benchmark, output: Output) -> None:
-    """Run, print and write it. An error that ended it early is raised then."""
+def _bench(make: Callable[[], Benchmark], output: Output) -> None:
+    """Make, run, print and write it. An error that ended it early is raised then."""
     from analysis.bench.common import document_tables, run_benchmark
 
+    check_new_file(output)
+    benchmark = make()
     document, failure = run_benchmark(benchmark)
     print_result(document, output.as_json, partial(document_tables, benchmark), WIDTH)
     if output.out:

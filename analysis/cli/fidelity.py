@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Commands, but, listed, read_rate
+from analysis.cli.options import Commands, but, listed, option, read_rate
 from analysis.cli.output import print_result, progress
 from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
@@ -22,11 +22,11 @@ def fidelity_measure(
     limits: Annotated[Limits, but(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)],
     trace: options.TracePath,
     out: options.Out,
-    loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",
-    against: Annotated[str, typer.Option(help="Policies to rank --scheduler with.")] = "fcfs,prefill_first",
-    shared: Annotated[str, typer.Option(help="Loads at which they are ranked and real runs repeated.")] = "50,90",
-    repeats: Annotated[int, typer.Option(help="Further real runs there, for the spread.", min=0)] = 2,
-    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=1)] = 60,
+    loads: Annotated[str, option("Shares of the capacity, in percent.")] = "25,50,75,90,100",
+    against: Annotated[str, option("Policies to rank --scheduler with.")] = "fcfs,prefill_first",
+    shared: Annotated[str, option("Loads at which they are ranked and real runs repeated.")] = "50,90",
+    repeats: Annotated[int, option("Further real runs there, for the spread.", min=0)] = 2,
+    seconds: Annotated[float, option("How long requests arrive.", min=1)] = 60,
     seed: options.Seed = 0,
 ) -> None:
     """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
@@ -35,8 +35,8 @@ def fidelity_measure(
     from analysis.jobs.study import Study, measure_study
 
     shares = [
-        [percent / 100 for percent in listed(option, text, read_rate, "25,50,100")]
-        for option, text in (("--loads", loads), ("--shared", shared))
+        [percent / 100 for percent in listed(name, text, read_rate, "25,50,100")]
+        for name, text in (("--loads", loads), ("--shared", shared))
     ]
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
@@ -50,7 +50,7 @@ def fidelity_judge(
     study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
     targets: Annotated[
         str | None,
-        typer.Option(help="Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity."),
+        option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:

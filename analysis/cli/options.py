@@ -25,17 +25,14 @@ def option(text: str, *names: str, **more: Any) -> Any:
 
 
 Out = Annotated[Path, option("Where to write.", "--out", "-o")]
-OutIfAny = Annotated[Path | None, option("Where to write.", "--out", "-o")]
 Overwrite = Annotated[bool, option("Replace what --out holds.", "--overwrite")]
 TracePath = Annotated[Path, option("A trace: .parquet, .jsonl or .csv.", "--trace", "-t")]
 TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
 A_PROFILE = "A latency profile's folder, or one that ships: see tandem profile list."
 ProfilePath = Annotated[Path, option(A_PROFILE, "--profile", "-p")]
-ProfileIfAny = Annotated[Path | None, option(A_PROFILE, "--profile", "-p")]
 Model = Annotated[str, option(A_MODEL, "--model", "-m")]
 ModelShape = Annotated[str, option("The model's shape: llama-3-8b, …", "--model", "-m")]
 AsJson = Annotated[bool, option("Print JSON to standard output instead of a table.", "--json")]
-Rate = Annotated[float, option("Requests a second.", "--rate", "-r")]
 Requests = Annotated[int, option("How many requests.", "--requests", "-n", min=1)]
 Seed = Annotated[int, option("Of the sample and the arrivals.")]
 BlockSize = Annotated[int, option("Tokens per KV block.", min=1)]

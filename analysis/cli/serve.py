@@ -24,7 +24,7 @@ def serve(
     loading: Loading,
     limits: Limits,
     backend: Annotated[str, option("real: the executor. sim: the simulator, paced by the clock.")] = "real",
-    profile: options.ProfileIfAny = None,
+    profile: Annotated[Path | None, option(options.A_PROFILE, "--profile", "-p")] = None,
     output_len: Annotated[
         str | None, option("For sim: output lengths as fixed:N, uniform:LOW:HIGH, lognormal:MU:SIGMA; else max_tokens.")
     ] = None,

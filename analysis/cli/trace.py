@@ -11,7 +11,7 @@ import typer
 from analysis.cli import options
 from analysis.cli.options import Commands, but, option
 from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
-from analysis.jobs.files import check_new
+from analysis.jobs.files import check_new, sharegpt_trace
 from analysis.jobs.options import Arrivals
 from traces.trace import Trace, read_trace, write_trace
 
@@ -32,7 +32,6 @@ def trace_sharegpt(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
-    from analysis.jobs.trace import sharegpt_trace
     from traces.sharegpt import LengthFilter
 
     check_new(out, overwrite)

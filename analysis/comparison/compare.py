@@ -42,7 +42,6 @@ def compare(
     replayed: Replay,
     repeats: Sequence[RunRecords] = (),
     allow_different: Collection[str] = (),
-    *,
     targets: Targets = RUN_TARGETS,
     drift: Drift = None,
 ) -> dict[str, Any]:
@@ -193,15 +192,13 @@ def latency_model_errors(real: RunRecords, predicted_ns: Ints | None, decisions:
 
 def closed_loop_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
     """How far off the requests' latencies are, as `compare` returns it."""
-    values = {"real": latencies(real, ids), "sim": latencies(sim, ids)}
-    tables = {run: latency_statistics(of_run) for run, of_run in values.items()}
+    ours, theirs = (latencies(run, ids) for run in (sim, real))
+    our_table, their_table = map(latency_statistics, (ours, theirs))
     mape = _request_mape(sim, real, ids)
     result: dict[str, Any] = {}
     for name in COMPARED_LATENCIES:
-        result[name] = {
-            stat: _pair(tables["sim"][name][stat], tables["real"][name][stat]) for stat in COMPARED_STATISTICS
-        }
-        result[name] |= {"mape": mape[name], "ks": ks_distance(values["sim"][name], values["real"][name])}
+        pairs = {stat: _pair(our_table[name][stat], their_table[name][stat]) for stat in COMPARED_STATISTICS}
+        result[name] = pairs | {"mape": mape[name], "ks": ks_distance(ours[name], theirs[name])}
     return result
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.comparison.compare import compare_decisions
 from analysis.comparison.runs import common_requests, flatten_manifest, manifest_differences
-from analysis.metrics.columns import Ints
+from analysis.metrics.columns import Ints, completed_requests
 from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, JUDGED_LATENCIES
 from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from engine.records.run_folder import RunRecords
@@ -64,12 +64,9 @@ def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
 
 def _clients(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
     (first, *_) = runs.values()
-    table = first.tables["requests"]
-    sent = dict(zip(table["request"].to_pylist(), table["client"].to_pylist(), strict=True))
-    of_client: dict[str, list[int]] = {}
-    for request in ids.tolist():
-        of_client.setdefault(str(sent[request]), []).append(request)
-    return {name: _client(runs, np.array(of_client[name])) for name in sorted(of_client)} if len(of_client) > 1 else {}
+    clients = np.array([str(name) for name in completed_requests(first, ids, ("client",))["client"].to_pylist()])
+    names = sorted({*clients.tolist()})
+    return {name: _client(runs, ids[clients == name]) for name in names} if len(names) > 1 else {}
 
 
 def _client(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:

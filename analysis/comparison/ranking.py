@@ -76,10 +76,9 @@ def _policies(runs: Mapping[str, RunRecords]) -> Policies:
             raise TandemError(f"{name} was interrupted, so it is not of the whole workload: run it to its end")
         of_policy = policies.setdefault(run.manifest["system"]["scheduler"], {REAL: [], SIMULATED: []})
         of_policy[run_kind(name, run)].append(metrics(run))
-    if len(policies) < 2:
-        raise TandemError(
-            f"--rank orders policies, and all runs are of {', '.join(policies)}: give runs of another too"
-        )
+    first, *others = policies
+    if not others:
+        raise TandemError(f"--rank orders policies, and all runs are of {first}: give runs of another too")
     for policy, of in policies.items():
         if not of[REAL] or len(of[SIMULATED]) != 1:
             counts = ", ".join(f"{len(of[each])} {each}" for each in of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, latency_label
@@ -110,13 +111,11 @@ def judge_case(name: str, load: float, comparison: Mapping[str, Any], targets: T
         if kind in comparison["latency_model"]:
             error = comparison["latency_model"][kind]["mape"]
             yield _judged(name, f"latency model, {kind}", error, allowed, None)
-    at_load = targets.at_load(load)
-    for latency in JUDGED_LATENCIES:
-        for statistic in COMPARED_STATISTICS:
-            error = comparison["closed_loop"][latency][statistic]["error"]
-            spread = comparison["repeat_spread"][latency][statistic]
-            allowed = at_load.of_latency(latency, spread)
-            yield _judged(name, latency_label(statistic, latency), error, allowed, spread)
+    for latency, statistic in product(JUDGED_LATENCIES, COMPARED_STATISTICS):
+        error = comparison["closed_loop"][latency][statistic]["error"]
+        spread = comparison["repeat_spread"][latency][statistic]
+        allowed = targets.at_load(load).of_latency(latency, spread)
+        yield _judged(name, latency_label(statistic, latency), error, allowed, spread)
 
 
 def _judged(case: str, what: str, error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:

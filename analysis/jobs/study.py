@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.comparison.targets import STUDY_TARGETS, Drift, Targets, judge_case
 from analysis.jobs.compare import compare_runs, rank_runs
-from analysis.jobs.files import check_new, write_json
+from analysis.jobs.files import check_new, sharegpt_trace, write_json
 from analysis.jobs.limits import real_limits
 from analysis.jobs.options import Comparing, Limits, Loading, RunOptions, Validation
 from analysis.jobs.profile import check_profile, drift_since, measure
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import check_before, load_executor, load_within, real_run, simulate_run
-from analysis.jobs.trace import sharegpt_trace
 from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.run_folder import RunRecords, check_out, read_run
