@@ -82,6 +82,7 @@ def _options(group: Any, omitted: Sequence[str], defaults: Mapping[str, Any]) ->
     for field in fields(group):
         if get_origin(hints[field.name]) is Annotated and field.name not in omitted:
             kind, (text, names, least) = get_args(hints[field.name])
+            names = names or [f"--{field.name.replace('_', '-')}"]
             default = typer.Option(defaults.get(field.name, field.default), *names, help=text, min=least)
             yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 

@@ -94,14 +94,14 @@ def simulate_policies(
         TandemError: a policy or a folder is bad, before anything is simulated; or as `simulate_run`.
         UnmetError: as `simulate_run`; policies before the one that was refused keep their folders.
     """
-    policies = dict.fromkeys(filter(None, (settled.config.scheduler, *against.split(","))))
-    configs = [replace(settled.config, scheduler=policy) for policy in policies]
-    folders = [out / _folder_name(policy) for policy in policies]
+    policies = filter(None, (settled.config.scheduler, *against.split(",")))
+    folders = {policy: out / _folder_name(policy) for policy in policies}
+    configs = [replace(settled.config, scheduler=policy) for policy in folders]
     _check_policies(configs, folders, out, options.overwrite)
     settled.say(progress)
     runs = {}
-    for policy, config, folder in zip(policies, configs, folders, strict=True):
-        labelled = replace(options, label=policy.ljust(max(map(len, policies))))
+    for config, (policy, folder) in zip(configs, folders.items(), strict=True):
+        labelled = replace(options, label=policy.ljust(max(map(len, folders))))
         runs[policy] = simulate_run(trace, profile, config, folder, progress, labelled)
     comparison = compare_policies(runs)
     write_json(out / "policies.json", comparison)
@@ -110,16 +110,15 @@ def simulate_policies(
     return comparison
 
 
-def _check_policies(configs: Sequence[ServingConfig], folders: Sequence[Path], out: Path, overwrite: bool) -> None:
+def _check_policies(configs: Sequence[ServingConfig], folders: Mapping[str, Path], out: Path, overwrite: bool) -> None:
     """Raises TandemError if a policy is bad, or `out` holds what may not be overwritten."""
-    if len({*folders}) < len(folders):
-        policies = ", ".join(config.scheduler for config in configs)
-        raise TandemError(f"two of {policies} would be written to one folder: call a file otherwise")
+    if len({*folders.values()}) < len(folders):
+        raise TandemError(f"two of {', '.join(folders)} would be written to one folder: call a file otherwise")
     if (out / "manifest.json").exists():
         raise TandemError(f"{out} is a run: choose another --out, for a folder of runs")
     check_new(out / "policies.json", overwrite)
-    for config, folder in zip(configs, folders, strict=True):
-        check_before(config, folder, overwrite)
+    for config in configs:
+        check_before(config, folders[config.scheduler], overwrite)
 
 
 def _folder_name(policy: str) -> str:

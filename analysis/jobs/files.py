@@ -22,10 +22,9 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def check_new_file(output: Output) -> None:
     """Raises TandemError if its file, if any, could not be written, or is there and is to stay."""
-    path = output.out
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise TandemError(f"cannot write {path}: give --out a file in a folder that exists")
-    if path:
+    if path := output.out:
+        if path.is_dir() or not path.parent.is_dir():
+            raise TandemError(f"cannot write {path}: give --out a file in a folder that exists")
         check_new(path, output.overwrite)
 
 

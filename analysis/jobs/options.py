@@ -48,9 +48,7 @@ class Limits:
     max_seqs: Annotated[int | None, Option("Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, Option("Token budget of a step.")] = None
     max_model_len: Annotated[int | None, Option("Longest prompt + output served.")] = None
-    allow_long_context: Annotated[
-        bool, Option("Serve requests beyond the model's positions.", ("--allow-long-context",))
-    ] = False
+    allow_long_context: Annotated[bool, Option("Serve requests beyond the model's positions.")] = False
 
     def said(self) -> dict[str, Any]:
         """The limits that were given, as a `ServingConfig` has them."""
@@ -88,9 +86,9 @@ class RunOptions:
     """
 
     stop_rule: Annotated[str, Option("Requests stop by the 'trace', or by the 'model'.", ("--stops",))] = "trace"
-    check: Annotated[bool, Option("Check every step by a second account, and plan all again.", ("--check",))] = False
-    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.", ("--strict",))] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    check: Annotated[bool, Option("Check every step by a second account, and plan all again.")] = False
+    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
     facts: Mapping[str, Any] = field(default_factory=dict)
     like: RunRecords | None = None
     label: str = "simulate"
@@ -113,9 +111,7 @@ class Arrivals:
     burstiness: Annotated[float, Option("Of gamma arrivals; 1 is Poisson.")] = 1.0
 
 
-RunTargets = Annotated[
-    str | None, Option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.", ("--targets",))
-]
+RunTargets = Annotated[str | None, Option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +133,8 @@ class Comparing:
     allow_different: Annotated[list[str] | None, Option("A manifest field that may differ.")] = None
     ablate: Annotated[list[str] | None, Option(f"Predict without these terms too: {_TERMS}, by commas.")] = None
     targets: RunTargets = None
-    rank: Annotated[bool, Option(f"Order policies: {_RANKED}, in any order.", ("--rank",))] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    rank: Annotated[bool, Option(f"Order policies: {_RANKED}, in any order.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
     as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False
 
 
@@ -153,8 +149,8 @@ class Validation:
     max_total: Annotated[int, Option("Drop longer prompt + output; also --max-model-len.")] = 512
     repeats: Annotated[int, Option("Further real runs, for the spread.", least=0)] = 1
     targets: RunTargets = None
-    matrix: Annotated[bool, Option("All policies at both depths, blocks scarce.", ("--matrix",))] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    matrix: Annotated[bool, Option("All policies at both depths, blocks scarce.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,5 +158,5 @@ class Output:
     """The places of a result."""
 
     out: Annotated[Path | None, Option("A file that gets the JSON as well.", ("--out", "-o"))] = None
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
     as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False

@@ -260,7 +260,7 @@ def validate(job: Validation, loading: Loading, limits: Limits, progress: Progre
     _check_new(job, ("sim", *names))
     executor, settled = load_within(loading, limits, progress)
     trace, config = _sampled(job, loading.model, progress), settled.config
-    profile = _profiled(job, executor, config, progress)
+    profile = profile_in(job.out / "profile", executor, config, progress, renew=True, overwrite=job.overwrite)
     options = RunOptions(overwrite=job.overwrite, facts=settled.facts)
     # Before the real run: it is a prediction.
     sim = simulate_run(trace, profile, config, job.out / "sim", progress, options)
@@ -287,10 +287,6 @@ def _sampled(job: Validation, model: str, progress: Progress) -> Trace:
     return trace
 
 
-def _profiled(job: Validation, executor: Executor, config: ServingConfig, progress: Progress) -> Profile:
-    return profile_in(job.out / "profile", executor, config, progress, renew=True, overwrite=job.overwrite)
-
-
 def validate_matrix(job: Validation, loading: Loading, limits: Limits, progress: Progress) -> list[dict[str, Any]]:
     """Compare decisions for every policy at both depths under memory pressure, and with the model's own stops.
 
@@ -305,7 +301,7 @@ def validate_matrix(job: Validation, loading: Loading, limits: Limits, progress:
     executor = load_executor(loading, progress)
     config = _scarce(real_limits(executor, limits).config, job.max_total)
     trace = _sampled(job, loading.model, progress)
-    profile = _profiled(job, executor, config, progress)
+    profile = profile_in(job.out / "profile", executor, config, progress, renew=True, overwrite=job.overwrite)
     rows = []
     for name, (policy, depth) in cases.items():
         rule, requests = ("model", _open_ended(trace, job.max_total)) if name == STOPS else ("trace", trace)
