@@ -34,23 +34,24 @@ def fidelity_measure(
     from analysis.jobs.run import load_within
     from analysis.jobs.study import Study, measure_study
 
-    shares = [
-        [percent / 100 for percent in listed(name, text, read_rate, "25,50,100")]
-        for name, text in (("--loads", loads), ("--shared", shared))
-    ]
+    at, ranked_at = _shares("--loads", loads), _shares("--shared", shared)
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
-    study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
+    study = Study(read_trace(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
     executor, settled = load_within(loading, limits, progress)
     measure_study(study, executor, settled.config, out, progress)
+
+
+def _shares(name: str, text: str) -> list[float]:
+    """Of the capacity."""
+    return [percent / 100 for percent in listed(name, text, read_rate, "25,50,100")]
 
 
 @app.command("judge")
 def fidelity_judge(
     study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
     targets: Annotated[
-        str | None,
-        option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity."),
+        str | None, option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:

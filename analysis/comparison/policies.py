@@ -24,7 +24,11 @@ TOTALS = (
     *("completed", "rejected", "cancelled", "preemptions", "own_slo_attainment"),
     *("request_throughput", "output_throughput", "duration_s"),
 )
-_PROVENANCE = ("profile", "source", "commit")  # in which two simulations may well differ
+_PROVENANCE = (
+    "provenance.commit",
+    "provenance.profile",
+    "provenance.source",
+)  # in which two simulations may well differ
 
 
 def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
@@ -100,6 +104,5 @@ def compare_simulations(runs: Mapping[str, RunRecords], allow_different: Collect
 
 def _provenance(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, Any]]:
     flat = {name: flatten_manifest(run, ("provenance",)) for name, run in runs.items()}
-    fields = sorted(f"provenance.{field}" for field in _PROVENANCE)
-    values = {field: {name: of.get(field) for name, of in flat.items()} for field in fields}
+    values = {field: {name: of.get(field) for name, of in flat.items()} for field in _PROVENANCE}
     return {field: of for field, of in values.items() if len({*of.values()}) > 1}

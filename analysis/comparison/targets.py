@@ -48,14 +48,9 @@ class Targets:
 RUN_TARGETS = Targets()
 """Of a single comparison, on any machine."""
 
-STUDY_TARGETS = Targets(
-    ttft=0.05,
-    tpot=0.02,
-    e2el=0.02,
-    model={"decode": 0.02, "prefill": 0.03, "mixed": 0.03},
-    spread_factor=2.0,
-    at_capacity=Targets(ttft=0.10, tpot=0.05, e2el=0.05),
-)
+_MODEL = {"decode": 0.02, "prefill": 0.03, "mixed": 0.03}
+_AT_CAPACITY = Targets(ttft=0.10, tpot=0.05, e2el=0.05)
+STUDY_TARGETS = Targets(ttft=0.05, tpot=0.02, e2el=0.02, model=_MODEL, spread_factor=2.0, at_capacity=_AT_CAPACITY)
 """Of a study, on a machine that does nothing else."""
 
 

@@ -14,7 +14,6 @@ A validation is a study with one case, whose simulation comes before the real ru
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -223,10 +222,9 @@ def judge_study(out: Path, progress: Progress, targets: Targets = STUDY_TARGETS)
     profile = read_profile(out / "profile")
     drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
     cases = {folder.name: _judged_case(folder, profile, progress, drift) for folder in found}
-    by_load: defaultdict[float, list[str]] = defaultdict(list)
-    for name, case in cases.items():
-        by_load[case["load"]].append(name)
-    rankings = {load: _runs(out, names) for load, names in sorted(by_load.items()) if len(names) > 1}
+    loads = sorted({case["load"] for case in cases.values()})
+    by_load = {load: [name for name, case in cases.items() if case["load"] == load] for load in loads}
+    rankings = {load: _runs(out, names) for load, names in by_load.items() if len(names) > 1}
     verdicts = (judge_case(name, case["load"], case["result"], targets) for name, case in cases.items())
     study = {
         "profile": {name: getattr(profile.meta, name) for name in ("device", "dtype", "held_out")},
