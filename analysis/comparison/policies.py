@@ -24,11 +24,8 @@ TOTALS = (
     *("completed", "rejected", "cancelled", "preemptions", "own_slo_attainment"),
     *("request_throughput", "output_throughput", "duration_s"),
 )
-_PROVENANCE = (
-    "provenance.commit",
-    "provenance.profile",
-    "provenance.source",
-)  # in which two simulations may well differ
+_PROVENANCE = ("provenance.commit", "provenance.profile", "provenance.source")
+"""In which two simulations may well differ."""
 
 
 def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
