@@ -16,6 +16,7 @@ from analysis.comparison.compare import compare, is_met
 from analysis.comparison.runs import check_once, check_roles
 from analysis.comparison.targets import STUDY_TARGETS, Targets, read_targets
 from analysis.jobs.compare import compare_runs
+from analysis.jobs.options import Comparing
 from analysis.metrics.columns import step_kinds
 from analysis.metrics.summary import metrics, request_metrics
 from analysis.metrics.tokens import itl
@@ -322,7 +323,7 @@ def ridden(run: RunRecords, backend: str) -> RunRecords:
 
 
 def test_a_simulated_and_a_real_run_in_their_places_are_taken(sim, real):
-    check_roles("s", "r", {"s": ridden(sim, "simulator"), "r": ridden(real, "executor")})
+    check_roles({"s": ridden(sim, "simulator"), "r": ridden(real, "executor")})
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_a_simulated_and_a_real_run_in_their_places_are_taken(sim, real):
 def test_runs_in_other_places_are_refused_with_the_command_that_is_right(sim, real, backends, words):
     runs = {name: ridden(real, backend) for name, backend in zip("abc", (*backends, "executor"), strict=True)}
     with pytest.raises(TandemError, match=words):
-        check_roles("a", "b", runs, ["c"])
+        check_roles(runs)
 
 
 def test_a_real_run_given_twice_is_refused_and_a_simulation_may_repeat(sim):
@@ -363,7 +364,7 @@ def test_one_replay_serves_the_whole_comparison(sim, real, tmp_path, monkeypatch
     full = with_manifest(real, "system", **asdict(CONFIG))
     models = []
     monkeypatch.setattr("sim.replay.LatencyModel", lambda *args: models.append(LatencyModel(*args)) or models[-1])
-    allowed = [f"system.{each.name}" for each in fields(CONFIG)]
-    found = compare_runs(sim, full, (), small_profile(), tmp_path, ConsoleProgress(Console(quiet=True)), allowed)
+    how = Comparing(allow_different=[f"system.{each.name}" for each in fields(CONFIG)])
+    found = compare_runs([sim, full], small_profile(), tmp_path, ConsoleProgress(Console(quiet=True)), how)
     assert len(models) == 1
     assert found["attribution"]["kernels"]["kernels"] and found["coverage"] == models[0].coverage()

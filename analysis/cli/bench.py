@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from analysis.cli import options
-from analysis.cli.options import listed, option, read_rate, read_whole
+from analysis.cli.options import Commands, but, listed, option, read_rate, read_whole
 from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.files import check_new_file, write_json
 from analysis.jobs.options import Limits, Loading, Output
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from analysis.bench.forward import Forward
     from analysis.bench.online import Online
 
-app = typer.Typer(help="Time this machine as other engines are timed.", no_args_is_help=True)
+app = Commands(name="bench", help="Time this machine as other engines are timed.", no_args_is_help=True)
 
 # The baselines' 20 rows: as many tokens in many ways, contexts up to 64k, and batches up to 256.
 ROWS = (
@@ -31,7 +30,6 @@ Rates = Annotated[str, option("Requests a second, with commas between; '' for no
 
 
 @app.command("serve")
-@options.takes(Output)
 def bench_serve(
     output: Output,
     loads: Annotated[str, option("STREAMSxRATE: at once, and tokens a second of each.")] = "2000x10,1000x10,2000x5",
@@ -45,18 +43,14 @@ def bench_serve(
     from analysis.bench.server_path import Offered, read_streams, server_path
 
     offered = [Offered(*load, seconds) for load in listed("--loads", loads, read_streams, "2000x10,1000x10")]
-    check_new_file(output)
-    _bench(server_path(offered, model, progress), output)
+    _bench(partial(server_path, offered, model, progress), output)
 
 
 @app.command("forward")
-@options.takes_limits("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)
-@options.takes_loading()
-@options.takes(Output)
 def bench_forward(
     output: Output,
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but("max_seqs", "max_model_len", max_batched_tokens=65536, pipeline_depth=2)],
     rows: Annotated[str, option("BATCHxINPUT, with commas between.")] = ROWS,
     outputs: Annotated[int, option("Decode steps that are timed.", min=1)] = 64,
     repeats: Annotated[int, option("Of each measurement.", min=1)] = 3,
@@ -70,13 +64,10 @@ def bench_forward(
 
 
 @app.command("online")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
-@options.takes_loading()
-@options.takes(Output)
 def bench_online(
     output: Output,
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)],
     trace: options.TracePath,
     rates: Rates = "5,10,20,30,40",
     all_at_once: Annotated[bool, option("Also 2,000 requests at time 0.", "--all-at-once")] = False,
@@ -93,11 +84,9 @@ def bench_online(
 
 
 @app.command("simulate")
-@options.takes_limits(max_seqs=256, pipeline_depth=1)
-@options.takes(Output)
 def bench_simulate(
     output: Output,
-    limits: Limits,
+    limits: Annotated[Limits, but(max_seqs=256, pipeline_depth=1)],
     trace: options.TracePath,
     profile: options.ProfilePath = Path("a100-80gb/llama-3-8b"),
     rates: Rates = "6,2",
@@ -113,12 +102,10 @@ def bench_simulate(
     counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)
     bench.check()
-    check_new_file(output)
-    _bench(bench.on(progress), output)
+    _bench(partial(bench.on, progress), output)
 
 
 @app.command("kernels")
-@options.takes(Output)
 def bench_kernels(
     output: Output,
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
@@ -129,8 +116,7 @@ def bench_kernels(
     """Time each kernel on this GPU against the ceiling that bounds it. Ctrl-C keeps what was measured."""
     from analysis.bench.kernels import kernels
 
-    check_new_file(output)
-    _bench(kernels(dtype, block_size, head_dim, tune, progress), output)
+    _bench(partial(kernels, dtype, block_size, head_dim, tune, progress), output)
 
 
 def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -> None:
@@ -140,15 +126,15 @@ def _bench_executor(bench: Forward | Online, loading: Loading, output: Output) -
 
     bench.check()
     check_before(config_to_check(bench.limits))
-    check_new_file(output)
-    executor = load_executor(loading, progress)
-    _bench(bench.on(executor, progress, load_format=loading.load_format), output)
+    _bench(lambda: bench.on(load_executor(loading, progress), progress, load_format=loading.load_format), output)
 
 
-def _bench(benchmark: Benchmark, output: Output) -> None:
-    """Run, print and write it. An error that ended it early is raised then."""
+def _bench(make: Callable[[], Benchmark], output: Output) -> None:
+    """Make, run, print and write it. An error that ended it early is raised then."""
     from analysis.bench.common import document_tables, run_benchmark
 
+    check_new_file(output)
+    benchmark = make()
     document, failure = run_benchmark(benchmark)
     print_result(document, output.as_json, partial(document_tables, benchmark), WIDTH)
     if output.out:

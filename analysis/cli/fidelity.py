@@ -8,27 +8,25 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import listed, read_rate
+from analysis.cli.options import Commands, but, listed, option, read_rate
 from analysis.cli.output import print_result, progress
 from analysis.jobs.options import Limits, Loading
 from traces.trace import read_trace
 
-app = typer.Typer(help="How far simulation can be believed on this machine.", no_args_is_help=True)
+app = Commands(name="fidelity", help="How far simulation can be believed on this machine.", no_args_is_help=True)
 
 
 @app.command("measure")
-@options.takes_limits(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)
-@options.takes_loading()
 def fidelity_measure(
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but(max_seqs=256, max_batched_tokens=2048, pipeline_depth=2)],
     trace: options.TracePath,
     out: options.Out,
-    loads: Annotated[str, typer.Option(help="Shares of the capacity, in percent.")] = "25,50,75,90,100",
-    against: Annotated[str, typer.Option(help="Policies to rank --scheduler with.")] = "fcfs,prefill_first",
-    shared: Annotated[str, typer.Option(help="Loads at which they are ranked and real runs repeated.")] = "50,90",
-    repeats: Annotated[int, typer.Option(help="Further real runs there, for the spread.", min=0)] = 2,
-    seconds: Annotated[float, typer.Option(help="How long requests arrive.", min=1)] = 60,
+    loads: Annotated[str, option("Shares of the capacity, in percent.")] = "25,50,75,90,100",
+    against: Annotated[str, option("Policies to rank --scheduler with.")] = "fcfs,prefill_first",
+    shared: Annotated[str, option("Loads at which they are ranked and real runs repeated.")] = "50,90",
+    repeats: Annotated[int, option("Further real runs there, for the spread.", min=0)] = 2,
+    seconds: Annotated[float, option("How long requests arrive.", min=1)] = 60,
     seed: options.Seed = 0,
 ) -> None:
     """Profile this machine, find its capacity, and serve every case for real. What OUT holds already is left out."""
@@ -36,23 +34,24 @@ def fidelity_measure(
     from analysis.jobs.run import load_within
     from analysis.jobs.study import Study, measure_study
 
-    shares = [
-        [percent / 100 for percent in listed(option, text, read_rate, "25,50,100")]
-        for option, text in (("--loads", loads), ("--shared", shared))
-    ]
+    at, ranked_at = _shares("--loads", loads), _shares("--shared", shared)
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
-    study = Study(read_trace(trace), policy, shares[0], policies, shares[1], repeats, seconds, seed)
+    study = Study(read_trace(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
     executor, settled = load_within(loading, limits, progress)
     measure_study(study, executor, settled.config, out, progress)
+
+
+def _shares(name: str, text: str) -> list[float]:
+    """Of the capacity."""
+    return [percent / 100 for percent in listed(name, text, read_rate, "25,50,100")]
 
 
 @app.command("judge")
 def fidelity_judge(
     study: Annotated[Path, typer.Argument(help="A folder that `tandem fidelity measure` filled, here or elsewhere.")],
     targets: Annotated[
-        str | None,
-        typer.Option(help="Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity."),
+        str | None, option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 5,2,2, and 10,5,5 at the capacity.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:

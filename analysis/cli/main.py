@@ -18,22 +18,16 @@ app = typer.Typer(
     epilog="Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request "
     "completed, --strict); 2 bad input; 130 interrupted.",
 )
-for group in (run, compare, serve):
-    app.add_typer(group.app)  # without a name: its commands are of the top level
-app.add_typer(trace.app, name="trace")
-app.add_typer(profile.app, name="profile")
-app.add_typer(bench.app, name="bench")
-app.add_typer(fidelity.app, name="fidelity")
+for group in (run, compare, serve, trace, profile, bench, fidelity):
+    app.add_typer(group.app)  # of one without a name, the commands are of the top level
 
 
 def main() -> None:
     """Entry point. An error that the user can mend becomes one line and exit status 2, or 1 if not met."""
     try:
         status = app(standalone_mode=False)
-    except UnmetError as error:
-        _fail(str(error), 1)
     except TandemError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 1 if isinstance(error, UnmetError) else 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:

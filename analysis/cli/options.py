@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
-from analysis.jobs.options import A_MODEL, Limits, Loading
+from analysis.jobs.options import A_MODEL
 from traces.errors import TandemError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -25,57 +25,66 @@ def option(text: str, *names: str, **more: Any) -> Any:
 
 
 Out = Annotated[Path, option("Where to write.", "--out", "-o")]
-OutIfAny = Annotated[Path | None, option("Where to write.", "--out", "-o")]
 Overwrite = Annotated[bool, option("Replace what --out holds.", "--overwrite")]
 TracePath = Annotated[Path, option("A trace: .parquet, .jsonl or .csv.", "--trace", "-t")]
 TraceFile = Annotated[Path, typer.Argument(help="A trace.")]
 A_PROFILE = "A latency profile's folder, or one that ships: see tandem profile list."
 ProfilePath = Annotated[Path, option(A_PROFILE, "--profile", "-p")]
-ProfileIfAny = Annotated[Path | None, option(A_PROFILE, "--profile", "-p")]
 Model = Annotated[str, option(A_MODEL, "--model", "-m")]
 ModelShape = Annotated[str, option("The model's shape: llama-3-8b, …", "--model", "-m")]
 AsJson = Annotated[bool, option("Print JSON to standard output instead of a table.", "--json")]
-Rate = Annotated[float, option("Requests a second.", "--rate", "-r")]
-RunTargets = Annotated[str | None, option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.", "--targets")]
 Requests = Annotated[int, option("How many requests.", "--requests", "-n", min=1)]
 Seed = Annotated[int, option("Of the sample and the arrivals.")]
 BlockSize = Annotated[int, option("Tokens per KV block.", min=1)]
 ApiKey = Annotated[str | None, option("The server's key; better given by the environment.", envvar="TANDEM_API_KEY")]
 
 
-def takes(group: type[Any], *omitted: str, **defaults: Any) -> Callable[[Command], Command]:
-    """Give a command that has a parameter of such a group an option for each of the group's values.
+class Commands(typer.Typer):
+    """An app. A command's parameter that is a group of `analysis.jobs.options` is an option for each of its values.
 
-    Args:
-        group: of `analysis.jobs.options`.
-        omitted: fields that make no sense for this command.
-        defaults: where they are not those of the group.
+    These come after the command's own, group by group. `but` adapts a group to the command.
     """
-    hints, known = get_type_hints(group, include_extras=True), []
+
+    def command(self, name: str | None = None, **more: Any) -> Callable[[Command], Command]:
+        """As in `typer.Typer`."""
+        register = super().command(name, **more)
+        return lambda command: register(with_groups(command))
+
+
+def but(*omitted: str, **defaults: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """For a group's annotation: fields that make no sense for the command, and defaults that are not the group's."""
+    return omitted, defaults
+
+
+def with_groups(command: Command) -> Command:
+    """A command, with an option for each value of its groups."""
+    own, groups = [], {}
+    for each in signature(command, eval_str=True).parameters.values():
+        kind, *adapted = get_args(each.annotation) or [each.annotation]
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[each.name] = kind, [*_options(kind, *(*adapted, but())[0])]
+        else:
+            own.append(each)
+
+    @wraps(command)
+    def with_options(**options: Any) -> Any:
+        made = {name: kind(**{each.name: options.pop(each.name) for each in of}) for name, (kind, of) in groups.items()}
+        return command(**made, **options)
+
+    shown = [*own, *(each for _, of in groups.values() for each in of)]
+    with_options.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in shown}
+    return cast(Command, with_options)
+
+
+def _options(group: Any, omitted: Sequence[str], defaults: Mapping[str, Any]) -> Iterator[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         if get_origin(hints[field.name]) is Annotated and field.name not in omitted:
             kind, (text, names, least) = get_args(hints[field.name])
+            names = names or [f"--{field.name.replace('_', '-')}"]
             default = typer.Option(defaults.get(field.name, field.default), *names, help=text, min=least)
-            known.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
-
-    def decorate(command: Command) -> Command:
-        own = signature(command, eval_str=True).parameters.values()
-        (place,) = (each.name for each in own if each.annotation is group)
-
-        @wraps(command)
-        def with_group(**options: Any) -> Any:
-            return command(**{place: group(**{each.name: options.pop(each.name) for each in known})}, **options)
-
-        parameters = [*(each for each in own if each.name != place), *known]
-        with_group.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        with_group.__annotations__ = {each.name: each.annotation for each in parameters}
-        return cast(Command, with_group)
-
-    return decorate
-
-
-takes_limits = partial(takes, Limits)
-takes_loading = partial(takes, Loading)
+            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 # -- items of an option -----------------------------------------------------------------------------------------

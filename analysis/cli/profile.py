@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option, with_groups
 from analysis.cli.output import facts_table, print_result, progress
 from analysis.jobs.options import Limits, Loading
 from engine.model.config import load_model_config
 from sim.profile.format import Profile, check_profile_out, find_profile, read_profile, write_profile
 from traces.errors import TandemError
 
-if TYPE_CHECKING:
-    from engine.config import ServingConfig
-    from engine.executor.executor import Executor
-
-app = typer.Typer(invoke_without_command=True)
+app = Commands(name="profile", invoke_without_command=True)
 Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
 
 
 @app.callback()
-@options.takes_limits("scheduler", "pipeline_depth", "prefix_caching")
-@options.takes_loading()
+@with_groups
 def profile(
-    limits: Limits,
     loading: Loading,
+    limits: Annotated[Limits, but("scheduler", "pipeline_depth", "prefix_caching")],
     context: typer.Context,
-    out: options.OutIfAny = None,
+    out: Annotated[Path | None, option("Where to write.", "--out", "-o")] = None,
     roofline: Annotated[str | None, option("From a data sheet, unmeasured: a100-80gb, …")] = None,
     plan: Annotated[bool, option("Say what would be measured, and about how long it takes.", "--plan")] = False,
     check: Annotated[Path | None, option("A profile, of which some points are measured again on this machine.")] = None,
@@ -42,7 +37,7 @@ def profile(
     Interrupted, it goes on from there when it is called again. The commands below measure nothing.
     --check tells whether a profile is still true, and ends with status 0 where it is to be trusted, else 1.
     """
-    from analysis.jobs.profile import measure
+    from analysis.jobs.profile import measure, plan_facts
     from analysis.jobs.run import load_within
     from sim.sources.roofline import roofline_profile
 
@@ -54,12 +49,13 @@ def profile(
         raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
     check_profile_out(out, overwrite or plan)
     if roofline is not None:
-        return _write(
-            roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16), out, overwrite
-        )
+        made = roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16)
+        return _write(made, out, overwrite)
     executor, settled = load_within(loading, limits, progress)
     if plan:
-        return _print_plan(executor, settled.config)
+        title = f"Profile of {executor.model.name} on {executor.device}"
+        found = plan_facts(executor, settled.config, progress)
+        return print_result(found, False, lambda facts: facts_table(facts, title))
     measure(executor, settled.config, out, progress, overwrite)
     progress.note(f"{out}: profile written")
 
@@ -157,15 +153,3 @@ def _check_profile(folder: Path, limits: Limits, loading: Loading, as_json: bool
     report = check_drift(profile, load_executor(loading, progress), progress)
     print_result(report, as_json, lambda found: [drift_table(found)])
     return 0 if report["verdict"] == "trusted" else 1
-
-
-def _print_plan(executor: Executor, config: ServingConfig) -> None:
-    from sim.profiling.calibration import LOAD_S, LOADS
-    from sim.profiling.profiler import estimate
-
-    with progress.status("timing a few measurements"):
-        points, seconds = estimate(executor, config)
-    seconds += len(LOADS) * LOAD_S * executor.captures  # of the calibration load
-    facts = {f"points of {table}": count for table, count in points.items()} | {"about_minutes": seconds / 60}
-    title = f"Profile of {executor.model.name} on {executor.device}"
-    print_result(facts, False, lambda found: facts_table(found, title))

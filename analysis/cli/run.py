@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_result, print_run, progress, read_noted
 from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
 from analysis.jobs.options import Limits, Loading, RunOptions
@@ -17,13 +17,12 @@ from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run
 from sim.profile.format import find_profile, read_profile
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
-@options.takes_limits("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", block_size=64)
 def memory(
-    limits: Limits,
+    limits: Annotated[Limits, but("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", block_size=64)],
     hardware: Annotated[str, typer.Argument(help="A GPU: a100-80gb, h100-80gb, h200, rtx4090.")],
     model: options.ModelShape,
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
@@ -39,11 +38,9 @@ def memory(
 
 
 @app.command()
-@options.takes_limits()
-@options.takes(RunOptions, "stop_rule")
 def simulate(
+    how: Annotated[RunOptions, but("stop_rule")],
     limits: Limits,
-    how: RunOptions,
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
@@ -56,23 +53,20 @@ def simulate(
     Limits that are not given are the profile's, else the model's and its GPU's; they are printed. Several policies get
     a folder of OUT each, and policies.html. The exit status is 1 if no request completed.
     """
-    from analysis.jobs.policies import check_policies, simulate_policies, with_policies
+    from analysis.jobs.compare import simulate_policies
     from analysis.jobs.run import check_before, check_like, simulate_run
     from analysis.report.policy_page import policy_tables
 
     times, requests = read_profile(find_profile(profile)), read_noted(trace)
     template = read_run(like) if like else None
     settled = simulated_limits(times, limits, template)
-    config, how = settled.config, replace(how, facts=settled.facts)
+    how = replace(how, facts=settled.facts, like=template)
     check_like(requests, template)
     if against is None:
-        check_before(config, out, how.overwrite)
+        check_before(settled.config, out, how.overwrite)
         settled.say(progress)
-        return _print_summary(simulate_run(requests, times, config, out, progress, template, how), out, as_json)
-    configs = with_policies(config, against)
-    check_policies(configs, out, how.overwrite)
-    settled.say(progress)
-    comparison = simulate_policies(requests, times, configs, out, progress, template, how)
+        return _print_summary(simulate_run(requests, times, settled.config, out, progress, how), out, as_json)
+    comparison = simulate_policies(requests, times, settled, against, out, progress, how)
     print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
     if not as_json:
         progress.note(f"HTML page: {out / 'policies.html'}")
@@ -80,13 +74,10 @@ def simulate(
 
 
 @app.command()
-@options.takes_limits()
-@options.takes_loading()
-@options.takes(RunOptions, "strict")
 def run(
-    limits: Limits,
+    how: Annotated[RunOptions, but("strict")],
     loading: Loading,
-    how: RunOptions,
+    limits: Limits,
     trace: options.TracePath,
     out: options.Out,
     as_json: options.AsJson = False,

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_run, progress, read_noted
 from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.progress import Progress
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
 
-if TYPE_CHECKING:
-    from analysis.jobs.serve import RealService, SimService
-    from analysis.report.console_progress import ConsoleProgress
-
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
-@options.takes_limits()
-@options.takes_loading()
 def serve(
-    limits: Limits,
     loading: Loading,
+    limits: Limits,
     backend: Annotated[str, option("real: the executor. sim: the simulator, paced by the clock.")] = "real",
-    profile: options.ProfileIfAny = None,
+    profile: Annotated[Path | None, option(options.A_PROFILE, "--profile", "-p")] = None,
     output_len: Annotated[
         str | None, option("For sim: output lengths as fixed:N, uniform:LOW:HIGH, lognormal:MU:SIGMA; else max_tokens.")
     ] = None,
@@ -69,7 +63,7 @@ def serve(
     def server_limits(model: str) -> ServerLimits:
         return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
 
-    run_server(service, load_once, server_limits, host, port, drain, _say)
+    run_server(service, load_once, server_limits, host, port, drain, partial(print, "tandem serves on", flush=True))
 
 
 def _check_backend(backend: str, profile: Path | None, output_len: str | None) -> None:
@@ -81,19 +75,14 @@ def _check_backend(backend: str, profile: Path | None, output_len: str | None) -
         raise TandemError("--profile and --output-len are for --backend sim: an executor has times of its own")
 
 
-def _progress() -> ConsoleProgress:
+def _progress() -> Progress:
     """In the engine's process too."""
     return progress
 
 
-def _say(address: str) -> None:
-    print(f"tandem serves on {address}", flush=True)
-
-
 @app.command()
-@options.takes(RunOptions, "check", "strict")
 def load(
-    how: RunOptions,
+    how: Annotated[RunOptions, but("check", "strict")],
     url: Annotated[str, option("The server's address, such as http://127.0.0.1:8000.")],
     trace: options.TracePath,
     out: options.Out,

@@ -9,17 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import option
+from analysis.cli.options import Commands, but, option
 from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
-from analysis.jobs.files import check_new
+from analysis.jobs.files import check_new, sharegpt_trace
 from analysis.jobs.options import Arrivals
 from traces.trace import Trace, read_trace, write_trace
 
-app = typer.Typer(help="Make, convert and look at traces.", no_args_is_help=True)
+app = Commands(name="trace", help="Make, convert and look at traces.", no_args_is_help=True)
 
 
 @app.command("sharegpt")
-@options.takes(Arrivals)
 def trace_sharegpt(
     arrivals: Arrivals,
     out: options.Out,
@@ -33,7 +32,6 @@ def trace_sharegpt(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
-    from analysis.jobs.trace import sharegpt_trace
     from traces.sharegpt import LengthFilter
 
     check_new(out, overwrite)
@@ -44,7 +42,6 @@ def trace_sharegpt(
 
 
 @app.command("synthetic")
-@options.takes(Arrivals)
 def trace_synthetic(
     arrivals: Arrivals,
     out: options.Out,
@@ -77,9 +74,8 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
 
 
 @app.command("convert")
-@options.takes(Arrivals, rate=None)
 def trace_convert(
-    arrivals: Arrivals,
+    arrivals: Annotated[Arrivals, but(rate=None)],
     source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
     out: options.Out,
     overwrite: options.Overwrite = False,

@@ -23,6 +23,7 @@ from sim.replay import Replay, recorded_requests
 from sim.simulate import predict
 from traces.errors import TandemError
 
+Told = Callable[[int], None]  # a number, as it grows
 KV_BLOCKS = "kv-blocks"
 TERMS = {
     "host": "host",
@@ -67,11 +68,7 @@ def naive_blocks(profile: Profile) -> int:
 
 
 def ablate(
-    real: RunRecords,
-    replayed: Replay,
-    profile: Profile,
-    terms: Sequence[str],
-    progress: Callable[[int], None] = lambda _: None,
+    real: RunRecords, replayed: Replay, profile: Profile, terms: Sequence[str], progress: Told = lambda _: None
 ) -> dict[str, Any]:
     """Predict a recorded run with the full model, and again without each of `terms`.
 

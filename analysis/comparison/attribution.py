@@ -177,10 +177,8 @@ def fit_kernels(real: RunRecords, parts: Sequence[Mapping[str, float]]) -> dict[
     chosen = [parts[step] for step in np.flatnonzero(computes).tolist()]
     names = [name for name in chosen[0] if any(part[name] for part in chosen)] if len(chosen) >= STEPS_MIN else []
     predicted_us = np.array([[part[name] for name in names] for part in chosen]).reshape(len(chosen), len(names))
-    fits = zip(predicted_us.T, *_least_squares(predicted_us / measured_us[:, None]), strict=True)
-    kernels = {
-        name: _kernel(of, float(factor), float(off)) for name, (of, factor, off) in zip(names, fits, strict=True)
-    }
+    factors, offs = (each.tolist() for each in _least_squares(predicted_us / measured_us[:, None]))
+    kernels = dict(zip(names, map(_kernel, predicted_us.T, factors, offs), strict=True))
     certain = [name for name, kernel in kernels.items() if kernel["certain"]]
     largest = max(certain, key=lambda name: abs(kernels[name]["ms_per_step"]), default=None)
     return {"steps": len(chosen), "kernels": kernels, "largest": largest}

@@ -16,7 +16,7 @@ import numpy as np
 from analysis.comparison.attribution import attribute
 from analysis.comparison.errors import ks_distance, mean_of_known, relative_difference, relative_errors, relative_spread
 from analysis.comparison.runs import common_requests, manifest_differences
-from analysis.comparison.targets import NOISY, NOTHING, OUTSIDE, RUN_TARGETS, WITHIN, Targets, judge_run
+from analysis.comparison.targets import NOISY, NOTHING, OUTSIDE, RUN_TARGETS, WITHIN, Drift, Targets, judge_run
 from analysis.metrics.columns import Floats, Ints, column, step_kinds
 from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, JUDGED_LATENCIES
 from analysis.metrics.summary import asked_for, latencies, latency_statistics, metrics, not_completed, request_metrics
@@ -42,9 +42,8 @@ def compare(
     replayed: Replay,
     repeats: Sequence[RunRecords] = (),
     allow_different: Collection[str] = (),
-    *,
     targets: Targets = RUN_TARGETS,
-    drift: Mapping[str, float] | None = None,
+    drift: Drift = None,
 ) -> dict[str, Any]:
     """Compare a simulated run with a real one.
 
@@ -55,11 +54,53 @@ def compare(
         repeats: the same real run again, any number of times.
         allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
         targets: the errors allowed.
-        drift: how far the machine has moved since it was profiled, {mean_error, mape}, if that was measured.
+        drift: how far the machine has moved since it was profiled.
 
     Returns:
-        The content of compare.json. Latencies are in milliseconds over the `requests` that completed in both runs;
-        errors are fractions with sign, (sim - real) / real; what cannot be computed is None:
+        The content of compare.json: `verdict` {what is judged: {error, allowed, spread, drift, verdict}}, and `overall`
+        in one word; `manifest_differences` {field: {real, sim or repeat}}; `machine_drift`, `metrics`; and what
+        `_coverage` and `_errors` say.
+
+    Raises:
+        TandemError: workload or system differ in a field that is not allowed to.
+    """
+    runs = {"real": real, "sim": sim} | {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
+    differences = manifest_differences(runs, allow_different)
+    ids = common_requests(sim, real)
+    errors = _errors(sim, [real, *repeats], replayed, ids)
+    verdict = judge_run(errors, targets, drift or {})
+    overall = _overall(errors["decisions"]["identical"], [item["verdict"] for item in verdict.values()])
+    head = {"schema": SCHEMA_VERSION, "overall": overall, "verdict": verdict, "requests": len(ids)}
+    measured = {"real": metrics(real), "sim": metrics(sim)}
+    tail = {"machine_drift": drift, "metrics": measured, "manifest_differences": differences}
+    return head | _coverage(runs, replayed) | errors | tail
+
+
+def _coverage(runs: Mapping[str, RunRecords], replayed: Replay) -> dict[str, Any]:
+    """What there is to compare, and what the runs' figures rest on.
+
+    Returns:
+        - `asked`: requests of the trace; `not_completed`: {run: as `analysis.metrics.summary.not_completed`}
+        - `coverage`: as the replay has it; `machine`: {real run: other load on the machine, or None if that is not on
+          record}
+        - `partial`: runs that were interrupted
+    """
+    provenance = {name: run.manifest.get("provenance", {}) for name, run in runs.items() if name != "sim"}
+    return {
+        "asked": asked_for(runs["real"]),
+        "not_completed": {name: not_completed(run) for name, run in runs.items()},
+        "coverage": replayed.coverage,
+        "machine": {name: of.get("machine") for name, of in provenance.items()},
+        "partial": [name for name, run in runs.items() if run.partial],
+    }
+
+
+def _errors(sim: RunRecords, measured: Sequence[RunRecords], replayed: Replay, ids: Ints) -> dict[str, Any]:
+    """The errors of a simulated run, beside what the `measured` runs, the real one and its repeats, differ by.
+
+    Returns:
+        Latencies are in milliseconds over the requests `ids`, which completed in both runs; errors are fractions with
+        sign, (sim - real) / real; what cannot be computed is None:
 
         - `decisions`: {identical, steps, first_difference}
         - `latency_model`: {kind of step: {steps, mape, mean_error}}
@@ -67,44 +108,19 @@ def compare(
           over their mean gaps), `ks` the Kolmogorov-Smirnov distance of the two distributions
         - `attribution`: where the closed-loop error comes from (`attribution.attribute`), or None where
           the decisions differ
+        - `repeats`: their number
         - `repeat_spread`: {latency: {statistic: (max - min) / mean of the real runs}, latency_model: the MAPE that
           a perfect model would show, from the differences of twin steps of the runs}
-        - `verdict`: {what is judged: {error, allowed, spread, drift, verdict}}, and `overall` in one word
-        - `asked`: requests of the trace; `not_completed`: {run: as `analysis.metrics.summary.not_completed`}
-        - `coverage`: as given; `machine`: {real run: other load on the machine, or None if that is not on record}
-        - `manifest_differences`: {field: {real, sim or repeat}}; `metrics`, `partial`, `repeats`.
-
-    Raises:
-        TandemError: workload or system differ in a field that is not allowed to.
     """
-    further = {f"repeat {number}": run for number, run in enumerate(repeats, 1)}
-    measured, runs = {"real": real} | further, {"real": real, "sim": sim} | further
-    differences = manifest_differences(real, {"sim": sim} | further, allow_different)
-    ids = common_requests(sim, real)
+    real, *repeats = measured
     decisions = compare_decisions(real, replayed.records)
-    latency_model = latency_model_errors(real, replayed.predicted_ns, decisions)
-    closed_loop = closed_loop_errors(sim, real, ids)
-    spread = _repeat_spread([real, *repeats], ids)
-    verdict = judge_run(closed_loop, latency_model, spread, targets, drift or {})
     return {
-        "schema": SCHEMA_VERSION,
-        "overall": _overall(decisions["identical"], [item["verdict"] for item in verdict.values()]),
-        "verdict": verdict,
-        "requests": len(ids),
-        "asked": asked_for(real),
-        "not_completed": {name: not_completed(run) for name, run in runs.items()},
-        "coverage": replayed.coverage,
-        "machine": {name: run.manifest.get("provenance", {}).get("machine") for name, run in measured.items()},
-        "partial": [name for name, run in runs.items() if run.partial],
         "decisions": decisions,
-        "latency_model": latency_model,
-        "closed_loop": closed_loop,
+        "latency_model": latency_model_errors(real, replayed.predicted_ns, decisions),
+        "closed_loop": closed_loop_errors(sim, real, ids),
         "attribution": attribute(sim, real, replayed, ids) if decisions["identical"] else None,
         "repeats": len(repeats),
-        "repeat_spread": spread,
-        "machine_drift": drift,
-        "metrics": {"real": metrics(real), "sim": metrics(sim)},
-        "manifest_differences": differences,
+        "repeat_spread": _repeat_spread(measured, ids),
     }
 
 
@@ -176,15 +192,13 @@ def latency_model_errors(real: RunRecords, predicted_ns: Ints | None, decisions:
 
 def closed_loop_errors(sim: RunRecords, real: RunRecords, ids: Ints) -> dict[str, Any]:
     """How far off the requests' latencies are, as `compare` returns it."""
-    values = {"real": latencies(real, ids), "sim": latencies(sim, ids)}
-    tables = {run: latency_statistics(of_run) for run, of_run in values.items()}
+    ours, theirs = (latencies(run, ids) for run in (sim, real))
+    our_table, their_table = map(latency_statistics, (ours, theirs))
     mape = _request_mape(sim, real, ids)
     result: dict[str, Any] = {}
     for name in COMPARED_LATENCIES:
-        result[name] = {
-            stat: _pair(tables["sim"][name][stat], tables["real"][name][stat]) for stat in COMPARED_STATISTICS
-        }
-        result[name] |= {"mape": mape[name], "ks": ks_distance(values["sim"][name], values["real"][name])}
+        pairs = {stat: _pair(our_table[name][stat], their_table[name][stat]) for stat in COMPARED_STATISTICS}
+        result[name] = pairs | {"mape": mape[name], "ks": ks_distance(ours[name], theirs[name])}
     return result
 
 
@@ -229,9 +243,7 @@ def _twin_differences(run: RunRecords, repeat: RunRecords) -> Floats:
         return np.zeros(0)
     order = np.argsort(theirs, kind="stable")
     twin = order[np.minimum(np.searchsorted(theirs[order], ours), len(order) - 1)]
-    (sequences, tokens), (their_sequences, their_tokens) = (
-        divmod(each, KV_TOKENS_MAX) for each in (ours, theirs[twin])
-    )
+    (sequences, their_sequences), (tokens, their_tokens) = np.divmod([ours, theirs[twin]], KV_TOKENS_MAX)
     same = (their_sequences == sequences) & (np.abs(their_tokens - tokens) <= TWIN_KV * tokens)
     return np.asarray(their_ns[twin][same] / our_ns[same] - 1)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.comparison.compare import compare_decisions
 from analysis.comparison.runs import common_requests, flatten_manifest, manifest_differences
-from analysis.metrics.columns import Ints
+from analysis.metrics.columns import Ints, completed_requests
 from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, JUDGED_LATENCIES
 from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from engine.records.run_folder import RunRecords
@@ -24,7 +24,8 @@ TOTALS = (
     *("completed", "rejected", "cancelled", "preemptions", "own_slo_attainment"),
     *("request_throughput", "output_throughput", "duration_s"),
 )
-_PROVENANCE = ("profile", "source", "commit")  # in which two simulations may well differ
+_PROVENANCE = ("provenance.commit", "provenance.profile", "provenance.source")
+"""In which two simulations may well differ."""
 
 
 def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
@@ -64,12 +65,9 @@ def compare_policies(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
 
 def _clients(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
     (first, *_) = runs.values()
-    table = first.tables["requests"]
-    sent = dict(zip(table["request"].to_pylist(), table["client"].to_pylist(), strict=True))
-    of_client: dict[str, list[int]] = {}
-    for request in ids.tolist():
-        of_client.setdefault(str(sent[request]), []).append(request)
-    return {name: _client(runs, np.array(of_client[name])) for name in sorted(of_client)} if len(of_client) > 1 else {}
+    clients = np.array([str(name) for name in completed_requests(first, ids, ("client",))["client"].to_pylist()])
+    names = sorted({*clients.tolist()})
+    return {name: _client(runs, ids[clients == name]) for name in names} if len(names) > 1 else {}
 
 
 def _client(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
@@ -78,13 +76,11 @@ def _client(runs: Mapping[str, RunRecords], ids: Ints) -> dict[str, Any]:
     return {"requests": len(ids)} | means
 
 
-def compare_simulations(
-    first: tuple[str, RunRecords], second: tuple[str, RunRecords], allow_different: Collection[str] = ()
-) -> dict[str, Any]:
+def compare_simulations(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) -> dict[str, Any]:
     """Set two simulations of one workload side by side.
 
     Args:
-        first, second: name and run; differences are to the first.
+        runs: two, by name; differences are to the first.
         allow_different: manifest fields of the workload in which they may differ.
 
     Returns:
@@ -94,17 +90,16 @@ def compare_simulations(
     Raises:
         TandemError: the workloads differ in a field that is not allowed to.
     """
-    runs = dict((first, second))
-    allowed = {"system", *allow_different}  # the worth of a limit or policy is why one compares
-    differences = manifest_differences(first[1], dict((second,)), allowed, reference=first[0])
+    (one, first), (other, second) = runs.items()
+    # The worth of a limit or policy is why one compares.
+    differences = manifest_differences(runs, {"system", *allow_different})
     return compare_policies(runs) | {
         "manifest_differences": differences | _provenance(runs),
-        "decisions": compare_decisions(first[1], second[1], (first[0], second[0])),
+        "decisions": compare_decisions(first, second, (one, other)),
     }
 
 
 def _provenance(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, Any]]:
     flat = {name: flatten_manifest(run, ("provenance",)) for name, run in runs.items()}
-    fields = sorted(f"provenance.{field}" for field in _PROVENANCE)
-    values = {field: {name: of.get(field) for name, of in flat.items()} for field in fields}
+    values = {field: {name: of.get(field) for name, of in flat.items()} for field in _PROVENANCE}
     return {field: of for field, of in values.items() if len({*of.values()}) > 1}

@@ -46,7 +46,8 @@ def rank(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) 
         TandemError: the runs are not of one workload and system, a policy does not have one simulated run and a real
             one, there are fewer than two policies, or a run was interrupted.
     """
-    differences = _differences(runs, allow_different)
+    differences = manifest_differences(runs, {POLICY, *allow_different})
+    differences.pop(POLICY, None)
     policies = _policies(runs)
     table = {metric: {policy: _values(of, metric) for policy, of in policies.items()} for metric in RANKED_METRICS}
     orders = [order for metric in RANKED_METRICS for order in _orders(metric, table[metric])]
@@ -68,12 +69,6 @@ def rank(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) 
 # -- which runs ------------------------------------------------------------------------------------------------
 
 
-def _differences(runs: Mapping[str, RunRecords], allowed: Collection[str]) -> dict[str, Any]:
-    (first, run), *others = runs.items()
-    differences = manifest_differences(run, dict(others), {POLICY, *allowed}, reference=first)
-    return {field: of_runs for field, of_runs in differences.items() if field != POLICY}
-
-
 def _policies(runs: Mapping[str, RunRecords]) -> Policies:
     policies: Policies = {}
     for name, run in runs.items():
@@ -81,10 +76,9 @@ def _policies(runs: Mapping[str, RunRecords]) -> Policies:
             raise TandemError(f"{name} was interrupted, so it is not of the whole workload: run it to its end")
         of_policy = policies.setdefault(run.manifest["system"]["scheduler"], {REAL: [], SIMULATED: []})
         of_policy[run_kind(name, run)].append(metrics(run))
-    if len(policies) < 2:
-        raise TandemError(
-            f"--rank orders policies, and all runs are of {', '.join(policies)}: give runs of another too"
-        )
+    first, *others = policies
+    if not others:
+        raise TandemError(f"--rank orders policies, and all runs are of {first}: give runs of another too")
     for policy, of in policies.items():
         if not of[REAL] or len(of[SIMULATED]) != 1:
             counts = ", ".join(f"{len(of[each])} {each}" for each in of)

@@ -45,16 +45,16 @@ def check_once(runs: Mapping[str, RunRecords]) -> None:
             raise TandemError(f"{one} and {other} are one and the same run: give each run once")
 
 
-def check_roles(sim: str, real: str, runs: Mapping[str, RunRecords], repeats: Collection[str] = ()) -> None:
-    """Make sure that `sim` is simulated, and `real` and its repeats are real.
+def check_roles(runs: Mapping[str, RunRecords]) -> None:
+    """Make sure that the first run is simulated, and the second and its repeats are real.
 
     Args:
-        sim, real, repeats: names of runs, as the command line gives them.
-        runs: by these names.
+        runs: by name, as the command line gives them.
 
     Raises:
         TandemError: they are not, with the command that would be right where there is one.
     """
+    sim, real, *repeats = runs
     kinds = {name: run_kind(name, run) for name, run in runs.items()}
     again = "".join(f" --repeat {name}" for name in repeats)
     if (kinds[sim], kinds[real]) == (REAL, SIMULATED):
@@ -71,23 +71,20 @@ def check_roles(sim: str, real: str, runs: Mapping[str, RunRecords], repeats: Co
         raise TandemError(f"--repeat {simulated[0]} is simulated: it takes further real runs")
 
 
-def manifest_differences(
-    real: RunRecords, others: Mapping[str, RunRecords], allowed: Collection[str] = (), *, reference: str = "real"
-) -> dict[str, dict[str, Any]]:
-    """Fields of `workload` and `system` that differ, with the values of the real run and of each that differs.
-
-    The real run, or whichever the others are to be like, goes by the name `reference`.
+def manifest_differences(runs: Mapping[str, RunRecords], allowed: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Fields of `workload` and `system` that differ, with the values of the first run and of each that differs.
 
     Raises:
         TandemError: a field differs that is not in `allowed`, itself or by a part that it lies in.
     """
-    ours = flatten_manifest(real)
+    (reference, first), *others = runs.items()
+    ours = flatten_manifest(first)
     differences: dict[str, dict[str, Any]] = {}
-    for name, run in others.items():
+    for name, run in others:
         theirs = flatten_manifest(run)
         for field in sorted(ours.keys() | theirs.keys()):
             values = {reference: ours.get(field, _ABSENT), name: theirs.get(field, _ABSENT)}
-            if values[reference] != values[name] and not _is_of_another_policy(field, real, run):
+            if values[reference] != values[name] and not _is_of_another_policy(field, first, run):
                 differences.setdefault(field, {}).update(values)
     refused = [field for field in differences if not any(f"{field}.".startswith(f"{each}.") for each in allowed)]
     if refused:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, latency_label
 from traces.errors import TandemError
 
+Drift = Mapping[str, float] | None
+"""How far a machine has moved since it was profiled, {mean_error, mape}, if that was measured."""
 WITHIN, OUTSIDE, NOISY, NOTHING = "within", "outside", "too noisy to judge", "nothing to judge"
 CAPACITY = 1.0  # the load at which queueing amplifies errors
 
@@ -45,14 +48,9 @@ class Targets:
 RUN_TARGETS = Targets()
 """Of a single comparison, on any machine."""
 
-STUDY_TARGETS = Targets(
-    ttft=0.05,
-    tpot=0.02,
-    e2el=0.02,
-    model={"decode": 0.02, "prefill": 0.03, "mixed": 0.03},
-    spread_factor=2.0,
-    at_capacity=Targets(ttft=0.10, tpot=0.05, e2el=0.05),
-)
+_MODEL = {"decode": 0.02, "prefill": 0.03, "mixed": 0.03}
+_AT_CAPACITY = Targets(ttft=0.10, tpot=0.05, e2el=0.05)
+STUDY_TARGETS = Targets(ttft=0.05, tpot=0.02, e2el=0.02, model=_MODEL, spread_factor=2.0, at_capacity=_AT_CAPACITY)
 """Of a study, on a machine that does nothing else."""
 
 
@@ -80,21 +78,15 @@ def read_targets(text: str | None, default: Targets) -> Targets:
     return replace(default, ttft=ttft, tpot=tpot, e2el=e2el, model=model, at_capacity=None)
 
 
-def judge_run(
-    closed_loop: Mapping[str, Any],
-    latency_model: Mapping[str, Any],
-    spread: Mapping[str, Any],
-    targets: Targets,
-    drift: Mapping[str, float],
-) -> dict[str, dict[str, Any]]:
+def judge_run(errors: Mapping[str, Any], targets: Targets, drift: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Judge the means of a comparison and its latency model: {what: {error, allowed, spread, drift, verdict}}."""
-    verdicts = {}
+    spread, verdicts = errors["repeat_spread"], {}
     for name in JUDGED_LATENCIES:
-        error, noise, allowed = closed_loop[name]["mean"]["error"], spread[name]["mean"], targets.of_latency(name)
-        verdicts[f"mean_{name}"] = _judge(error, allowed, noise, drift.get("mean_error"))
-    mape = latency_model["all"]["mape"] if latency_model else None
-    allowed = targets.model["all"]
-    return verdicts | {"latency_model_mape": _judge(mape, allowed, spread["latency_model"], drift.get("mape"))}
+        error, allowed = errors["closed_loop"][name]["mean"]["error"], targets.of_latency(name)
+        verdicts[f"mean_{name}"] = _judge(error, allowed, spread[name]["mean"], drift.get("mean_error"))
+    mape = errors["latency_model"].get("all", {}).get("mape")
+    model = _judge(mape, targets.model["all"], spread["latency_model"], drift.get("mape"))
+    return verdicts | {"latency_model_mape": model}
 
 
 def _judge(error: float | None, allowed: float, spread: float | None, drift: float | None) -> dict[str, Any]:
@@ -114,13 +106,11 @@ def judge_case(name: str, load: float, comparison: Mapping[str, Any], targets: T
         if kind in comparison["latency_model"]:
             error = comparison["latency_model"][kind]["mape"]
             yield _judged(name, f"latency model, {kind}", error, allowed, None)
-    at_load = targets.at_load(load)
-    for latency in JUDGED_LATENCIES:
-        for statistic in COMPARED_STATISTICS:
-            error = comparison["closed_loop"][latency][statistic]["error"]
-            spread = comparison["repeat_spread"][latency][statistic]
-            allowed = at_load.of_latency(latency, spread)
-            yield _judged(name, latency_label(statistic, latency), error, allowed, spread)
+    for latency, statistic in product(JUDGED_LATENCIES, COMPARED_STATISTICS):
+        error = comparison["closed_loop"][latency][statistic]["error"]
+        spread = comparison["repeat_spread"][latency][statistic]
+        allowed = targets.at_load(load).of_latency(latency, spread)
+        yield _judged(name, latency_label(statistic, latency), error, allowed, spread)
 
 
 def _judged(case: str, what: str, error: float | None, allowed: float, spread: float | None) -> dict[str, Any]:

@@ -54,9 +54,13 @@ class Settled:
         """All limits, those of one origin together."""
         shown = dict(_shown(self.config))
         groups = groupby(shown, lambda name: self.origins.get(name, DEFAULT))
-        return "limits: " + "; ".join(
-            f"{', '.join(shown[name] for name in names)} ({origin})" for origin, names in groups
-        )
+        told = (f"{', '.join(shown[name] for name in names)} ({origin})" for origin, names in groups)
+        return "limits: " + "; ".join(told)
+
+    def but(self, origin: str, **limits: Any) -> Settled:
+        """The same, but for some limits."""
+        config, origins = replace(self.config, **limits), {**self.origins, **dict.fromkeys(limits, origin)}
+        return replace(self, config=config, origins=origins)
 
     def say(self, progress: Progress) -> None:
         """Print them, in a line, and the notes."""
@@ -158,18 +162,13 @@ def _bound(known: dict[str, Any], origins: dict[str, str], name: str, most: int,
 
 def _held(settled: Settled, held: Callable[[ServingConfig], int]) -> Settled:
     """With as many KV blocks as are held; a longest request that was not given is halved until it fits."""
-    config = settled.config
     try:
-        blocks = held(config)
+        return settled.but(MEMORY, num_blocks=held(settled.config))
     except TandemError:
-        half = config.max_model_len // 2
+        half = settled.config.max_model_len // 2
         if settled.origins["max_model_len"] == GIVEN or half < LEAST_LEN:
             raise
-        origins = {**settled.origins, "max_model_len": MEMORY}
-        return _held(replace(settled, config=replace(config, max_model_len=half), origins=origins), held)
-    return replace(
-        settled, config=replace(config, num_blocks=blocks), origins={**settled.origins, "num_blocks": MEMORY}
-    )
+    return _held(settled.but(MEMORY, max_model_len=half), held)
 
 
 def _like(run: ServingConfig, said: Limits) -> Settled:

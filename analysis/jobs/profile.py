@@ -11,9 +11,9 @@ from analysis.jobs.run import check_before, real_run
 from engine.config import ServingConfig
 from sim.memory_model import MEMORY_LIMITS
 from sim.profile.format import Profile, check_profile_out, write_profile
-from sim.profiling.calibration import calibrate, calibration_load
+from sim.profiling.calibration import LOAD_S, LOADS, calibrate, calibration_load
 from sim.profiling.drift import DriftCheck, check_same, count_drift, drift_report, measure_drift
-from sim.profiling.profiler import count_work, measure_profile
+from sim.profiling.profiler import count_work, estimate, measure_profile
 from traces.errors import TandemError
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ def measure(
     write_profile(profile, out, overwrite)
     notes.unlink(missing_ok=True)
     return profile
+
+
+def plan_facts(executor: Executor, config: ServingConfig, progress: Progress) -> dict[str, Any]:
+    """What would be measured, by table, and how long it takes: known from a few measurements."""
+    with progress.status("timing a few measurements"):
+        points, seconds = estimate(executor, config)
+    seconds += len(LOADS) * LOAD_S * executor.captures  # of the calibration load
+    return {f"points of {table}": count for table, count in points.items()} | {"about_minutes": seconds / 60}
 
 
 def drift_since(profile: Profile, executor: Executor, progress: Progress) -> dict[str, float]:

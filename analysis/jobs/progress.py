@@ -13,31 +13,23 @@ REFRESH_S = 0.5
 
 
 class Progress(Protocol):
-    """Is told of a job's progress. `analysis.report.console_progress` shows it on a console."""
+    """Is told of a job's progress. `analysis.report.console_progress` shows it on a console; this one tells nobody."""
 
     def note(self, text: str) -> None:
         """Say a line."""
+        return None
 
     def status(self, what: str) -> AbstractContextManager[object]:
         """Say what is being done, within the context."""
-
-    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show how much of `total` is done, within the context. It yields the function that takes that number."""
-
-
-class Silent:
-    """A `Progress` that nobody watches."""
-
-    def note(self, text: str) -> None:
-        """As in `Progress`."""
-
-    def status(self, what: str) -> AbstractContextManager[object]:
-        """As in `Progress`."""
         return nullcontext()
 
     def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """As in `Progress`."""
+        """Show how much of `total` is done, within the context. It yields the function that takes that number."""
         return nullcontext(lambda _: None)
+
+
+class Silent(Progress):
+    """A `Progress` that nobody watches."""
 
 
 @contextmanager

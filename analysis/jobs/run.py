@@ -74,14 +74,7 @@ def check_like(trace: Trace, like: RunRecords | None) -> None:
 
 
 def simulate_run(
-    trace: Trace,
-    profile: Profile,
-    config: ServingConfig,
-    out: Path,
-    progress: Progress,
-    like: RunRecords | None = None,
-    options: RunOptions = AS_USUAL,
-    label: str = "simulate",
+    trace: Trace, profile: Profile, config: ServingConfig, out: Path, progress: Progress, options: RunOptions = AS_USUAL
 ) -> RunRecords:
     """Serve a trace in simulation and write the run to `out`.
 
@@ -91,14 +84,13 @@ def simulate_run(
         config: limits and policy.
         out: the run's folder.
         progress: where progress is shown.
-        like: a real run of the trace: requests stop where they stopped there, and are refused as they were there.
-        options: all but the stop rule, which is that of `like`.
-        label: of the progress bar.
+        options: all but the stop rule, which is that of `options.like`.
 
     Raises:
-        TandemError: `like` is a run of another trace, `out` holds a run, or a policy is at fault.
+        TandemError: `options.like` is a run of another trace, `out` holds a run, or a policy is at fault.
         UnmetError: the run is strict, and something was extrapolated; nothing is written.
     """
+    like = options.like
     check_like(trace, like)
     check_before(config, out, options.overwrite)
     _note_useless_cache(trace, config, progress)
@@ -108,7 +100,7 @@ def simulate_run(
     parts = manifest.compose(trace=trace, config=config, stop_rule=stop_rule, **backend, **options.facts)
     with RunWriter(out, options.overwrite) as writer:
         recorder = Recorder(writer.add)
-        with following(progress, label, recorder, len(requests)):
+        with following(progress, options.label, recorder, len(requests)):
             refused = refusals(like) if like else None
             coverage = predict(requests, config, profile, recorder, check=options.check, refused=refused)
         if options.strict:
@@ -147,12 +139,7 @@ def _note_useless_cache(trace: Trace, config: ServingConfig, progress: Progress)
 
 
 def real_run(
-    trace: Trace,
-    executor: Executor,
-    config: ServingConfig,
-    out: Path,
-    progress: Progress,
-    options: RunOptions = AS_USUAL,
+    trace: Trace, executor: Executor, config: ServingConfig, out: Path, progress: Progress, options: RunOptions
 ) -> RunRecords:
     """Serve a trace on the executor and write the run to `out`; arguments as in `simulate_run`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,32 +42,26 @@ class _Service:
     out: Path | None = None
     overwrite: bool = False
     progress: Callable[[], Progress] = Silent
+    _driver: RealtimeDriver | ExecutorDriver = field(init=False)
 
     @property
     def records(self) -> bool:
         """As in `Service`."""
         return self.out is not None
 
-    def _keep(
-        self,
-        driver: RealtimeDriver | ExecutorDriver,
-        recorder: Recorder,
-        partial: bool,
-        summary: dict[str, Any],
-        **facts: Any,
-    ) -> None:
+    def _keep(self, recorder: Recorder, partial: bool, summary: dict[str, Any], **facts: Any) -> None:
         """Write a served run as any run, and beside it the trace of what was asked, to simulate it anew."""
         assert self.out
         run = RunRecords({}, recorder.tables(), partial=partial)
         requests = [
-            replace(source, prompt_token_ids=driver.prompts[source.id], hash_ids=None)  # whose hashes these were
+            replace(source, prompt_token_ids=self._driver.prompts[source.id], hash_ids=None)  # whose hashes these were
             for source in recorded_requests(run)
         ]
         if not requests:
             print("no request came: no records are written")
             return
         trace = Trace(requests, {"source": "served"})
-        run.manifest = manifest.compose(trace=trace, config=driver.config, **facts)
+        run.manifest = manifest.compose(trace=trace, config=self._driver.config, **facts)
         run.summary = summarize(run) | summary
         run.write(self.out, self.overwrite)
         write_trace(self.out / TRACE, trace)
@@ -92,6 +86,7 @@ class SimService(_Service):
     vocab_size: int
     output: str | None = None
     seed: int = 0
+    _driver: RealtimeDriver = field(init=False)
 
     def check(self) -> None:
         """Raises TandemError now for what would otherwise come to light in another process; says the limits."""
@@ -116,7 +111,7 @@ class SimService(_Service):
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """As in `Service`."""
         lag = {"pacing_lag_ms": self._driver.lag_ns / 1e6}
-        self._keep(self._driver, recorder, partial, lag, start_perf_ns=start_ns, **self._facts)
+        self._keep(recorder, partial, lag, start_perf_ns=start_ns, **self._facts)
 
 
 @dataclass
@@ -147,5 +142,4 @@ class RealService(_Service):
 
     def keep(self, recorder: Recorder, start_ns: int, partial: bool) -> None:
         """As in `Service`."""
-        facts = self._facts | {"start_perf_ns": start_ns, "machine": self._machine.seen()}
-        self._keep(self._driver, recorder, partial, {}, **facts)
+        self._keep(recorder, partial, {}, **self._facts, start_perf_ns=start_ns, machine=self._machine.seen())

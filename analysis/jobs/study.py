@@ -14,24 +14,20 @@ A validation is a study with one case, whose simulation comes before the real ru
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.comparison.ranking import rank
-from analysis.comparison.targets import RUN_TARGETS, STUDY_TARGETS, Targets, judge_case
-from analysis.jobs.compare import compare_runs
-from analysis.jobs.files import check_new, write_json
+from analysis.comparison.targets import STUDY_TARGETS, Drift, Targets, judge_case
+from analysis.jobs.compare import compare_runs, rank_runs
+from analysis.jobs.files import check_new, sharegpt_trace, write_json
 from analysis.jobs.limits import real_limits
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.options import Comparing, Limits, Loading, RunOptions, Validation
 from analysis.jobs.profile import check_profile, drift_since, measure
 from analysis.jobs.progress import Progress
 from analysis.jobs.run import check_before, load_executor, load_within, real_run, simulate_run
-from analysis.jobs.trace import sharegpt_trace
-from analysis.report.study_tables import ranking_sentence
 from engine.config import ServingConfig
 from engine.records import manifest
 from engine.records.run_folder import RunRecords, check_out, read_run
@@ -87,19 +83,16 @@ def profile_in(
 
 
 def judge_runs(
-    trace: Trace,
-    real: RunRecords,
-    repeats: Sequence[RunRecords],
-    profile: Profile,
-    folder: Path,
-    progress: Progress,
-    drift: Mapping[str, float] | None = None,
-    overwrite: bool = True,
+    trace: Trace, runs: Sequence[RunRecords], profile: Profile, folder: Path, progress: Progress, drift: Drift = None
 ) -> dict[str, Any]:
-    """Simulate the case that was served for real, and compare. The folder gets both."""
-    config = manifest.config_of(real.manifest)
-    sim = simulate_run(trace, profile, config, folder / "sim", progress, real, RunOptions(overwrite=overwrite))
-    return compare_runs(sim, real, repeats, profile, folder, progress, drift=drift)
+    """Simulate the case that was served for real, and compare. The folder gets both, in place of earlier ones.
+
+    Args:
+        runs: the real run, and that run again, any number of times. The rest as in `compare_runs`.
+    """
+    config, options = manifest.config_of(runs[0].manifest), RunOptions(overwrite=True, like=runs[0])
+    sim = simulate_run(trace, profile, config, folder / "sim", progress, options)
+    return compare_runs([sim, *runs], profile, folder, progress, Comparing(), drift)
 
 
 # -- a study ---------------------------------------------------------------------------------------------------
@@ -190,14 +183,8 @@ def measure_study(study: Study, executor: Executor, config: ServingConfig, out: 
             trace = study.arrivals(case.load, capacity)
             keep_trace(trace, folder)
             progress.note(f"{case.name}/{name}:")
-            real_run(
-                trace,
-                executor,
-                replace(config, scheduler=case.policy),
-                folder / name,
-                progress,
-                RunOptions(overwrite=True),
-            )
+            of_case = replace(config, scheduler=case.policy)
+            real_run(trace, executor, of_case, folder / name, progress, RunOptions(overwrite=True))
     if not (out / "drift.json").exists():
         write_json(out / "drift.json", drift_since(profile, executor, progress))
 
@@ -235,10 +222,9 @@ def judge_study(out: Path, progress: Progress, targets: Targets = STUDY_TARGETS)
     profile = read_profile(out / "profile")
     drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
     cases = {folder.name: _judged_case(folder, profile, progress, drift) for folder in found}
-    by_load: defaultdict[float, list[str]] = defaultdict(list)
-    for name, case in cases.items():
-        by_load[case["load"]].append(name)
-    rankings = {load: _runs(out, names) for load, names in sorted(by_load.items()) if len(names) > 1}
+    loads = sorted({case["load"] for case in cases.values()})
+    by_load = {load: [name for name, case in cases.items() if case["load"] == load] for load in loads}
+    rankings = {load: _runs(out, names) for load, names in by_load.items() if len(names) > 1}
     verdicts = (judge_case(name, case["load"], case["result"], targets) for name, case in cases.items())
     study = {
         "profile": {name: getattr(profile.meta, name) for name in ("device", "dtype", "held_out")},
@@ -251,13 +237,11 @@ def judge_study(out: Path, progress: Progress, targets: Targets = STUDY_TARGETS)
     return study
 
 
-def _judged_case(
-    folder: Path, profile: Profile, progress: Progress, drift: Mapping[str, float] | None
-) -> dict[str, Any]:
-    real, *repeats = (read_run(path) for path in [folder / "real", *sorted(folder.glob("repeat-*"))])
-    result = judge_runs(read_trace(folder / TRACE), real, repeats, profile, folder, progress, drift)
+def _judged_case(folder: Path, profile: Profile, progress: Progress, drift: Drift) -> dict[str, Any]:
+    runs = [read_run(path) for path in (folder / "real", *sorted(folder.glob("repeat-*")))]
+    result = judge_runs(read_trace(folder / TRACE), runs, profile, folder, progress, drift)
     policy, _, load = folder.name.rpartition("-")
-    return {"policy": policy, "load": int(load) / 100, "requests": len(real.tables["requests"]), "result": result}
+    return {"policy": policy, "load": int(load) / 100, "requests": len(runs[0].tables["requests"]), "result": result}
 
 
 def _runs(out: Path, names: Sequence[str]) -> dict[str, RunRecords]:
@@ -265,78 +249,43 @@ def _runs(out: Path, names: Sequence[str]) -> dict[str, RunRecords]:
     return {f"{path.parent.name}/{path.name}": read_run(path) for path in folders}
 
 
-def rank_runs(runs: Mapping[str, RunRecords], allow_different: Collection[str] = ()) -> dict[str, Any]:
-    """As `analysis.comparison.ranking.rank`, with a `sentence` that says how many orders are right."""
-    ranking = rank(runs, allow_different)
-    return ranking | {"sentence": ranking_sentence(ranking)}
-
-
 # -- a validation ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """Requests of ShareGPT, to be served for real and in simulation.
-
-    Attributes:
-        out: where everything is put.
-        loading: the model.
-        requests, rate, seed: how many, how many a second, and of the sample and the arrivals.
-        max_total: the longest prompt and output together.
-        repeats: further real runs.
-        limits: of the runs.
-        overwrite: whether runs in `out` are replaced.
-        targets: the errors allowed.
-    """
-
-    out: Path
-    loading: Loading
-    requests: int
-    rate: float
-    seed: int
-    max_total: int
-    repeats: int
-    limits: Limits
-    overwrite: bool
-    targets: Targets = RUN_TARGETS
-
-    def check_new(self, runs: Iterable[str]) -> None:
-        """Raises TandemError if its trace or one of `runs` would replace what is to stay."""
-        check_new(self.out / TRACE, self.overwrite)
-        for run in runs:
-            check_out(self.out / run, self.overwrite)
-
-    def trace(self, progress: Progress) -> Trace:
-        """Sample the requests, and write them."""
-        lengths = LengthFilter(max_total=self.max_total)
-        trace = sharegpt_trace(self.loading.model, self.requests, self.seed, progress, lengths=lengths)
-        for note in trace.notes:
-            progress.note(f"note: {note}")
-        trace = assign_arrivals(trace, "poisson", rate=self.rate, seed=self.seed)
-        keep_trace(trace, self.out)
-        return trace
-
-    def profile(self, executor: Executor, config: ServingConfig, progress: Progress) -> Profile:
-        """Of this machine."""
-        return profile_in(self.out / "profile", executor, config, progress, renew=True, overwrite=self.overwrite)
-
-
-def validate(job: Validation, progress: Progress) -> dict[str, Any]:
+def validate(job: Validation, loading: Loading, limits: Limits, progress: Progress) -> dict[str, Any]:
     """Simulate, serve for real, and compare. Returns the comparison, as `compare_runs`."""
     names = ("real", *(f"repeat-{number}" for number in range(1, job.repeats + 1)))
-    job.check_new(("sim", *names))
-    executor, settled = load_within(job.loading, job.limits, progress)
-    trace, config = job.trace(progress), settled.config
-    profile = job.profile(executor, config, progress)
+    _check_new(job, ("sim", *names))
+    executor, settled = load_within(loading, limits, progress)
+    trace, config = _sampled(job, loading.model, progress), settled.config
+    profile = profile_in(job.out / "profile", executor, config, progress, renew=True, overwrite=job.overwrite)
     options = RunOptions(overwrite=job.overwrite, facts=settled.facts)
     # Before the real run: it is a prediction.
-    sim = simulate_run(trace, profile, config, job.out / "sim", progress, options=options)
-    real, *repeats = [real_run(trace, executor, config, job.out / name, progress, options) for name in names]
+    sim = simulate_run(trace, profile, config, job.out / "sim", progress, options)
+    real = [real_run(trace, executor, config, job.out / name, progress, options) for name in names]
     drift = drift_since(profile, executor, progress)
-    return compare_runs(sim, real, repeats, profile, job.out, progress, drift=drift, targets=job.targets)
+    return compare_runs([sim, *real], profile, job.out, progress, Comparing(targets=job.targets), drift)
 
 
-def validate_matrix(job: Validation, progress: Progress) -> list[dict[str, Any]]:
+def _check_new(job: Validation, runs: Iterable[str]) -> None:
+    """Raises TandemError if its trace or one of `runs` would replace what is to stay."""
+    check_new(job.out / TRACE, job.overwrite)
+    for run in runs:
+        check_out(job.out / run, job.overwrite)
+
+
+def _sampled(job: Validation, model: str, progress: Progress) -> Trace:
+    """Sample the requests, and write them."""
+    lengths = LengthFilter(max_total=job.max_total)
+    trace = sharegpt_trace(model, job.requests, job.seed, progress, lengths=lengths)
+    for note in trace.notes:
+        progress.note(f"note: {note}")
+    trace = assign_arrivals(trace, "poisson", rate=job.rate, seed=job.seed)
+    keep_trace(trace, job.out)
+    return trace
+
+
+def validate_matrix(job: Validation, loading: Loading, limits: Limits, progress: Progress) -> list[dict[str, Any]]:
     """Compare decisions for every policy at both depths under memory pressure, and with the model's own stops.
 
     Returns:
@@ -346,19 +295,19 @@ def validate_matrix(job: Validation, progress: Progress) -> list[dict[str, Any]]
     job = replace(job, rate=job.rate * MATRIX_SPEEDUP, requests=max(job.requests // MATRIX_SHARE, 2))
     cases = {f"{policy}-depth{depth}": (policy, depth) for policy, depth in product(sorted(POLICIES), (1, 2))}
     cases[STOPS] = "chunked_prefill", 2
-    job.check_new(f"{case}/{run}" for case in cases for run in ("real", "sim"))
-    executor = load_executor(job.loading, progress)
-    config = _scarce(real_limits(executor, job.limits).config, job.max_total)
-    trace = job.trace(progress)
-    profile = job.profile(executor, config, progress)
+    _check_new(job, (f"{case}/{run}" for case in cases for run in ("real", "sim")))
+    executor = load_executor(loading, progress)
+    config = _scarce(real_limits(executor, limits).config, job.max_total)
+    trace = _sampled(job, loading.model, progress)
+    profile = profile_in(job.out / "profile", executor, config, progress, renew=True, overwrite=job.overwrite)
     rows = []
     for name, (policy, depth) in cases.items():
         rule, requests = ("model", _open_ended(trace, job.max_total)) if name == STOPS else ("trace", trace)
-        limits, folder = replace(config, scheduler=policy, pipeline_depth=depth), job.out / name
+        of_case, folder = replace(config, scheduler=policy, pipeline_depth=depth), job.out / name
         progress.note(f"{name}:")
         options = RunOptions(rule, overwrite=job.overwrite)
-        real = real_run(requests, executor, limits, folder / "real", progress, options)
-        decisions = judge_runs(requests, real, (), profile, folder, progress, overwrite=job.overwrite)["decisions"]
+        real = real_run(requests, executor, of_case, folder / "real", progress, options)
+        decisions = judge_runs(requests, [real], profile, folder, progress)["decisions"]
         rows.append({"run": name} | _row(real, decisions))
     return rows
 
