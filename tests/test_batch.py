@@ -214,7 +214,7 @@ def test_the_captured_shape_of_a_step_has_room_for_all_of_it(limits, chunks, dec
     integers = np.zeros(decodes, np.int32)
     decoding = Decodes(integers, integers, np.zeros((decodes, 3), np.int32), integers)
     exact = Packing(16, tile_rows, max_seqs).shape_of(decoding, prefills)
-    shapes = Shapes.within(config, tile_rows)
+    shapes = Shapes(config, tile_rows)
     held = shapes.holding(exact)
     assert all(room >= need for room, need in zip(held, exact, strict=True))
     assert held in shapes.captured or held == exact._replace(blocks=shapes.blocks)

@@ -9,7 +9,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, Protocol
@@ -58,8 +57,7 @@ class _Done(NamedTuple):
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class _Later:
+class _Later(NamedTuple):
     """Something to block for."""
 
     wait: Callable[[], Any]

@@ -162,6 +162,19 @@ class Packing(NamedTuple):
         _write(out.tiles, query_tiles(spans, first, self.tile_rows) if self.tile_rows else out.tiles[:0], 0)
         return spans
 
+    def batch(
+        self,
+        decodes: Decodes,
+        prefills: Sequence[Prefill],
+        last_tokens: torch.Tensor | None = None,  # (table rows + 1,) int64
+        device: torch.device | str = "cpu",
+    ) -> ForwardBatch:
+        """A batch of exactly these requests, in memory of its own."""
+        shape = self.shape_of(decodes, prefills)
+        words = np.zeros(shape.words, np.int32)
+        spans = self.pack(shape.split(words), decodes, prefills)
+        return shape.split(torch.from_numpy(words).to(device), spans, last_tokens, all_rows=not spans)
+
     def _slots(
         self,
         tables: Ints,  # (requests, blocks), or of one request (blocks,)
@@ -255,26 +268,26 @@ def build_batch(
     Raises:
         ValueError: a decode does not have one token, or a request's blocks do not hold its tokens.
     """
-    tables = np.zeros((len(requests), max(len(blocks) for _, _, blocks in requests)), np.int32)
     for row, (ids, start, blocks) in enumerate(requests):
         if row < num_decodes and len(ids) != 1:
             raise ValueError(f"request {row} is a decode and has {len(ids)} tokens to run, not 1")
         if start + len(ids) > len(blocks) * block_size:
             raise ValueError(f"request {row}: {start + len(ids)} tokens do not fit into {len(blocks)} blocks")
-        tables[row, : len(blocks)] = blocks
-    decoding = requests[:num_decodes]
+    return Packing(block_size, tile_rows, no_table_row=0).batch(*split_requests(requests, num_decodes), device=device)
+
+
+def split_requests(
+    requests: Sequence[tuple[Sequence[int], int, Sequence[int]]], num_decodes: int
+) -> tuple[Decodes, list[Prefill]]:
+    """The decodes and the prefills of requests as in `build_batch`; each decode has a table row, its place."""
+    tables = np.zeros((len(requests), max(len(blocks) for _, _, blocks in requests)), np.int32)
+    for table, (_, _, blocks) in zip(tables, requests, strict=True):
+        table[: len(blocks)] = blocks
     decodes = Decodes(
-        token_ids=np.array([ids[0] for ids, _, _ in decoding], np.int32),
-        contexts=np.array([start for _, start, _ in decoding], np.int32),
+        token_ids=np.array([ids[0] for ids, _, _ in requests[:num_decodes]], np.int32),
+        contexts=np.array([start for _, start, _ in requests[:num_decodes]], np.int32),
         tables=tables[:num_decodes],
-        table_rows=np.zeros(num_decodes, np.int32),
+        table_rows=np.arange(num_decodes, dtype=np.int32),
     )
-    prefills = [
-        Prefill(ids, start, table, samples=True)
-        for (ids, start, _), table in zip(requests[num_decodes:], tables[num_decodes:], strict=True)
-    ]
-    packing = Packing(block_size, tile_rows, no_table_row=0)
-    shape = packing.shape_of(decodes, prefills)
-    words = np.zeros(shape.words, np.int32)
-    spans = packing.pack(shape.split(words), decodes, prefills)
-    return shape.split(torch.from_numpy(words).to(device), spans, all_rows=not prefills)
+    chunks = zip(requests[num_decodes:], tables[num_decodes:], strict=True)
+    return decodes, [Prefill(ids, start, table, samples=True) for (ids, start, _), table in chunks]

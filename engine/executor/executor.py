@@ -16,7 +16,7 @@ from engine.executor.batch import KVCache
 from engine.executor.batch_state import RunningBatch
 from engine.executor.cpu.machine import Cpu
 from engine.executor.cpu.runner import Runner
-from engine.executor.machine import Machine, SwapTimes
+from engine.executor.machine import Machine
 from engine.executor.model import Llama
 from engine.executor.tokenizer import model_path
 from engine.executor.weights import DTYPES, dummy_weights, load_weights
@@ -93,7 +93,7 @@ class Executor:
         """Get ready for runs within `config`, if that takes seconds; raises TandemError if memory does not suffice."""
         self.machine.prepare(self.llama, config)
 
-    def measure_swap(self, config: ServingConfig) -> list[SwapTimes]:
+    def measure_swap(self, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
         """Times of copies between the tiers, as `Machine` says."""
         return self.machine.measure_swap(self.llama, config)
 
@@ -112,18 +112,14 @@ class Executor:
 
     def caches(self, config: ServingConfig) -> tuple[KVCache, KVCache]:
         """Both tiers of a KV cache, for `runner`. Raises TandemError if memory does not hold them."""
-        return self._cpu.caches(self.llama, config)
+        return self.machine.caches(self.llama, config)
 
     def runner(
         self, requests: Sequence[TraceRequest], caches: tuple[KVCache, KVCache], config: ServingConfig
     ) -> Runner:
         """Runs steps on a CPU, one at a time, on the calling thread."""
-        return Runner(self.llama, caches, self._running(requests, config, "trace"), self._cpu.threads)
-
-    @property
-    def _cpu(self) -> Cpu:
         assert isinstance(self.machine, Cpu), "a GPU is measured by `meter`"
-        return self.machine
+        return Runner(self.llama, caches, self._running(requests, config, "trace"), self.machine.threads)
 
     def _running(self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str) -> RunningBatch:
         stop_tokens = self.model.eos_token_ids if stop_rule == "model" else None

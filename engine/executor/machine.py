@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,14 +16,6 @@ from engine.executor.model import Llama
 
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5
-
-
-class SwapTimes(NamedTuple):
-    """Times of copies between the tiers."""
-
-    direction: str  # `out` or `in`
-    blocks: int
-    times_us: list[float]  # one a repeat
 
 
 class Machine(ABC):
@@ -66,25 +58,16 @@ class Machine(ABC):
         """Both tiers of a run's KV cache. Raises TandemError if memory does not hold them."""
 
     @abstractmethod
-    def copy_us(
-        self,
-        source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        target: torch.Tensor,  # likewise
-        pairs: torch.Tensor,  # (blocks, 2) int64
-    ) -> float:
-        """Copy blocks from one tier to the other; returns the time in µs."""
+    def copy_us(self, source: KVCache, target: KVCache, pairs: torch.Tensor) -> float:
+        """Copy blocks from one tier to the other, `pairs` (blocks, 2) int64: from, to; returns the time in µs."""
 
-    def measure_swap(self, model: Llama, config: ServingConfig) -> list[SwapTimes]:
-        """Times of copies between the tiers, of several numbers of blocks."""
+    def measure_swap(self, model: Llama, config: ServingConfig) -> list[tuple[str, int, list[float]]]:
+        """Times of copies between the tiers: the direction, `out` or `in`, the number of blocks, µs of each repeat."""
         near, far = self.caches(model, config)
         most = min(config.num_blocks, config.num_cpu_blocks)
         pairs = torch.arange(most, device=self.device).repeat(2, 1).T.contiguous()  # (blocks, 2)
         return [
-            SwapTimes(
-                direction,
-                count,
-                [self.copy_us(source.data, target.data, pairs[:count]) for _ in range(SWAP_REPEATS)],
-            )
+            (direction, count, [self.copy_us(source, target, pairs[:count]) for _ in range(SWAP_REPEATS)])
             for count in sorted({min(count, most) for count in SWAP_BLOCKS})
             for direction, source, target in (("out", near, far), ("in", far, near))
         ]

@@ -68,7 +68,7 @@ class Llama:
         Groups probed: plan, embed, then for each layer norm, qkv, rope_and_cache, attention_decode (if there are
         decodes), attention_prefill (if there are prefills), o, norm, gate_up, silu, down; at the end head.
         """
-        probe = probe or _no_probe
+        probe = probe or (lambda _: None)
         tokens: torch.Tensor = self.ops.greedy(self.logits(batch, cache, probe))
         if batch.last_tokens is not None:
             batch.last_tokens.index_copy_(0, batch.sample_table_rows.long(), tokens)
@@ -79,7 +79,7 @@ class Llama:
     def logits(self, batch: ForwardBatch, cache: KVCache, probe: Probe | None = None) -> torch.Tensor:
         """Run one step like `forward`, but return the logits (samples, vocab)."""
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
-        step = self._plan(batch, cache, probe or _no_probe)
+        step = self._plan(batch, cache, probe or (lambda _: None))
         update = ops.embed(batch.token_ids, batch.last_tokens, weights.embedding)  # of the block before, not yet added
         hidden = torch.zeros_like(update)  # (tokens, hidden), the residual stream
         step.probe("embed")
@@ -152,7 +152,3 @@ def _inv_freq(config: ModelConfig) -> torch.Tensor:
     """The rotary frequencies, radians per token, float32 (head_dim / 2,)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     return 1.0 / config.rope_theta**exponents / torch.tensor(config.rope_divisors())
-
-
-def _no_probe(name: str) -> None:
-    pass

@@ -71,15 +71,10 @@ class Cpu(Machine):
         """As in `Machine`."""
         return ThreadedDataPlane(Runner(model, self.caches(model, config), running, self.threads))
 
-    def copy_us(
-        self,
-        source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        target: torch.Tensor,  # likewise
-        pairs: torch.Tensor,  # (blocks, 2) int64
-    ) -> float:
+    def copy_us(self, source: KVCache, target: KVCache, pairs: torch.Tensor) -> float:
         """As in `Machine`."""
         start = time.perf_counter_ns()
-        ops.copy_blocks(source, target, pairs)
+        ops.copy_blocks(source.data, target.data, pairs)
         return (time.perf_counter_ns() - start) / 1e3
 
 

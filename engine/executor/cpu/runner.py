@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from engine.backend import Shown
@@ -34,10 +33,7 @@ class Runner:
         self._swap(step)
         if step.kind == "swap":
             return Shown()
-        shape = self._packing.shape_of(work.decodes, work.prefills)
-        words = np.empty(shape.words, np.int32)
-        spans = self._packing.pack(shape.split(words), work.decodes, work.prefills)
-        batch = shape.split(torch.from_numpy(words), spans, self._last_tokens, all_rows=not spans)
+        batch = self._packing.batch(work.decodes, work.prefills, self._last_tokens)
         return self._running.note(work, self._model.forward(batch, self._cache, probe).tolist())
 
     def _swap(self, step: Step) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -24,7 +22,7 @@ from engine.executor.batch_state import RunningBatch, StepWork
 from engine.executor.cuda.graphs import Graphs
 from engine.executor.kernels import ops
 from engine.executor.kernels.gpu_timer import timing_event
-from engine.step import Copies, Step
+from engine.step import Step
 from traces.errors import TandemError
 
 SLOTS = 3  # steps whose pinned memory is in use: two in flight, one being packed
@@ -44,14 +42,6 @@ class _Slot:
     launched_ns: int = 0  # when a captured step had been launched; 0 of others, which begin while they are
 
 
-class _InFlight(NamedTuple):
-    """A step that was launched."""
-
-    step: int
-    slot: _Slot
-    work: StepWork
-
-
 class CudaDataPlane:
     """Implements `engine.executor.backend.DataPlane`: launches from the calling thread, never waiting for the GPU."""
 
@@ -69,7 +59,7 @@ class CudaDataPlane:
             )
             for _ in range(SLOTS)
         ]
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[tuple[int, _Slot, StepWork]] = deque()  # steps by index
         self._copied: dict[int, torch.cuda.Event] = {}  # by step, of copies that nobody is known to have waited for
         self._base, self._base_ns = timing_event(), 0
 
@@ -96,7 +86,7 @@ class CudaDataPlane:
         if step.kind != "swap":
             self._launch_compute(work, slot)
             slot.end.record()
-        self._in_flight.append(_InFlight(step.index, slot, work))
+        self._in_flight.append((step.index, slot, work))
 
     def complete(self) -> CompletedStep:
         """Waits for the oldest step's tokens."""
@@ -139,9 +129,11 @@ class CudaDataPlane:
             written = 0
             for swaps, source, target in ((step.swapped_out, gpu, cpu), (step.swapped_in, cpu, gpu)):
                 if swaps:
-                    pairs = slot.pairs[written : written + _fill(slot.pairs[written:], swaps.values())]
+                    blocks = [pair for copies in swaps.values() for pair in zip(*copies, strict=True)]
+                    pairs = slot.pairs[written : written + len(blocks)]
+                    pairs[:] = torch.tensor(blocks)
                     ops.copy_blocks(source, target, pairs)
-                    written += len(pairs)
+                    written += len(blocks)
             slot.end.record()
             slot.copied = timing_event()
             slot.copied.record()
@@ -152,13 +144,3 @@ class CudaDataPlane:
         if needed is not None:
             self._graphs.stream.wait_event(self._copied[needed])
             self._copied = {index: event for index, event in self._copied.items() if index > needed}
-
-
-def _fill(
-    pairs: torch.Tensor,  # (copies, 2) int64
-    swaps: Iterable[Copies],
-) -> int:
-    """Write the blocks of several requests one after the other; returns how many."""
-    flat = [pair for copies in swaps for pair in zip(*copies, strict=True)]
-    pairs[: len(flat)] = torch.tensor(flat)
-    return len(flat)

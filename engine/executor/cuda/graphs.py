@@ -27,7 +27,7 @@ class Graphs:
         self.cache = cache
         self.packing = Packing(cache.block_size, model.ops.tile_rows(cache.data), config.max_seqs)
         self._model = model
-        self.shapes = Shapes.within(config, self.packing.tile_rows)
+        self.shapes = Shapes(config, self.packing.tile_rows)
         device = cache.data.device
         self._inbox = torch.empty(self.shapes.largest.words, dtype=torch.int32, device=device)  # (words,)
         self._last_tokens = torch.zeros(config.max_seqs + 1, dtype=torch.int64, device=device)  # (table rows + 1,)

@@ -87,16 +87,11 @@ class Cuda(Machine):
         self._prepared = _Prepared(model, limits, graphs, swap_cache)
         return graphs, swap_cache
 
-    def copy_us(
-        self,
-        source: torch.Tensor,  # (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        target: torch.Tensor,  # likewise
-        pairs: torch.Tensor,  # (blocks, 2) int64
-    ) -> float:
+    def copy_us(self, source: KVCache, target: KVCache, pairs: torch.Tensor) -> float:
         """As in `Machine`, by the GPU's clock."""
         begin, end = timing_event(), timing_event()
         begin.record()
-        ops.copy_blocks(source, target, pairs)
+        ops.copy_blocks(source.data, target.data, pairs)
         end.record()
         end.synchronize()
         return 1e3 * float(begin.elapsed_time(end))

@@ -6,14 +6,14 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from engine.config import MEMORY_FRACTION, ServingConfig
-from engine.executor.batch import Decodes, Prefill, Shape, Span
+from engine.executor.batch import Decodes, Prefill, Shape, Span, split_requests
 from engine.executor.batch_state import RunningBatch
 from engine.executor.cuda.data_plane import CudaDataPlane
 from engine.executor.cuda.machine import Cuda
@@ -61,10 +61,9 @@ class CudaMeter:
         running = RunningBatch(requests, None, self._model.config.vocab_size, self._config)
         times = []
         with CudaDataPlane(self._graphs, self._swap_cache, self._config, running) as plane:
-            for previous, step in pairwise([None, *steps]):
-                assert step is not None
+            for number, step in enumerate(steps):
                 plane.launch(step)
-                if previous is not None:
+                if number:
                     times.append(plane.complete().device_ns / 1000)
             times.append(plane.complete().device_ns / 1000)
         return times
@@ -214,17 +213,8 @@ class CudaMeter:
 
 def _requests(batch: BatchShape, block_size: int) -> tuple[Decodes, list[Prefill]]:
     """A batch's requests, on consecutive blocks."""
-    blocks = [-(-(context + 1) // block_size) for context in batch.decodes]
-    tables = np.zeros((len(blocks), max(blocks, default=0)), np.int32)
-    used = 0
-    for row, count in zip(tables, blocks, strict=True):
-        row[:count] = range(used, used + count)
-        used += count
-    table_rows = np.arange(len(blocks), dtype=np.int32)
-    prefills = []
-    for tokens, context in batch.chunks:
-        count = -(-(tokens + context) // block_size)
-        table = np.arange(used, used + count, dtype=np.int32)
-        prefills.append(Prefill([0] * tokens, context, table, samples=True))
-        used += count
-    return Decodes(table_rows, np.array(batch.decodes, np.int32), tables, table_rows), prefills
+    chunks = [*((1, context) for context in batch.decodes), *batch.chunks]
+    ends = accumulate((-(-(tokens + context) // block_size) for tokens, context in chunks), initial=0)
+    blocks = (range(begin, end) for begin, end in pairwise(ends))
+    requests = [([0] * tokens, context, own) for (tokens, context), own in zip(chunks, blocks, strict=True)]
+    return split_requests(requests, len(batch.decodes))

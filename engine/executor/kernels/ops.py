@@ -24,22 +24,8 @@ from engine.executor.kernels.skinny_linear import skinny_linear
 from engine.executor.kernels.tuning import Tuning, skinny, tuning
 from engine.executor.reference.ops import pack
 
-__all__ = [
-    "AttentionPlan",
-    "add_rms_norm",
-    "attention",
-    "copy_blocks",
-    "embed",
-    "greedy",
-    "linear",
-    "pack",
-    "plan_decodes",
-    "plan_prefills",
-    "rope_and_cache",
-    "rotation",
-    "silu_and_mul",
-    "tile_rows",
-]
+# Operations that other modules define; the rest are below.
+__all__ = ["add_rms_norm", "copy_blocks", "embed", "greedy", "pack", "rope_and_cache", "rotation", "silu_and_mul"]
 
 
 def linear(
