@@ -62,9 +62,8 @@ class PrefixCachingPool(BlockPool):
         super().__init__(num_blocks, block_size)
         self._keeps_equal = keeps_equal
         self._owners = [0] * num_blocks  # how many requests hold each block
-        self._blocks_of: dict[
-            int, dict[int, None]
-        ] = {}  # hash -> the blocks that hold what it stands for, oldest first
+        # hash -> the blocks that hold what it stands for, oldest first
+        self._blocks_of: dict[int, dict[int, None]] = {}
         self._hash_of: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without an owner, next to be evicted first
 
