@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 class BlockPool:
@@ -79,12 +80,8 @@ class PrefixCachingPool(BlockPool):
 
     def find(self, hashes: Sequence[int]) -> list[int]:
         """The cached blocks of the longest prefix of a chain of hashes."""
-        found = []
-        for each in hashes:
-            if (blocks := self._blocks_of.get(each)) is None:
-                break
-            found.append(next(iter(blocks)))
-        return found
+        known = takewhile(self._blocks_of.__contains__, hashes)
+        return [next(iter(self._blocks_of[each])) for each in known]
 
     def idle(self, blocks: Sequence[int]) -> int:
         """How many of these cached blocks nobody owns: what `free` falls by if they are shared."""

@@ -199,10 +199,8 @@ class StepChecker:
         self._note_contents(state, chunk.start, chunk.start + chunk.tokens)
 
     def _share(self, state: RequestMirror, place: int, block: int) -> None:
-        written, tokens = self._contents.get(block), (place + 1) * self._config.block_size
-        self._expect(state, f"whether block {block}, which it shares, is full", True, written is not None)
-        assert written is not None
-        writer, written_place = written
+        self._expect(state, f"whether block {block}, which it shares, is full", True, block in self._contents)
+        (writer, written_place), tokens = self._contents[block], (place + 1) * self._config.block_size
         self._expect(state, f"place in the prompt of block {block}, which it shares", place, written_place)
         same = _begin_alike(state.request, writer, tokens)
         what = f"whether its first {tokens} tokens are request {writer.id}'s, who wrote block {block}"

@@ -139,9 +139,8 @@ class RunWriter:
         with self._complaining():
             versioned = rows.replace_schema_metadata({"tandem_schema": str(SCHEMA_VERSION)})
             if name not in self._files:
-                self._files[name] = pq.ParquetWriter(
-                    self._draft / f"{name}.parquet", versioned.schema, **_encoding(name)
-                )
+                path = self._draft / f"{name}.parquet"
+                self._files[name] = pq.ParquetWriter(path, versioned.schema, **_encoding(name))
             if len(rows):
                 self._files[name].write_table(versioned)
 

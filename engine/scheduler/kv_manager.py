@@ -5,7 +5,7 @@ The scheduler decides who gets blocks, and who loses them. The manager hands the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Container, Sequence
 
 from engine.config import VLLM, ServingConfig
 from engine.kv_blocks import BlockPool, PrefixCachingPool
@@ -44,14 +44,6 @@ class KVManager:
         blocks = self.pool.allocate(count)
         request.blocks += blocks
         return blocks
-
-    def give_one_each(self, requests: Collection[Request]) -> dict[int, list[int]]:
-        """Append a free block to the blocks of each of these. Raises ValueError when fewer are free."""
-        given = {}
-        for request, block in zip(requests, self.pool.allocate_each(len(requests)), strict=True):
-            request.blocks.append(block)
-            given[request.id] = [block]
-        return given
 
     def release(self, request: Request) -> None:
         """Take back a request's GPU blocks."""

@@ -30,8 +30,7 @@ from engine.scheduler.policies.swiftllm import SwiftLlm
 from engine.scheduler.policies.vllm import Vllm, VllmPriority
 from engine.scheduler.policies.vtc import VirtualTokenCounter
 from engine.scheduler.policy_error import blame, called
-from engine.scheduler.policy_source import source_digests
-from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, uses_unmade
+from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, source_digests, uses_unmade
 from traces.errors import TandemError
 
 POLICIES: dict[str, type[Scheduler]] = {

@@ -6,9 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from engine.backend import Completion, Launch
+from engine.backend import Completion, Launch, Observer
 from engine.events import Event
-from engine.observer import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
 from engine.server.driver import Driver
@@ -28,7 +27,7 @@ class _Launched(NamedTuple):
 
 
 class Publisher:
-    """An `engine.observer.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
+    """An `engine.backend.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
         self, send: Callable[[Progress], None], driver: Driver, scheduler: Scheduler, recorder: Observer | None
