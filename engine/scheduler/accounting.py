@@ -284,7 +284,8 @@ class Accounting(ABC):
         if request.outcome is None:
             request.outcome = outcome
             self._leave(request)
-            self.kv.release_host(request)
+            self.cpu_pool.release(request.cpu_blocks)
+            request.cpu_blocks = []
             self._step.dropped.append(request.id)
 
     def _start_decoding(self) -> None:
@@ -326,7 +327,7 @@ class Accounting(ABC):
         for request_id, chunk in draft.chunks.items():
             request = self.running[request_id]
             if self.config.prefix_caching:  # from now on others find what this step computes of the prompt
-                self.kv.count_found(request)
+                request.cached_tokens += self.kv.found.pop(request.id, 0)
                 self.kv.publish(request, request.computed)
             if chunk.samples:
                 request.sampled()

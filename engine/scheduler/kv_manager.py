@@ -72,11 +72,6 @@ class KVManager:
         request.published = len(request.blocks)
         return copies
 
-    def release_host(self, request: Request) -> None:
-        """Take back a request's host memory."""
-        self.cpu_pool.release(request.cpu_blocks)
-        request.cpu_blocks = []
-
     # -- prefix caching ----------------------------------------------------------------------------------
 
     def enter(self, request: Request) -> None:
@@ -106,10 +101,6 @@ class KVManager:
             request.published = len(hits)
             self.found[request.id] = len(hits) * self._block_size
             request.prefilled(self.found[request.id])
-
-    def count_found(self, request: Request) -> None:
-        """Count what a request found in the cache; its step is planned."""
-        request.cached_tokens += self.found.pop(request.id, 0)
 
     def publish(self, request: Request, tokens: int) -> None:
         """Let others share the blocks that a request's first `tokens` tokens fill, as far as these are known."""
