@@ -1,4 +1,4 @@
-"""The seam: what the serving loop asks of whatever runs its steps.
+"""The seam: what the serving loop asks of whatever runs its steps, and who is told of what happens.
 
 A backend owns the clock, delivers what comes from outside, and launches and completes steps. It alone knows
 where requests stop. `launch`, `complete` and `wait` return something to wait on: a SimPy event in the
@@ -8,6 +8,7 @@ simulator, a `Waitable` on hardware. The loop yields it, and is sent the value d
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from engine.events import Event
@@ -90,6 +91,24 @@ class Backend(Protocol):
         """The run is over: no request is left, and none will come."""
 
 
+class Observer(Protocol):
+    """The serving loop tells it what happens. It decides nothing."""
+
+    def delivered(self, event: Event, now: int) -> None:
+        """An event was handed to the scheduler."""
+
+    def launched(self, step: Step, now: int, launch: Launch) -> None:
+        """A step that was planned at `now` is on its way."""
+
+    def completed(self, completion: Completion) -> None:
+        """A step's tokens are known."""
+
+    def iteration(
+        self, now: int, events: int, step: Step | None, launch: Launch | None, completion: Completion | None
+    ) -> None:
+        """One turn of the loop is over."""
+
+
 class Waitable(Protocol):
     """What a backend without an event loop of its own hands out."""
 
@@ -100,9 +119,6 @@ class Waitable(Protocol):
 def drive(loop: Generator[Waitable, Any, None]) -> None:
     """Run a serving loop on the machine's own time, where SimPy would run it as a process."""
     value = None
-    while True:
-        try:
-            waitable = loop.send(value)
-        except StopIteration:
-            return
-        value = waitable.wait()
+    with suppress(StopIteration):
+        while True:
+            value = loop.send(value).wait()

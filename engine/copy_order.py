@@ -7,6 +7,8 @@ What is left to see to is compute that would overtake copies.
 
 from __future__ import annotations
 
+from itertools import chain
+
 from engine.step import Step
 
 
@@ -32,13 +34,8 @@ class CopyOrder:
             self._busy.update(dict.fromkeys(copies.target, step.index))
             self._arriving[request_id] = step.index
         waits = [self._arriving[request_id] for request_id in step.joined if request_id in self._arriving]
-        waits += [
-            self._busy[block]
-            for request_id, blocks in step.blocks.items()
-            if request_id not in step.swapped_in
-            for block in blocks
-            if block in self._busy
-        ]
+        written = [blocks for request_id, blocks in step.blocks.items() if request_id not in step.swapped_in]
+        waits += [self._busy[block] for block in chain.from_iterable(written) if block in self._busy]
         if not waits:
             return None
         latest = max(waits)

@@ -59,7 +59,7 @@ class EventQueue:
             requests: in order of arrival; taken one by one.
             refusal: of the backend, if there is something that it cannot take.
         """
-        return cls(_in_order(requests, refusal or _take_all))
+        return cls(_in_order(requests, refusal))
 
     def due(self, now: int) -> list[Event]:
         """Take the events whose time has come."""
@@ -76,11 +76,7 @@ class EventQueue:
         return self._next[0] if until_ns is None else min(self._next[0], until_ns)
 
 
-def _take_all(_: TraceRequest) -> None:
-    """Refuses nothing."""
-
-
-def _in_order(requests: Iterable[TraceRequest], refusal: Refusal) -> Iterator[tuple[int, Event]]:
+def _in_order(requests: Iterable[TraceRequest], refusal: Refusal | None) -> Iterator[tuple[int, Event]]:
     """The events of requests that are in order of arrival; one is cancelled no sooner than it arrives."""
     latest_ns = 0
     cancels: list[Event] = []  # a heap: sequences differ, so that no two events compare by more than these
@@ -91,7 +87,7 @@ def _in_order(requests: Iterable[TraceRequest], refusal: Refusal) -> Iterator[tu
         arrival = (source.arrival_ns, 2 * source.id)
         while cancels and cancels[0] < arrival:
             yield cancels[0].time_ns, heappop(cancels)
-        request = Request.from_trace(source, refusal(source))
+        request = Request.from_trace(source, refusal and refusal(source))
         yield latest_ns, Event(*arrival, request, is_last=source.cancel_ns is None)
         if source.cancel_ns is not None:
             heappush(cancels, Event(source.cancel_ns, 2 * source.id + 1, request, is_cancel=True))

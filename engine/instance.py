@@ -9,10 +9,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.backend import Backend
+from engine.backend import Backend, Observer
 from engine.checks.step_checker import CheckedBackend
 from engine.config import ServingConfig
-from engine.observer import Observer
 from engine.scheduler.base import Scheduler
 from engine.scheduler.policy_error import blame
 from engine.scheduler.registry import load_scheduler

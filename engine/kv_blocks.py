@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 class BlockPool:
@@ -62,9 +63,8 @@ class PrefixCachingPool(BlockPool):
         super().__init__(num_blocks, block_size)
         self._keeps_equal = keeps_equal
         self._owners = [0] * num_blocks  # how many requests hold each block
-        self._blocks_of: dict[
-            int, dict[int, None]
-        ] = {}  # hash -> the blocks that hold what it stands for, oldest first
+        # hash -> the blocks that hold what it stands for, oldest first
+        self._blocks_of: dict[int, dict[int, None]] = {}
         self._hash_of: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached blocks without an owner, next to be evicted first
 
@@ -80,12 +80,8 @@ class PrefixCachingPool(BlockPool):
 
     def find(self, hashes: Sequence[int]) -> list[int]:
         """The cached blocks of the longest prefix of a chain of hashes."""
-        found = []
-        for each in hashes:
-            if (blocks := self._blocks_of.get(each)) is None:
-                break
-            found.append(next(iter(blocks)))
-        return found
+        known = takewhile(self._blocks_of.__contains__, hashes)
+        return [next(iter(self._blocks_of[each])) for each in known]
 
     def idle(self, blocks: Sequence[int]) -> int:
         """How many of these cached blocks nobody owns: what `free` falls by if they are shared."""

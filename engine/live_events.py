@@ -65,8 +65,7 @@ class LiveEvents:
         """Take the events whose time has come, but for those that came after one whose time has not."""
         events = []
         while self._inbox and self._inbox[0][0] <= now:
-            event = self._event(*self._inbox.popleft())
-            if event is not None:
+            if event := self._event(*self._inbox.popleft()):
                 events.append(event)
         return events
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from engine.decode_set import DecodeSet
 from engine.prefix_hash import Content, chain_hash
 from traces.request import TraceRequest
 
+_ASKED = "id arrival_ns prompt_len max_tokens predicted_length priority client ttft_slo_ns e2e_slo_ns"
+_asked = attrgetter(*_ASKED.split())  # what a trace says of a request, as the first fields of `Request`
 LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
 
 
@@ -74,19 +77,9 @@ class Request:
     @classmethod
     def from_trace(cls, source: TraceRequest, refused: str | None = None) -> Request:
         """The scheduler's view of a trace's request: everything but where it stops."""
-        return cls(
-            source.id,
-            source.arrival_ns,
-            source.prompt_len,
-            source.max_tokens,
-            source.predicted_length,
-            source.priority,
-            source.client,
-            source.ttft_slo_ns,
-            source.e2e_slo_ns,
-            Content.of(source),
-            refused=refused,
-        )
+        request = cls(*_asked(source))
+        request.content, request.refused = Content.of(source), refused
+        return request
 
     @property
     def deadline_ns(self) -> int | None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from engine.backend import Backend, Completion, Launch
+from engine.backend import Backend, Completion, Launch, Observer
 from engine.events import Event
-from engine.observer import Observer
 from engine.planner import Planner, PolicyError
 from engine.step import Step
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import simpy
 
+from engine.backend import Observer
 from engine.config import ServingConfig
 from engine.instance import Instance
 from engine.live_events import LiveEvents
-from engine.observer import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.stop_condition import StopCondition

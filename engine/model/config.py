@@ -111,12 +111,6 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_preset(cls, name: str) -> ModelConfig:
-        """Read one of the shapes that ship in `engine/model/presets`."""
-        text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-        return cls.from_hf(yaml.safe_load(text), name)
-
-    @classmethod
     def from_hf_folder(cls, folder: Path) -> ModelConfig:
         """Read `config.json` of a Hugging Face folder, and the further stop tokens of its `generation_config.json`."""
         config = cls.from_hf(read_json(folder / "config.json"), folder.resolve().name)
@@ -181,10 +175,10 @@ def load_model_config(name_or_path: str | Path) -> ModelConfig:
         return ModelConfig.from_hf_folder(path)
     if path.is_file() and path.suffix == ".gguf":
         return ModelConfig.from_gguf(path)
-    presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-    if str(name_or_path) in presets:
-        return ModelConfig.from_preset(str(name_or_path))
-    raise TandemError(f"{name_or_path}: not a Hugging Face folder, a .gguf file or one of {', '.join(presets)}")
+    presets = {file.stem: file for file in PRESETS.glob("*.yaml")}
+    if preset := presets.get(str(name_or_path)):
+        return ModelConfig.from_hf(yaml.safe_load(preset.read_text(encoding="utf-8")), preset.stem)
+    raise TandemError(f"{name_or_path}: not a Hugging Face folder, a .gguf file or one of {', '.join(sorted(presets))}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

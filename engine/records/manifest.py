@@ -12,8 +12,8 @@ from typing import Any
 
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
-from engine.scheduler.policy_source import source_digests
 from engine.scheduler.registry import PARAMETER_TYPES, find_policy
+from engine.scheduler.user_policy import source_digests
 from traces.errors import TandemError
 from traces.trace import Trace
 

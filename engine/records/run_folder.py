@@ -139,9 +139,8 @@ class RunWriter:
         with self._complaining():
             versioned = rows.replace_schema_metadata({"tandem_schema": str(SCHEMA_VERSION)})
             if name not in self._files:
-                self._files[name] = pq.ParquetWriter(
-                    self._draft / f"{name}.parquet", versioned.schema, **_encoding(name)
-                )
+                path = self._draft / f"{name}.parquet"
+                self._files[name] = pq.ParquetWriter(path, versioned.schema, **_encoding(name))
             if len(rows):
                 self._files[name].write_table(versioned)
 
@@ -209,11 +208,13 @@ def read_run(folder: Path) -> RunRecords:
             tables[name] = stored[name]
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
-        for added, value in ADDED.get(version, {}).get(name, {}).items():
-            filled = pa.array([value] * len(tables[name]), arrow_type(columns[added]))
-            tables[name] = tables[name].append_column(added, filled)
-        if tables[name].column_names != list(columns):
+        lacking = ADDED.get(version, {}).get(name, {})
+        if tables[name].column_names != [each for each in columns if each not in lacking]:
             raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
+        for place, added in enumerate(columns):
+            if added in lacking:
+                filled = pa.array([lacking[added]] * len(tables[name]), arrow_type(columns[added]))
+                tables[name] = tables[name].add_column(place, added, filled)
     partial = manifest.pop("partial", False)
     if "system" in manifest:
         manifest["system"] = ADDED_TO_SYSTEM.get(version, {}) | manifest["system"]

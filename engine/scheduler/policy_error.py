@@ -43,10 +43,6 @@ def _class_line(policy: type[Planner]) -> str:
 def _policy_line(policy: type[Planner], error: Exception) -> tuple[str | None, bool]:
     """The innermost line of the policy's own module in the traceback, and whether any code of the policy is in it."""
     inherited = {each.__module__ for each in policy.__mro__} - {"abc", "builtins"}
-    line, involved = None, False
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__")
-        involved |= module in inherited
-        if module == policy.__module__:
-            line = f"{frame.f_code.co_filename}:{number}"
-    return line, involved
+    running = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [f"{frame.f_code.co_filename}:{line}" for module, frame, line in running if module == policy.__module__]
+    return own[-1] if own else None, any(module in inherited for module, _, _ in running)

@@ -8,7 +8,7 @@ written there. As a part of the name they are in the manifest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,8 +30,7 @@ from engine.scheduler.policies.swiftllm import SwiftLlm
 from engine.scheduler.policies.vllm import Vllm, VllmPriority
 from engine.scheduler.policies.vtc import VirtualTokenCounter
 from engine.scheduler.policy_error import blame, called
-from engine.scheduler.policy_source import source_digests
-from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, uses_unmade
+from engine.scheduler.user_policy import NO_SUPER, check_policy, import_policy, source_digests, uses_unmade
 from traces.errors import TandemError
 
 POLICIES: dict[str, type[Scheduler]] = {
@@ -67,11 +66,17 @@ def load_scheduler(config: ServingConfig) -> Scheduler:
     except TypeError as error:
         raise PolicyError(f"{called(policy)} cannot be made from the config alone: {error}") from None
     try:
-        return _make(policy, config, values)
-    except PolicyError:
+        scheduler = policy(config, **values)
+        if policy not in POLICIES.values():
+            check_policy(scheduler)
+    except Exception as error:
+        told = PolicyError(NO_SUPER).with_traceback(error.__traceback__) if uses_unmade(error) else error
+        if type(told) is not TandemError and (fault := blame(policy, told)):
+            raise fault from error
+        if isinstance(error, TandemError):
+            raise TandemError(f"scheduler '{config.scheduler}': {error}") from None
         raise
-    except TandemError as error:
-        raise TandemError(f"scheduler '{config.scheduler}': {error}") from None
+    return scheduler
 
 
 def check_scheduler(config: ServingConfig) -> None:
@@ -85,19 +90,6 @@ def check_scheduler(config: ServingConfig) -> None:
         load_scheduler(small)
     except TandemError:
         load_scheduler(config)  # the policy may refuse nothing but the few blocks
-
-
-def _make(policy: type[Scheduler], config: ServingConfig, values: Mapping[str, Any]) -> Scheduler:
-    try:
-        scheduler = policy(config, **values)
-        if policy not in POLICIES.values():
-            check_policy(scheduler)
-    except Exception as error:
-        told = PolicyError(NO_SUPER).with_traceback(error.__traceback__) if uses_unmade(error) else error
-        if type(told) is not TandemError and (fault := blame(policy, told)):
-            raise fault from error
-        raise
-    return scheduler
 
 
 def find_policy(scheduler: str) -> tuple[type[Scheduler], dict[str, Any]]:

@@ -1,10 +1,12 @@
 """A user's own policy: imported from a module or a file, and looked over before it runs, so that a mistake is one line.
 
-Every complaint says where it is and what to do. What comes to light only while a policy runs is for `blame`.
+Every complaint says where it is and what to do. What comes to light only while a policy runs is for `blame`. What a
+policy is, Tandem's or the user's, a run tells by a digest of each file that its decisions are written in.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +31,7 @@ from traces.errors import TandemError
 ROOT = Path(__file__).parents[2]
 _NOT_USERS = (*(ROOT / each for each in ("engine", "sim", "traces", "analysis")), Path(sysconfig.get_path("stdlib")))
 _INSTALLED = {"site-packages", "dist-packages"}
+_DIGITS = 16  # of a file's digest
 
 
 def is_users(file: str) -> bool:
@@ -123,6 +128,57 @@ def _others(module: ModuleType, class_name: str) -> str:
 
 def _is_policy_of(module: ModuleType, value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Scheduler) and value.__module__ == module.__name__
+
+
+# -- what a policy is ------------------------------------------------------------------------------------------
+
+
+@cache
+def source_digests(policy: type[Scheduler]) -> dict[str, str]:
+    """Of the file of a policy's class and, where that is the user's, of the user's files that it builds on.
+
+    They are as they were when this was asked first, which is when the policy was imported: later edits are not in it.
+
+    Returns:
+        {file: digest}; empty for a class that is in no file.
+    """
+    modules = _modules(policy).items()
+    return {_file_name(name): _digest(module.__file__) for name, module in modules if module.__file__}
+
+
+def _digest(file: str) -> str:
+    return sha256(Path(file).read_bytes()).hexdigest()[:_DIGITS]
+
+
+def _file_name(module: str) -> str:
+    """`aging.py`, `package/aging.py`, wherever that is; a module that was loaded as a file is called by its path."""
+    return Path(module).name if module.endswith(".py") else f"{module.replace('.', '/')}.py"
+
+
+def _modules(policy: type[Scheduler]) -> dict[str, ModuleType]:
+    bases = [each.__module__ for each in policy.__mro__ if issubclass(each, Scheduler)]
+    own = [name for name in bases if not name.startswith("engine.scheduler.")]
+    found: dict[str, ModuleType] = {}
+    todo = [sys.modules[name] for name in own or bases[:1]]
+    while todo:
+        module = todo.pop()
+        if module.__name__ not in found:
+            found[module.__name__] = module
+            todo += [each for each in _imported(module) if is_users(getattr(each, "__file__", None) or "")]
+    return found
+
+
+def _imported(module: ModuleType) -> Iterator[ModuleType]:
+    """The modules that a module's source imports, of those that are loaded."""
+    for node in ast.walk(ast.parse(Path(module.__file__ or "").read_bytes())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(origin, module.__package__) if node.level else origin
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        yield from (sys.modules[name] for name in names if name in sys.modules)
 
 
 # -- looking over ----------------------------------------------------------------------------------------------

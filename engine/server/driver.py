@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from engine.backend import Observer
 from engine.config import ServingConfig
 from engine.live_events import LiveEvents
-from engine.observer import Observer
 from engine.records.recorder import Recorder
 from engine.scheduler import Scheduler
 

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.backend import drive
+from engine.backend import Observer, drive
 from engine.config import ServingConfig
 from engine.executor.backend import ExecutorBackend
 from engine.executor.executor import Executor
 from engine.instance import Instance
 from engine.live_events import LiveEvents
-from engine.observer import Observer
 from engine.request import unknown_token
 from engine.scheduler import Scheduler
 from engine.stop_condition import StopCondition

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from engine.backend import Completion, Launch
+from engine.backend import Completion, Launch, Observer
 from engine.events import Event
-from engine.observer import Observer
 from engine.request import CANCELLED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
 from engine.server.driver import Driver
@@ -17,7 +16,7 @@ from engine.step import Step
 
 
 class Publisher:
-    """An `engine.observer.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
+    """An `engine.backend.Observer`: sends one `Progress` a turn, and tells the recorder if there is one."""
 
     def __init__(
         self, send: Callable[[Progress], None], driver: Driver, scheduler: Scheduler, recorder: Observer | None
