@@ -27,49 +27,73 @@ NULL = -(2**63)  # stands for None in rows of `steps` and `iterations`
 _PACKED = {"int64": ("q", "<i8"), "binary": (f"{DIGEST_BYTES}s", f"V{DIGEST_BYTES}")}  # as struct and as NumPy have it
 
 _INT, _INTS = "int64", "int64[]"
-
-
-def _columns(*words: str) -> dict[str, str]:
-    """Columns by name, and their kinds, from words such as `swaps` (an int64) or `reason:string`."""
-    parts = [word.partition(":") for line in words for word in line.split()]
-    return {name: kind or _INT for name, _, kind in parts}
-
-
 COLUMNS: dict[str, dict[str, str]] = {
-    "requests": _columns(
-        "request arrival_ns",
-        "delivered_ns",  # when the serving loop took it
-        "first_scheduled_ns first_token_ns last_token_ns",
-        "prompt_len max_tokens predicted_length cancel_ns",
-        "output_len",  # tokens that count
-        "wasted_tokens",  # made after the stop token, before the scheduler knew of it
-        "preemptions",
-        "swaps",  # of the preemptions
-        "outcome:string",  # length, stop, cancelled, rejected, unfinished
-        "reason:string priority client:string ttft_slo_ns e2e_slo_ns",
-        "cached_tokens",  # found in the prefix cache instead of being prefilled, each time it was admitted
-        "hash_ids:int64[] hash_block_size",  # with prefix caching: which prompts begin alike, as in a trace
-        "output_ids:int64[]",  # where outputs are cached too: likewise, of the blocks after those of the prompt
-        "refused:bool",  # rejected because the backend could not take it, whatever the limits
-        "cancel_event",  # which of the run's events its cancellation was, in order of delivery, from 0
-    ),
-    "steps": _columns(
-        "step digest:binary",
-        "scheduled_ns planned_ns launched_ns",  # first the iteration's clock read
-        "prefill_tokens chunks decode_tokens",
-        "kv_tokens",  # context of the decodes
-        "kv_blocks_used running waiting",
-        "preemptions swapped_out_blocks swapped_in_blocks",
-        "completed_ns device_start_ns device_ns",
-    ),
-    "spans": _columns(
-        "request first_step last_step",
-        "kind:string",  # prefill, decode
-        "start",  # cached tokens when it began
-        "tokens",  # run in each step
-        "samples:bool",  # whether each step makes an output token
-    ),
-    "iterations": _columns("now_ns events step planned_ns launched_ns completed_step completed_ns"),
+    "requests": {
+        "request": _INT,
+        "arrival_ns": _INT,
+        "delivered_ns": _INT,  # when the serving loop took it
+        "first_scheduled_ns": _INT,
+        "first_token_ns": _INT,
+        "last_token_ns": _INT,
+        "prompt_len": _INT,
+        "max_tokens": _INT,
+        "predicted_length": _INT,
+        "cancel_ns": _INT,
+        "output_len": _INT,  # tokens that count
+        "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
+        "preemptions": _INT,
+        "swaps": _INT,  # of the preemptions
+        "outcome": "string",  # length, stop, cancelled, rejected, unfinished
+        "reason": "string",
+        "priority": _INT,
+        "client": "string",
+        "ttft_slo_ns": _INT,
+        "e2e_slo_ns": _INT,
+        "cached_tokens": _INT,  # found in the prefix cache instead of being prefilled, each time it was admitted
+        "hash_ids": _INTS,  # with prefix caching: which prompts begin alike, as in a trace
+        "hash_block_size": _INT,
+        "output_ids": _INTS,  # where outputs are cached too: likewise, of the blocks after those of the prompt
+        "refused": "bool",  # rejected because the backend could not take it, whatever the limits
+        "cancel_event": _INT,  # which of the run's events its cancellation was, in order of delivery, from 0
+    },
+    "steps": {
+        "step": _INT,
+        "digest": "binary",
+        "scheduled_ns": _INT,  # the iteration's clock read
+        "planned_ns": _INT,
+        "launched_ns": _INT,
+        "prefill_tokens": _INT,
+        "chunks": _INT,
+        "decode_tokens": _INT,
+        "kv_tokens": _INT,  # context of the decodes
+        "kv_blocks_used": _INT,
+        "running": _INT,
+        "waiting": _INT,
+        "preemptions": _INT,
+        "swapped_out_blocks": _INT,
+        "swapped_in_blocks": _INT,
+        "completed_ns": _INT,
+        "device_start_ns": _INT,
+        "device_ns": _INT,
+    },
+    "spans": {
+        "request": _INT,
+        "first_step": _INT,
+        "last_step": _INT,
+        "kind": "string",  # prefill, decode
+        "start": _INT,  # cached tokens when it began
+        "tokens": _INT,  # run in each step
+        "samples": "bool",  # whether each step makes an output token
+    },
+    "iterations": {
+        "now_ns": _INT,
+        "events": _INT,
+        "step": _INT,
+        "planned_ns": _INT,
+        "launched_ns": _INT,
+        "completed_step": _INT,
+        "completed_ns": _INT,
+    },
 }
 
 

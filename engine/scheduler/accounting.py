@@ -131,8 +131,9 @@ class Accounting(ABC):
         if fit := sum(self.prefill(each) for each in (*self.prefilling.values(), *self.waiting.values())):
             return f"{said}: prefill(request) was not called for {fit} of them that fit"
         room = f"{self.pool.free} of {self.config.num_blocks} KV blocks are free"
-        rows = f"{running} of max_seqs {self.config.max_seqs} run"
-        return f"{said}: after what it has preempted, none fits ({room}, {rows})"
+        return (
+            f"{said}: after what it has preempted, none fits ({room}, {running} of max_seqs {self.config.max_seqs} run)"
+        )
 
     # -- accounting --------------------------------------------------------------------------------------
 
@@ -232,11 +233,9 @@ class Accounting(ABC):
     def _extend(self, due: dict[int, Request]) -> None:
         """Give decoding requests that need one a block for their next token."""
         if len(due) <= self.pool.free:  # as most times: nobody is preempted
-            given, wake, size = self._step.blocks, self.decoding.wake, self.config.block_size
-            for request, block in zip(due.values(), self.pool.allocate_each(len(due)), strict=True):
-                request.blocks.append(block)
-                given[request.id] = [block]
-                wake(request.id, size)
+            self._step.blocks |= self.kv.give_one_each(due.values())
+            for request_id in due:
+                self.decoding.wake(request_id, self.config.block_size)
             return
         for request in due.values():
             if request.id in self.decoding and self._give(request, 1):
@@ -284,8 +283,7 @@ class Accounting(ABC):
         if request.outcome is None:
             request.outcome = outcome
             self._leave(request)
-            self.cpu_pool.release(request.cpu_blocks)
-            request.cpu_blocks = []
+            self.kv.release_host(request)
             self._step.dropped.append(request.id)
 
     def _start_decoding(self) -> None:
@@ -327,7 +325,7 @@ class Accounting(ABC):
         for request_id, chunk in draft.chunks.items():
             request = self.running[request_id]
             if self.config.prefix_caching:  # from now on others find what this step computes of the prompt
-                request.cached_tokens += self.kv.found.pop(request.id, 0)
+                self.kv.count_found(request)
                 self.kv.publish(request, request.computed)
             if chunk.samples:
                 request.sampled()

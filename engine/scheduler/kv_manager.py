@@ -5,7 +5,7 @@ The scheduler decides who gets blocks, and who loses them. The manager hands the
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 
 from engine.config import VLLM, ServingConfig
 from engine.kv_blocks import BlockPool, PrefixCachingPool
@@ -45,6 +45,14 @@ class KVManager:
         request.blocks += blocks
         return blocks
 
+    def give_one_each(self, requests: Collection[Request]) -> dict[int, list[int]]:
+        """Append a free block to the blocks of each of these. Raises ValueError when fewer are free."""
+        given = {}
+        for request, block in zip(requests, self.pool.allocate_each(len(requests)), strict=True):
+            request.blocks.append(block)
+            given[request.id] = [block]
+        return given
+
     def release(self, request: Request) -> None:
         """Take back a request's GPU blocks."""
         self.pool.release(request.blocks)
@@ -71,6 +79,11 @@ class KVManager:
         request.blocks, request.cpu_blocks = list(copies.target), []
         request.published = len(request.blocks)
         return copies
+
+    def release_host(self, request: Request) -> None:
+        """Take back a request's host memory."""
+        self.cpu_pool.release(request.cpu_blocks)
+        request.cpu_blocks = []
 
     # -- prefix caching ----------------------------------------------------------------------------------
 
@@ -101,6 +114,10 @@ class KVManager:
             request.published = len(hits)
             self.found[request.id] = len(hits) * self._block_size
             request.prefilled(self.found[request.id])
+
+    def count_found(self, request: Request) -> None:
+        """Count what a request found in the cache; its step is planned."""
+        request.cached_tokens += self.found.pop(request.id, 0)
 
     def publish(self, request: Request, tokens: int) -> None:
         """Let others share the blocks that a request's first `tokens` tokens fill, as far as these are known."""
