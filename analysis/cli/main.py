@@ -25,6 +25,11 @@ app.add_typer(profile.app, name="profile")
 app.add_typer(bench.app, name="bench")
 app.add_typer(fidelity.app, name="fidelity")
 
+EXTRAS = dict.fromkeys(("gguf", "pynvml", "safetensors", "torch", "transformers", "triton"), "engine") | dict.fromkeys(
+    ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
+)
+"""What a simulation needs not -> the extra of the package that brings it."""
+
 
 def main() -> None:
     """Entry point. An error that the user can mend becomes one line and exit status 2, or 1 if not met."""
@@ -34,6 +39,10 @@ def main() -> None:
         _fail(str(error), 1)
     except TandemError as error:
         _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _fail(f"this needs {error.name}, which is not installed: pip install 'tandem-llm[{EXTRAS[error.name]}]'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
