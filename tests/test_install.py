@@ -17,15 +17,13 @@ from analysis.cli.main import EXTRAS
 ROOT = Path(__file__).parents[1]
 MODULES = {"nvidia-ml-py": "pynvml"}  # where it is not the distribution's name
 WITH_TYPER = {"pydantic"}  # needs it as well
-RUN = """
+WITHOUT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {absent}:
             raise ModuleNotFoundError(f"No module named '{{name}}'", name=name)
 sys.meta_path.insert(0, Absent())
-from analysis.cli.main import main
-main()
 """
 
 
@@ -50,11 +48,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tandem(installed: Path, work: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the wheel, with a folder of one's own as working directory."""
-    command = [sys.executable, "-c", RUN.format(absent={*absent(), "triton", "starlette"}), *args]
+def python(installed: Path, work: Path, program: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on the wheel, with a folder of one's own as working directory."""
+    command = [sys.executable, "-c", f"{WITHOUT.format(absent={*absent(), 'triton', 'starlette'})}\n{program}", *args]
     path = {"PYTHONPATH": str(installed)}
     return subprocess.run(command, cwd=work, env=path, capture_output=True, text=True, check=False, timeout=300)
+
+
+def tandem(installed: Path, work: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return python(installed, work, "from analysis.cli.main import main; main()", *args)
 
 
 def test_all_that_an_extra_brings_is_known():
@@ -82,3 +84,11 @@ def test_a_command_that_needs_an_extra_says_which(installed, tmp_path, asked, sa
     done, (module, extra) = tandem(installed, tmp_path, *asked.split()), said.split(", ")
     assert done.returncode == 2
     assert done.stderr == f"tandem: this needs {module}, which is not installed: pip install 'tandem-llm[{extra}]'\n"
+
+
+def test_the_lines_for_a_notebook_do_what_their_page_shows(installed, tmp_path):
+    page = (ROOT / "docs/notebook.md").read_text()
+    program, printed = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "text"))
+    done = python(installed, tmp_path, program)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
+    assert (tmp_path / "cdf.html").stat().st_size > 1e6
