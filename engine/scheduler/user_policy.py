@@ -143,11 +143,17 @@ def source_digests(policy: type[Scheduler]) -> dict[str, str]:
         {file: digest}; empty for a class that is in no file.
     """
     modules = _modules(policy).items()
-    return {_file_name(name): _digest(module.__file__) for name, module in modules if module.__file__}
+    return {_file_name(name): _digest(file) for name, module in modules if (file := _file(module))}
 
 
-def _digest(file: str) -> str:
-    return sha256(Path(file).read_bytes()).hexdigest()[:_DIGITS]
+def _file(module: ModuleType) -> Path | None:
+    """Of a module's source; what is typed into a notebook has none."""
+    file = Path(getattr(module, "__file__", None) or "")
+    return file if file.is_file() else None
+
+
+def _digest(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()[:_DIGITS]
 
 
 def _file_name(module: str) -> str:
@@ -170,7 +176,8 @@ def _modules(policy: type[Scheduler]) -> dict[str, ModuleType]:
 
 def _imported(module: ModuleType) -> Iterator[ModuleType]:
     """The modules that a module's source imports, of those that are loaded."""
-    for node in ast.walk(ast.parse(Path(module.__file__ or "").read_bytes())):
+    file = _file(module)
+    for node in ast.walk(ast.parse(file.read_bytes())) if file else ():
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
