@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from engine.backend import Backend
 from engine.config import COMPLETED, ServingConfig
@@ -32,8 +32,11 @@ class CheckedBackend:
 
     def __init__(self, backend: Backend, config: ServingConfig) -> None:
         self._backend = backend
-        self.now, self.complete, self.wait = backend.now, backend.complete, backend.wait
         self.checker = StepChecker(config)
+
+    def now(self) -> int:
+        """The backend's clock."""
+        return self._backend.now()
 
     def due(self, now: int) -> Sequence[Event]:
         """Events due by `now`, noted."""
@@ -45,6 +48,14 @@ class CheckedBackend:
         """Checks the step, then launches it."""
         self.checker.check(step)
         return self._backend.launch(step)
+
+    def complete(self) -> Any:
+        """Waits for the oldest step in flight."""
+        return self._backend.complete()
+
+    def wait(self, until_ns: int | None) -> Any:
+        """Waits for the next external event, or until then."""
+        return self._backend.wait(until_ns)
 
     def close(self) -> None:
         """Checks that nothing was lost."""
@@ -71,6 +82,13 @@ class RequestMirror:
         return self.request.prompt_len + self.made
 
 
+class _Written(NamedTuple):
+    """What a full block holds: the `place`-th of a request's blocks."""
+
+    by: Request
+    place: int
+
+
 class StepChecker:
     """Applies deltas and checks each, blocks owned in plan order. All methods but `enter` raise IntegrityError.
 
@@ -87,10 +105,10 @@ class StepChecker:
         self._swapped: dict[int, RequestMirror] = {}  # who holds CPU blocks
         self._owners: dict[int, set[int]] = {}  # GPU block -> the requests that hold it
         self._cpu_owner: dict[int, int] = {}
-        # GPU block -> who shares it from this step on, and reads it after its writer
-        self._sharers: dict[int, set[int]] = {}
-        # full GPU block, until it is handed out anew -> who wrote it, and as which of its blocks
-        self._contents: dict[int, tuple[Request, int]] = {}
+        self._sharers: dict[
+            int, set[int]
+        ] = {}  # GPU block -> who shares it from this step on, and reads it after its writer
+        self._contents: dict[int, _Written] = {}  # of full blocks, until they are handed out anew
 
     # -- what passes the seam -----------------------------------------------------------------------------
 
@@ -133,12 +151,16 @@ class StepChecker:
 
     def close(self) -> None:
         """No step will come."""
-        outcomes = {each: state.request.outcome for each, state in self.states.items()}
-        if lost := [each for each, outcome in outcomes.items() if outcome is None]:
+        outcomes = {state.request.id: state.request.outcome for state in self.states.values()}
+        lost = [each for each, outcome in outcomes.items() if outcome is None]
+        if lost:
             raise IntegrityError(f"leaves {len(lost)} requests unserved, and nothing is in flight or to come: {lost}")
         # Those that stopped or were cancelled after the last step have not been dropped by any.
-        planned = [each for each, outcome in outcomes.items() if outcome == LENGTH]
-        unfinished = [each for each in planned if not (self.states[each].end or self.states[each].finished)]
+        unfinished = [
+            each
+            for each, state in self.states.items()
+            if outcomes[each] == LENGTH and not (state.end or state.finished)
+        ]
         self._expect(None, "requests said to have finished that no step finished", [], unfinished)
 
     # -- the parts of a step, in their order of effect ----------------------------------------------------
@@ -199,11 +221,12 @@ class StepChecker:
         self._note_contents(state, chunk.start, chunk.start + chunk.tokens)
 
     def _share(self, state: RequestMirror, place: int, block: int) -> None:
-        self._expect(state, f"whether block {block}, which it shares, is full", True, block in self._contents)
-        (writer, written_place), tokens = self._contents[block], (place + 1) * self._config.block_size
-        self._expect(state, f"place in the prompt of block {block}, which it shares", place, written_place)
-        same = _begin_alike(state.request, writer, tokens)
-        what = f"whether its first {tokens} tokens are request {writer.id}'s, who wrote block {block}"
+        written, tokens = self._contents.get(block), (place + 1) * self._config.block_size
+        self._expect(state, f"whether block {block}, which it shares, is full", True, written is not None)
+        assert written is not None
+        self._expect(state, f"place in the prompt of block {block}, which it shares", place, written.place)
+        same = _begin_alike(state.request, written.by, tokens)
+        what = f"whether its first {tokens} tokens are request {written.by.id}'s, who wrote block {block}"
         self._expect(state, what, True, same)
         self._give(state, block)
         self._sharers.setdefault(block, set()).add(state.request.id)
@@ -249,7 +272,7 @@ class StepChecker:
         """What the blocks hold that a request's tokens from `start` to `end` fill."""
         size = self._config.block_size
         for place in range(start // size, min(end // size, len(state.blocks))):
-            self._contents[state.blocks[place]] = (state.request, place)
+            self._contents[state.blocks[place]] = _Written(state.request, place)
 
     def _decode(self, step: Step) -> None:
         if not step.decodes:
