@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from sim.profile.format import KEYS, Row
 
 AXIS_OF = {"kv_tokens": "context"}  # decodes are read by their mean context
-LABELS = ("op", "kind", "direction", "unevenness")  # key columns along which nothing is extrapolated
+LABELS = ("op", "kind", "direction", "imbalance")  # key columns along which nothing is extrapolated
 
 
 class Note(Protocol):

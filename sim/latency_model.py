@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from engine.step import Step
 from sim.coverage import Coverage, Note
 from sim.profile.format import IN_SERVICE, Profile
-from sim.terms import STEP_TERMS, CapturedSteps, DecodeAttention, Decodes, Power, PrefillAttention, Swap
+from sim.terms import STEP_TERMS, CapturedGraphs, DecodeAttention, Decodes, Power, PrefillAttention, Swap
 
 IMBALANCE = "imbalance"  # what context imbalance adds
 PARTS = (*(term.part for term in STEP_TERMS), "prefill_attention", "decode_attention", IMBALANCE, "power")
@@ -52,7 +52,7 @@ class LatencyModel:
     def __init__(self, profile: Profile, ignore: Collection[str] = ()) -> None:
         """`ignore` names `PARTS` that are to count for nothing, to see what they are worth."""
         self._ignored = [place for place, part in enumerate(PARTS) if part in ignore]
-        self._captured = CapturedSteps(profile)
+        self._captured = CapturedGraphs(profile)
         self._step_terms = [term(profile) for term in STEP_TERMS]
         self._prefill_attention = PrefillAttention(profile)
         self._decode_attention = DecodeAttention(profile)

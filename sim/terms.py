@@ -61,7 +61,7 @@ class StepTerm(Protocol):
         """Its time."""
 
 
-class CapturedSteps:
+class CapturedGraphs:
     """Whole captured steps without attention, as they were measured or, where known, as they are in service."""
 
     def __init__(self, profile: Profile) -> None:
@@ -205,9 +205,9 @@ class DecodeAttention:
 
     def __init__(self, profile: Profile) -> None:
         rows = profile.tables[self.table]
-        self._imbalances: list[float] = sorted({row["unevenness"] for row in rows})
+        self._imbalances: list[float] = sorted({row["imbalance"] for row in rows})
         self._surfaces = [
-            _decodes([row for row in rows if row["unevenness"] == imbalance]) for imbalance in self._imbalances
+            _decodes([row for row in rows if row["imbalance"] == imbalance]) for imbalance in self._imbalances
         ]
         beside_chunks = profile.tables.get(BESIDE_CHUNKS)
         self._beside_chunks = _decodes(beside_chunks) if beside_chunks else None

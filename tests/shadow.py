@@ -56,7 +56,7 @@ def small_profile(scale: float = 1.0) -> Profile:
     decode = rows(
         sequences=[1, 1, 256, 256],
         kv_tokens=[1, 4096, 256, 256 * 4096],
-        unevenness=[1, 1, 1, 1],
+        imbalance=[1, 1, 1, 1],
         time_us=[0.1 * scale, 409.6 * scale, 25.6 * scale, 25.6 * 4096 * scale],
     )
     head = rows(samples=[1, 256], time_us=[100 * scale, 200 * scale])

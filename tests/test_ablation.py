@@ -36,7 +36,7 @@ def detailed_profile() -> Profile:
         for kind in ("decode", "mixed")
         for x in (1, 256)
     ]
-    uneven = [row | {"unevenness": 2, "time_us": row["time_us"] * 2} for row in profile.tables["decode_attention"]]
+    uneven = [row | {"imbalance": 2, "time_us": row["time_us"] * 2} for row in profile.tables["decode_attention"]]
     tables = profile.tables | {"graph": rows, "decode_attention": profile.tables["decode_attention"] + uneven}
     graphs = GraphSizes(decode=(8,), mixed=(64,), max_seqs=8, max_prefills=8)
     return Profile(replace(profile.meta, graphs=graphs, memory=MEMORY), tables)

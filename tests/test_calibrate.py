@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from analysis.comparison.compare import compare_decisions, latency_model_errors
@@ -50,7 +51,7 @@ def truth(measured) -> Profile:
     return replace(
         measured,
         meta=replace(measured.meta, power=PowerCalibration(MEMORY_US, ROW_US, LIMIT)),
-        tables=measured.tables | {"served": served},
+        tables=measured.tables | {"in_service": served},
     )
 
 
@@ -68,7 +69,7 @@ def calibrated(measured, truth, config) -> Profile:
 
 def test_time_and_slowdown_of_every_captured_size_are_found(calibrated, truth):
     assert calibrated.meta.power == PowerCalibration(MEMORY_US, pytest.approx(ROW_US, rel=0.1), LIMIT)
-    for found, true in zip(calibrated.tables["served"], truth.tables["served"], strict=True):
+    for found, true in zip(calibrated.tables["in_service"], truth.tables["in_service"], strict=True):
         assert (found["kind"], found["rows"]) == (true["kind"], true["rows"])
         assert found["time_us"] == pytest.approx(true["time_us"], rel=0.01)
         assert found["slowed_us"] == pytest.approx(true["slowed_us"], rel=0.2)
@@ -94,14 +95,26 @@ def test_what_was_measured_stays_as_it_was(calibrated, measured):
 
 def test_a_calibrated_profile_can_be_written_and_read(calibrated, tmp_path):
     write_profile(calibrated, tmp_path / "p")
-    assert read_profile(tmp_path / "p").tables["served"] == calibrated.tables["served"]
+    assert read_profile(tmp_path / "p").tables["in_service"] == calibrated.tables["in_service"]
+
+
+def test_a_profile_with_the_names_of_schema_2_is_read(calibrated, tmp_path):
+    write_profile(calibrated, tmp_path / "p")
+    meta = (tmp_path / "p/meta.yaml").read_text()
+    (tmp_path / "p/meta.yaml").write_text(meta.replace("schema: 3\n", "schema: 2\n").replace("\npower:", "\nload:"))
+    (tmp_path / "p/in_service.parquet").rename(tmp_path / "p/served.parquet")
+    table = pq.read_table(tmp_path / "p/decode_attention.parquet")
+    names = [{"imbalance": "unevenness"}.get(name, name) for name in table.column_names]
+    pq.write_table(table.rename_columns(names), tmp_path / "p/decode_attention.parquet")
+    assert "unevenness" in names and "\npower:" in meta
+    assert read_profile(tmp_path / "p") == calibrated
 
 
 @pytest.mark.parametrize("broken", [{"slowed_us": float("nan")}, {"slowed_us": -1.0}, {"slowed_us": None}])
 def test_a_slowdown_that_is_none_gets_one_clear_line(calibrated, broken):
-    served = [calibrated.tables["served"][0], calibrated.tables["served"][1] | broken]
-    with pytest.raises(TandemError, match=r"served, row 1: slowed_us is .*calibrate the profile again") as refused:
-        replace(calibrated, tables=calibrated.tables | {"served": served})
+    served = [calibrated.tables["in_service"][0], calibrated.tables["in_service"][1] | broken]
+    with pytest.raises(TandemError, match=r"in_service, row 1: slowed_us is .*calibrate the profile again") as refused:
+        replace(calibrated, tables=calibrated.tables | {"in_service": served})
     assert "\n" not in str(refused.value)
 
 
@@ -150,7 +163,7 @@ def test_by_command_the_requests_that_calibrate_a_card_are_made_served_and_learn
         asked = [TANDEM, *command.split()]
         done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    gpu, found = (read_profile(path).tables["served"] for path in (shipped_profiles()[shipped], tmp_path / "p"))
+    gpu, found = (read_profile(path).tables["in_service"] for path in (shipped_profiles()[shipped], tmp_path / "p"))
     for true, learned in zip(gpu, found, strict=True):
         assert learned["time_us"] == pytest.approx(true["time_us"], rel=0.025)
 

@@ -97,7 +97,7 @@ def bounded() -> Profile:
     profile = small_profile()
     ends = {"sequences": [1, 1, 8, 8], "kv_tokens": [1, 100, 8, 800], "time_us": [1.0, 100.0, 8.0, 800.0]}
     rows = [dict(zip(ends, values, strict=True)) for values in zip(*ends.values(), strict=True)]
-    decode = [row | {"unevenness": 1, "spread": 0.0} for row in rows]
+    decode = [row | {"imbalance": 1, "spread": 0.0} for row in rows]
     return Profile(profile.meta, profile.tables | {"decode_attention": decode})
 
 

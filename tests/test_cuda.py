@@ -286,7 +286,7 @@ def test_an_interrupted_profile_goes_on_where_it_was_and_predicts_a_run(alone, e
     recorder = Recorder()
     executor.serve(calibration_load(profile, config).requests, config, recorder)
     profile = calibrate(profile, [(RunRecords({}, recorder.tables()), config)])
-    assert {"graph", "served", "swap"} < profile.tables.keys()
+    assert {"graph", "in_service", "swap"} < profile.tables.keys()
     assert set(profile.meta.held_out["by_kind"]) == {"decode", "mixed"}
     assert profile.meta.notes["machine_state"]["before"]["driver"]
     recorder = Recorder()

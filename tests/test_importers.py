@@ -226,7 +226,7 @@ def uneven() -> Step:
 def test_without_uneven_measurements_there_is_one_level_and_the_profile_says_so(vllm):
     (vllm / "skew.csv").unlink()
     profile = import_profile([vllm], LLAMA3)
-    assert {row["unevenness"] for row in profile.tables["decode_attention"]} == {1.0}
+    assert {row["imbalance"] for row in profile.tables["decode_attention"]} == {1.0}
     assert any("uneven" in rule for rule in profile.meta.tables["decode_attention"]["rules"])
 
 

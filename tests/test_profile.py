@@ -80,8 +80,8 @@ def test_a_profile_never_replaces_anything_else(a100, tmp_path):
 
 
 def test_the_run_beside_a_profile_is_replaced_only_by_a_profile_that_goes_on(tmp_path):
-    RunRecords({}, Recorder().tables()).write(tmp_path / "p.served")
-    with pytest.raises(TandemError, match=r"p\.served holds a run"):
+    RunRecords({}, Recorder().tables()).write(tmp_path / "p.calibration")
+    with pytest.raises(TandemError, match=r"p\.calibration holds a run"):
         measure(None, ServingConfig(1), tmp_path / "p", ConsoleProgress(Console(quiet=True)))
     (tmp_path / "p.partial.jsonl").write_text("begun\n")
     with pytest.raises(AttributeError):  # past the checks, to the executor that is missing here
@@ -116,7 +116,7 @@ def rename(file):
         (lambda folder: (folder / "meta.yaml").write_text("- just\n- a list"), "not profile schema"),
         (lambda folder: break_meta(folder, schema=99), "not profile schema"),
         (lambda folder: break_meta(folder, memory={"usable": 1}), r"meta.yaml: entry 'memory' is not as .* measure it"),
-        (lambda folder: break_meta(folder, load={"memory_us": 1}), "meta.yaml: entry 'load' is not as .* calibrate"),
+        (lambda folder: break_meta(folder, power={"memory_us": 1}), "meta.yaml: entry 'power' is not as .* calibrate"),
         (lambda folder: break_meta(folder, model="llama"), "meta.yaml: entry 'model' is not as Tandem writes it"),
         (lambda folder: drop_meta(folder, "dtype"), "meta.yaml: no entry 'dtype'"),
         (lambda folder: (folder / "dense.parquet").unlink(), "dense.parquet"),
@@ -275,7 +275,7 @@ def graph_profile() -> Profile:
         for rows in (1, 4, 16)
     ]
     decode = [
-        {"sequences": n, "kv_tokens": n * context, "unevenness": level, "time_us": n * context * level, "spread": 0.0}
+        {"sequences": n, "kv_tokens": n * context, "imbalance": level, "time_us": n * context * level, "spread": 0.0}
         for n in (1, 16)
         for context in (1, 100)
         for level in (1.0, 2.0)

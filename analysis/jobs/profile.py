@@ -26,10 +26,10 @@ def measure(
     """Profile the executor and write the profile to `out`, with a progress bar.
 
     Where steps are captured, the executor serves a calibration load besides. That run stays beside `out`, as
-    `out`.served. An interruption loses nothing: measurements are kept there too, and the next call goes on from them. A
-    profile that is there already is refused, unless `overwrite` is set.
+    `out`.calibration. An interruption loses nothing: measurements are kept there too, and the next call goes on from
+    them. A profile that is there already is refused, unless `overwrite` is set.
     """
-    notes, calibration = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "served"))
+    notes, calibration = (out.with_name(f"{out.name}.{kept}") for kept in ("partial.jsonl", "calibration"))
     check_profile_out(out, overwrite)
     options = RunOptions(overwrite=overwrite or notes.exists())
     check_before(config, calibration, options.overwrite)

@@ -21,7 +21,9 @@ from engine.model.config import ModelConfig, first_line
 from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+BEFORE_3 = {"served": "in_service", "unevenness": "imbalance", "load": "power"}
+"""Names of tables, columns and entries in profiles of schema 2, which are read -> those of today."""
 FASTEST_BYTES_PER_US = 50e6  # 50 TB/s: memory that is several times faster than any there is
 SHIPPED = Path(__file__).parents[1] / "profiles"  # hardware/model
 
@@ -29,15 +31,15 @@ SHIPPED = Path(__file__).parents[1] / "profiles"  # hardware/model
 TABLES: dict[str, tuple[str, ...]] = {
     "dense": ("op", "tokens"),  # everything whose cost depends on the number of tokens in the step alone
     "prefill_attention": ("chunk", "context"),  # one request's chunk over `context` earlier tokens
-    # All decodes of a step. `kv_tokens` is the sum of their contexts, `unevenness` their context imbalance: mean square
+    # All decodes of a step. `kv_tokens` is the sum of their contexts, `imbalance` their context imbalance: mean square
     # over squared mean.
-    "decode_attention": ("sequences", "kv_tokens", "unevenness"),
+    "decode_attention": ("sequences", "kv_tokens", "imbalance"),
     "head": ("samples",),  # final norm, language-model head and sampling
     # By kind of step: decode, prefill (mixed too), or any. The sequences of a prefill are those with a chunk in it: the
     # others cost the host little.
     "host": ("term", "kind", "sequences"),
 }
-IN_SERVICE = "served"  # the name on disk of the table of in-service times
+IN_SERVICE = "in_service"
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "graph": ("kind", "rows"),  # a whole captured step (`decode`, `mixed`) of so many rows that attends to nothing
     IN_SERVICE: ("kind", "rows"),  # the same in service: at no load, and in a column `slowed_us` what full load adds
@@ -70,7 +72,7 @@ class Profile:
         if "graph" in self.tables and self.meta.graphs is None:
             raise TandemError(f"profile table graph needs the entry graphs: {MEASURE}")
         if (IN_SERVICE in self.tables) != (self.meta.power is not None):
-            raise TandemError(f"profile table {IN_SERVICE} and the entry load go together: {CALIBRATE}")
+            raise TandemError(f"profile table {IN_SERVICE} and the entry power go together: {CALIBRATE}")
         missing = set(HOST_TERMS) - {row["term"] for row in self.tables["host"]}
         if missing:
             raise TandemError(f"profile table host: no {', '.join(sorted(missing))}; {MEASURE}")
@@ -151,12 +153,13 @@ def read_profile(folder: Path) -> Profile:
     meta = read_meta(folder / "meta.yaml")
     tables = {}
     for table in KEYS:
-        path = folder / f"{table}.parquet"
+        path = _table_file(folder, table)
         if table in OPTIONAL_TABLES and not path.exists():
             continue
         try:
             with pq.ParquetFile(path) as file:  # `read_table` would import what reads many files, in 50 ms or more
-                tables[table] = file.read().to_pylist()
+                read = file.read()
+            tables[table] = read.rename_columns([_today(name) for name in read.column_names]).to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
     profile = Profile(meta, tables)
@@ -164,15 +167,26 @@ def read_profile(folder: Path) -> Profile:
     return profile
 
 
+def _today(name: str) -> str:
+    return BEFORE_3.get(name, name)
+
+
+def _table_file(folder: Path, table: str) -> Path:
+    """The file of a table, under the name that it had before if it is there under that."""
+    names = [before for before, today in BEFORE_3.items() if today == table]
+    there = (path for name in names if (path := folder / f"{name}.parquet").exists())
+    return next(there, folder / f"{table}.parquet")
+
+
 def read_meta(path: Path) -> ProfileMeta:
     """Read a profile's meta.yaml. Raises TandemError if it is missing, damaged, or of another schema version."""
     if not path.exists():
         raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml")
     entries = read_yaml(path)
-    if not isinstance(entries, dict) or entries.pop("schema", None) != SCHEMA_VERSION:
+    if not isinstance(entries, dict) or entries.pop("schema", None) not in (2, SCHEMA_VERSION):
         raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; {MEASURE}")
     try:
-        return ProfileMeta.from_dict(entries)
+        return ProfileMeta.from_dict({_today(name): value for name, value in entries.items()})
     except TandemError as error:
         raise TandemError(f"{path}: {error}") from error
 

@@ -57,7 +57,7 @@ class ProfileMeta:
         kv_blocks: KV blocks that the device held within `limits`.
         limits: of the batches that were measured.
         graphs: the captured steps.
-        power: on disk `load`.
+        power: how the device slows down at its power limit.
         held_out: the error on batches or points that are in no table.
         tables: by table, where it is from and by which rules; of profiles that were not measured whole.
         derived: the profile and model that it was derived from.
@@ -91,10 +91,10 @@ class ProfileMeta:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> ProfileMeta:
         """Read the entries of a `meta.yaml`. Raises TandemError if one is missing or makes no sense."""
-        names = {on_disk(each.name): each.name for each in fields(cls) if each.name != "notes"}
+        names = {each.name for each in fields(cls)} - {"notes"}
         if missing := [name for name in ("device", "model", "dtype", "source") if name not in entries]:
             raise TandemError(f"no entry '{missing[0]}'")
-        known = {names[name]: _read(name, value) for name, value in entries.items() if name in names}
+        known = {name: _read(name, value) for name, value in entries.items() if name in names}
         notes = {name: value for name, value in entries.items() if name not in names}
         return cls(**known, notes=notes)
 
@@ -102,12 +102,7 @@ class ProfileMeta:
         """The entries of a `meta.yaml`; `from_dict` reads them back."""
         entries: dict[str, Any] = asdict(self)
         notes: dict[str, Any] = entries.pop("notes")
-        return {on_disk(name): value for name, value in entries.items() if value is not None} | notes
-
-
-def on_disk(name: str) -> str:
-    """The entry of an attribute."""
-    return "load" if name == "power" else name
+        return {name: value for name, value in entries.items() if value is not None} | notes
 
 
 READERS = {
@@ -115,7 +110,7 @@ READERS = {
     "graphs": GraphSizes,
     "memory": MemoryFacts,
     "data_sheet": DataSheet,
-    "load": PowerCalibration,
+    "power": PowerCalibration,
 }
 
 
@@ -126,6 +121,6 @@ def _read(name: str, value: Any) -> Any:
         if name in READERS:
             return READERS[name](**{key: tuple(of) if isinstance(of, list) else of for key, of in value.items()})
     except (TypeError, KeyError, AttributeError) as error:
-        again = "calibrate the profile again (tandem profile calibrate)" if name == "load" else "measure it again"
+        again = "calibrate the profile again (tandem profile calibrate)" if name == "power" else "measure it again"
         raise TandemError(f"entry '{name}' is not as Tandem writes it ({error}): {again}") from error
     return value

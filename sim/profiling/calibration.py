@@ -59,7 +59,7 @@ def calibration_load(profile: Profile, config: ServingConfig) -> Trace:
     turns = [gamma(count, capacity, BURSTINESS, seed=turn) for turn, count in enumerate(counts)]
     filled = [(turn + drawn / max(1, drawn[-1])) * 1e9 * seconds for turn, drawn in enumerate(turns)]
     trace = with_arrivals(_lengths(sum(counts), config), np.concatenate(filled).astype(np.int64))
-    return replace(trace, meta=trace.meta | {"arrivals": {"process": "levels", "rate": capacity, "levels": LOADS}})
+    return replace(trace, meta=trace.meta | {"arrivals": {"process": "calibration", "rate": capacity, "loads": LOADS}})
 
 
 def _lengths(count: int, config: ServingConfig) -> Trace:

@@ -23,7 +23,7 @@ from sim.profiling.batches import BatchShape, shuffled
 from sim.profiling.device_profiler import DeviceProfiler, Point
 from sim.profiling.held_out import RESTS, TimedSteps, serving_batches
 from sim.profiling.samples import Sample
-from sim.terms import CapturedSteps, DecodeAttention, Dense, Head, PrefillAttention
+from sim.terms import CapturedGraphs, DecodeAttention, Dense, Head, PrefillAttention
 
 if TYPE_CHECKING:
     from engine.executor.executor import Executor
@@ -41,7 +41,7 @@ class GpuProfiler(DeviceProfiler):
     def __init__(self, executor: Executor, config: ServingConfig) -> None:
         super().__init__(executor, config)
         self._sizes = GraphSizes.within(config.max_seqs, config.max_batched_tokens)
-        shapes = {(kind, rows): self._captured(kind, rows) for kind, rows in CapturedSteps.points(self._sizes)}
+        shapes = {(kind, rows): self._captured(kind, rows) for kind, rows in CapturedGraphs.points(self._sizes)}
         self._captures = {key: shape for key, shape in shapes.items() if shape}
         self._orders = random.Random(0)
         points = [Point("attended"), *self._points()]

@@ -141,7 +141,7 @@ def _add_imbalance(measured: Measured, path: Path) -> None:
     )
     pairs = [(_slope(samples, of[0], of), *sample) for of, batch in samples.items() for sample in batch]
     found_errors = errors((1 + slope * excess) / (1 + gain) - 1 for slope, excess, gain in pairs)
-    measured.checks["unevenness"] = found_errors | {"without": errors(1 / (1 + gain) - 1 for _, _, gain in pairs)}
+    measured.checks["imbalance"] = found_errors | {"without": errors(1 / (1 + gain) - 1 for _, _, gain in pairs)}
 
 
 def _imbalance(count: int, many: int, short: int, long: int) -> float:
