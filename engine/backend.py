@@ -8,7 +8,6 @@ simulator, a `Waitable` on hardware. The loop yields it, and is sent the value d
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from engine.events import Event
@@ -119,6 +118,9 @@ class Waitable(Protocol):
 def drive(loop: Generator[Waitable, Any, None]) -> None:
     """Run a serving loop on the machine's own time, where SimPy would run it as a process."""
     value = None
-    with suppress(StopIteration):
-        while True:
-            value = loop.send(value).wait()
+    while True:
+        try:
+            waitable = loop.send(value)
+        except StopIteration:  # of the loop alone: one out of a wait is a fault, and not the end
+            return
+        value = waitable.wait()

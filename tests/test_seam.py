@@ -14,6 +14,7 @@ import pytest
 from shadow import serve
 
 import engine
+from engine.backend import drive
 from engine.config import ServingConfig
 from engine.planner import PolicyError
 from engine.request import Request
@@ -167,6 +168,7 @@ def test_records_do_not_depend_on_pythonhashseed():
 import hashlib, sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from test_replay import scarce_workload
 from shadow import serve
+from engine.backend import drive
 from engine.config import ServingConfig
 from engine.scheduler import POLICIES
 from traces.request_classes import RequestClass, assign_classes, predict_lengths
@@ -224,3 +226,16 @@ def test_a_planned_step_cannot_be_changed():
         assert type(step) is Step
         with pytest.raises(FrozenInstanceError):
             step.decodes = 7
+
+
+def test_a_wait_that_fails_does_not_end_a_run_in_silence():
+    class Broken:
+        def wait(self):
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        drive(iter_of(Broken()))
+
+
+def iter_of(waitable):
+    yield waitable

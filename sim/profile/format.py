@@ -172,10 +172,9 @@ def _today(name: str) -> str:
 
 
 def _table_file(folder: Path, table: str) -> Path:
-    """The file of a table, under the name that it had before if it is there under that."""
-    names = [before for before, today in BEFORE_3.items() if today == table]
-    there = (path for name in names if (path := folder / f"{name}.parquet").exists())
-    return next(there, folder / f"{table}.parquet")
+    """The file of a table; under the name that it had before, if it is there under that alone."""
+    paths = [folder / f"{name}.parquet" for name in (table, *(old for old, new in BEFORE_3.items() if new == table))]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_meta(path: Path) -> ProfileMeta:
@@ -183,10 +182,12 @@ def read_meta(path: Path) -> ProfileMeta:
     if not path.exists():
         raise TandemError(f"{path.parent} is not a profile: it has no meta.yaml")
     entries = read_yaml(path)
-    if not isinstance(entries, dict) or entries.pop("schema", None) not in (2, SCHEMA_VERSION):
+    version = entries.pop("schema", None) if isinstance(entries, dict) else None
+    if version not in (2, SCHEMA_VERSION):
         raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; {MEASURE}")
+    renamed = {_today(name): value for name, value in entries.items()} if version == 2 else entries
     try:
-        return ProfileMeta.from_dict({_today(name): value for name, value in entries.items()})
+        return ProfileMeta.from_dict(renamed)
     except TandemError as error:
         raise TandemError(f"{path}: {error}") from error
 
