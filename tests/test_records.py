@@ -34,7 +34,7 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 from traces.trace import read_trace
 
-LENGTHS = Path(__file__).parents[1] / "docs/data/sharegpt-lengths.parquet"
+LENGTHS = Path(__file__).parents[1] / "traces/shipped/sharegpt-lengths.parquet"
 REQUESTS, RATE = 200, 12.0
 POLICIES = ("chunked_prefill", "fcfs", "prefill_first")
 CASES = [*product(POLICIES, (1, 2), (0, 200))]  # policy, depth, KV blocks in host memory
