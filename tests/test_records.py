@@ -34,7 +34,6 @@ from traces.errors import TandemError
 from traces.request import TraceRequest
 from traces.trace import read_trace
 
-LENGTHS = Path(__file__).parents[1] / "traces/shipped/sharegpt-lengths.parquet"
 REQUESTS, RATE = 200, 12.0
 POLICIES = ("chunked_prefill", "fcfs", "prefill_first")
 CASES = [*product(POLICIES, (1, 2), (0, 200))]  # policy, depth, KV blocks in host memory
@@ -70,7 +69,7 @@ EXPECTED_OF_WHOLE_PROMPTS = EXPECTED | {
 @cache
 def workload() -> list[TraceRequest]:
     """ShareGPT lengths: of five requests, three stop before their max_tokens; one of eleven is cancelled."""
-    trace = read_trace(LENGTHS)
+    trace = read_trace("sharegpt-lengths")
     timed = assign_arrivals(replace(trace, requests=trace.requests[:REQUESTS]), "poisson", rate=RATE, seed=0)
     return [
         replace(

@@ -76,14 +76,14 @@ def test_the_published_ratio_at_low_load_tells_how_prompts_were_sampled(gpu):
     published = lowest["per_token"] / lowest["per_output_token"]
     shares = {}
     for name in ("sharegpt-turns", "sharegpt-lengths"):
-        requests = read_trace(swiftllm.LENGTHS / f"{name}.parquet").requests
+        requests = read_trace(name).requests
         shares[name] = np.mean([each.output_len / (each.prompt_len + each.output_len) for each in requests])
     assert shares["sharegpt-turns"] == pytest.approx(published, abs=0.03)
     assert shares["sharegpt-lengths"] > 1.8 * published
 
 
 def test_the_lengths_are_those_it_states_and_say_how_they_were_made():
-    trace = read_trace(swiftllm.LENGTHS / "sharegpt-turns.parquet")
+    trace = read_trace("sharegpt-turns")
     means = [np.mean([getattr(each, name) for each in trace.requests]) for name in ("prompt_len", "output_len")]
     assert "{:.0f} and {:.0f} tokens".format(*means) in PAGE.read_text()
     assert "llama-models" in trace.meta["tokenizer"] and trace.meta["pairs"] == 13322

@@ -10,7 +10,7 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -24,6 +24,8 @@ from traces.errors import TandemError, reason
 from traces.parquet import read_parquet, write_parquet
 from traces.request import CompactRequests, TraceRequest
 from traces.rows import FIELD_OF, errors_at, read_jsonl, request_of, write_jsonl
+
+SHIPPED = Path(__file__).with_name("shipped")
 
 _Function = TypeVar("_Function")
 
@@ -92,8 +94,13 @@ def _canonical_bytes(request: TraceRequest) -> bytes:
     return struct.pack("<9q", request.arrival_ns, *lengths, *terms, number) + client + content
 
 
+def shipped_traces() -> dict[str, Path]:
+    """The files of the traces that ship, by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.parquet"))}
+
+
 def read_trace(path: str | Path) -> Trace:
-    """Reads a .jsonl, .parquet or .csv trace.
+    """Reads a .jsonl, .parquet or .csv trace, or one that ships, by its name.
 
     Arrivals are kept as given, but for Azure's dates, which count from the first. Requests out of order are sorted
     (those of equal arrival stay in file order), with a note.
@@ -101,8 +108,8 @@ def read_trace(path: str | Path) -> Trace:
     Raises:
         TandemError: the file is missing, damaged, empty, of another schema version, or has an invalid request.
     """
-    path = Path(path)
-    read_rows = _by_suffix(path, {".jsonl": read_jsonl, ".parquet": read_parquet, ".csv": read_csv})
+    path = shipped_traces().get(str(path)) or Path(path)
+    read_rows = _by_suffix(path, {".jsonl": read_jsonl, ".parquet": read_parquet, ".csv": read_csv}, shipped_traces())
     requests = CompactRequests()
     meta: dict[str, Any] = {}
     notes: list[str] = []
@@ -152,9 +159,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _by_suffix(path: Path, functions: dict[str, _Function]) -> _Function:
+def _by_suffix(path: Path, functions: dict[str, _Function], names: Iterable[str] = ()) -> _Function:
     if path.suffix not in functions:
-        raise TandemError(f"{path}: unknown suffix {path.suffix!r}: use {', '.join(functions)}")
+        raise TandemError(f"{path}: unknown suffix {path.suffix!r}: use {', '.join([*functions, *names])}")
     return functions[path.suffix]
 
 

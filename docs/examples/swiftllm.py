@@ -37,7 +37,6 @@ from traces.arrivals import assign_arrivals
 from traces.trace import Trace, read_trace
 
 DATA = Path(__file__).parents[1] / "data"
-LENGTHS = Path(__file__).parents[2] / "traces/shipped"
 PROFILES = {"A100": "a100-80gb/llama-3-8b", "RTX 4090": "rtx4090/llama-3-8b"}
 METRICS = {"per_token": "per token", "per_input_token": "per input token", "per_output_token": "per output token"}
 MEMORY_FRACTION = 0.97  # swiftLLM's default, like all the limits here
@@ -51,7 +50,7 @@ class Experiment:
     """The assumptions about the published experiment.
 
     Attributes:
-        lengths: a trace in traces/shipped.
+        lengths: a trace that ships.
         seconds: of arrivals.
         step_tokens: token budget of a step.
         graphs: whether memory is used as by Tandem's executor. Otherwise it is used as by swiftLLM.
@@ -93,7 +92,7 @@ class Experiment:
 
     def trace(self, rate: float, seed: int) -> Trace:
         """The requests that arrive. If there are too few, they repeat from the first, as in LoongServe's client."""
-        trace = read_trace(LENGTHS / f"{self.lengths}.parquet")
+        trace = read_trace(self.lengths)
         chosen = islice(cycle(trace.requests), round(rate * self.seconds))
         requests = [replace(request, id=number) for number, request in enumerate(chosen)]
         return assign_arrivals(replace(trace, requests=requests), "poisson", rate=rate, seed=seed)

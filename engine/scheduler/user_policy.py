@@ -76,26 +76,30 @@ def _import(source: str) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    here = Path.cwd()
-    if str(here) not in sys.path:  # an installed `tandem` does not look where the user stands
-        sys.path.insert(0, str(here))
-    top = name.partition(".")[0]
-    mine = here / f"{top}.py"
-    known = getattr(sys.modules.get(top), "__file__", None)
-    if mine.exists() and (top in sys.stdlib_module_names or known not in (None, str(mine))):
-        owner = known or "by Python"
-        raise TandemError(f"the name {top} is taken ({owner}): rename {mine.name}, or say ./{mine.name}:Class")
+    here, top = Path.cwd(), name.partition(".")[0]
+    _look_in(here)
+    mine = [each for each in (here / f"{top}.py", here / top / "__init__.py") if each.exists()]
+    known = importlib.util.find_spec(top) if mine and top != "__main__" else None
+    if known and known.origin not in {str(each) for each in mine}:
+        owner = known.origin if known.has_location else "by Python"
+        said = f"./{name.replace('.', '/')}.py:Class"
+        raise TandemError(f"the name {top} is taken ({owner}): rename {mine[0].relative_to(here)}, or say {said}")
     return importlib.import_module(name)
+
+
+def _look_in(folder: Path) -> None:
+    """Let modules of a folder be imported. It comes last, so that no file there is taken for a library's."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _load_file(path: Path) -> ModuleType:
     """Import a file under its path as a name, which no module has."""
     if not path.is_file():
         raise TandemError(f"there is no file {path}: give its path from where you stand")
-    name, folder = str(path.resolve()), str(path.resolve().parent)
+    name = str(path.resolve())
     if name not in sys.modules:
-        if folder not in sys.path:  # for what it imports from beside it
-            sys.path.insert(0, folder)
+        _look_in(path.resolve().parent)  # for what it imports from beside it
         spec = importlib.util.spec_from_file_location(name, path.resolve())
         assert spec and spec.loader
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
