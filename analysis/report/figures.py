@@ -6,7 +6,7 @@ It may not compute an error. It draws from the records of the runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +18,10 @@ from analysis.report.html import HtmlFigure, LegendEntry
 from engine.records.run_folder import RunRecords
 from sim.replay import Replay
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 COLOURS = {"measured": "#0072b2", "simulated": "#d55e00"}
 # Of Okabe and Ito's colours, which the colour-blind can tell apart, those that stand out on white and on black.
 HUES = ("#0072b2", "#d55e00", "#009e73", "#c06a9c", "#7f7f7f")
-DASHES = {"solid": "", "7px,3px": "|", "2px,2px": "."}  # of the first five curves, the next five ... -> pattern of bars
+DASHES = {"solid": "", "7px,3px": "/", "2px,2px": "x"}  # of the first five curves, the next five ... -> pattern of bars
 KINDS = {
     "decode": ("#0072b2", "circle"),
     "mixed": ("#d55e00", "diamond"),
@@ -32,7 +29,7 @@ KINDS = {
     "swap": ("#7f7f7f", "square"),
 }
 CLEAR = "rgba(0,0,0,0)"  # the page gives the background, and by its style the colours of text and grid
-NUMBERS = {"tickformat": ",~g", "hoverformat": ",.4~g"}
+NUMBERS = {"tickformat": ",~r", "hoverformat": ",.4~r"}
 # Three ticks or so for each length of axis: plotly then writes 1, 2, 5 and 10 within two decades, tens beyond.
 LOG_AXIS = {"type": "log", "nticks": 3, "tickangle": 0, "minor": {"ticks": "outside", "ticklen": 3}, **NUMBERS}
 PLOT_HEIGHT = 300  # px, of a plot that has others beside it
@@ -67,9 +64,9 @@ def steps_figure(real: RunRecords, replayed: Replay, equal_steps: int) -> HtmlFi
         line = {"color": legend[-1].colour, "width": 1}
         plot.figure.add_scatter(x=ends, y=ends, mode="lines", name=legend[-1].name, line=line)
     plot.figure.update_xaxes(LOG_AXIS, title="measured device time of a step, ms")
-    plot.figure.update_yaxes(LOG_AXIS, title="predicted, ms")
+    plot.figure.update_yaxes(LOG_AXIS, title="predicted, ms", matches="x")
     caption = f"Each symbol is a step of the real run. Above the line, the latency model predicts too much. {THINNED}"
-    return HtmlFigure([plot.html()], legend, caption)
+    return HtmlFigure([plot.html()], legend, caption, stacked=True)
 
 
 def cdf_figure(runs: Mapping[str, RunRecords], caption: str = "") -> HtmlFigure:
@@ -109,10 +106,11 @@ def _bar_plot(
     lines: Mapping[str, Line],
 ) -> str:
     plot = _Plot(f"bar-{name}")
+    known = {stat: of for stat, of in statistics.items() if any(value is not None for value in of.values())}
     for run, label in runs.items():
-        pattern = {"shape": DASHES[lines[label]["dash"]], "fillmode": "replace"}
-        marker = {"color": lines[label]["color"], "pattern": pattern}
-        plot.figure.add_bar(x=[*statistics], y=[of[run] for of in statistics.values()], marker=marker, name=label)
+        pattern = {"shape": DASHES[lines[label]["dash"]], "fillmode": "replace", "size": 5, "solidity": 0.5}
+        marker = {"color": lines[label]["color"], "line": {"width": 0}, "pattern": pattern}
+        plot.figure.add_bar(x=[*known], y=[of[run] for of in known.values()], marker=marker, name=label)
     plot.figure.update_yaxes(NUMBERS, title=f"{LATENCIES[name].label}, ms", rangemode="tozero")
     plot.figure.update_layout(barmode="group")
     return plot.html()
@@ -121,33 +119,27 @@ def _bar_plot(
 def time_figure(runs: Mapping[str, RunRecords]) -> HtmlFigure:
     """The batch and the KV cache over time."""
     lines = {run: line | {"width": 1.2} for run, line in _lines(runs).items()}
-    labels = {run: _points_label(run, records) for run, records in runs.items()}
-    plots = [_time_plot(name, title, runs, labels, lines) for name, title in SERIES.items()]
+    plot, legend = _Plot("time", 640, rows=len(SERIES)), []
+    for run, records in runs.items():
+        legend.append(LegendEntry(_points_label(run, records), lines[run]["color"], dash=lines[run]["dash"]))
+        for row, name in enumerate(SERIES, 1):
+            x, y = _highest(*_over_time(records, name))
+            plot.figure.add_scatter(x=x, y=y, mode="lines", name=legend[-1].name, line=lines[run], row=row, col=1)
+    for row, title in enumerate(SERIES.values(), 1):
+        plot.figure.update_yaxes(NUMBERS, title=title, rangemode="tozero", row=row, col=1)
+    plot.figure.update_xaxes(NUMBERS)
+    plot.figure.update_xaxes(title="seconds since the run's start", row=len(SERIES), col=1)
     caption = (
         "As each step was planned; 0 while the serving loop waits for arrivals. In a long run, a point is the highest "
         "of several steps."
     )
-    legend = _legend({labels[run]: line for run, line in lines.items()})
-    return HtmlFigure(plots, legend, caption, "Batch and KV cache over time", stacked=True)
+    return HtmlFigure([plot.html()], legend, caption, "Batch and KV cache over time", stacked=True)
 
 
-def _time_plot(
-    name: str,
-    title: str,
-    runs: Mapping[str, RunRecords],
-    labels: Mapping[str, str],
-    lines: Mapping[str, Line],
-) -> str:
-    plot = _Plot(f"time-{name}", 240)
-    for run, records in runs.items():
-        time_s, values = _over_time(records, name)
-        shown = _thin(len(time_s))
-        # The highest of the points that one stands for: a prefill is a spike that thinning could hide.
-        x, y = time_s[shown], np.maximum.reduceat(values, shown) if len(shown) else values
-        plot.figure.add_scatter(x=x, y=y, mode="lines", name=labels[run], line=lines[run] | {"shape": "hv"})
-    plot.figure.update_yaxes(NUMBERS, title=title, rangemode="tozero")
-    plot.figure.update_xaxes(NUMBERS, title="seconds since the run's start")
-    return plot.html()
+def _highest(time_s: Floats, values: Ints) -> tuple[Floats, Ints]:
+    """Fewer points, each the highest of those that it stands for: a prefill is a spike that thinning could hide."""
+    shown = _thin(len(time_s))
+    return time_s[shown], np.maximum.reduceat(values, shown) if len(shown) else values
 
 
 def _points_label(run: str, records: RunRecords) -> str:
@@ -184,11 +176,11 @@ def _legend(lines: Mapping[str, Line], kind: str = "line") -> list[LegendEntry]:
 class _Plot:
     """A plot of its own, to be filled: its size, and colours that the page's style can change."""
 
-    def __init__(self, name: str, height: int = PLOT_HEIGHT) -> None:
-        from plotly.graph_objects import Figure
+    def __init__(self, name: str, height: int = PLOT_HEIGHT, rows: int = 1) -> None:
+        from plotly.subplots import make_subplots
 
         self.name = f"figure-{name}"
-        self.figure: Figure = Figure()
+        self.figure = make_subplots(rows, 1, shared_xaxes=True, vertical_spacing=0.05)
         self.figure.update_layout(
             height=height,
             template="plotly_white",
@@ -198,8 +190,9 @@ class _Plot:
             margin={"l": 20, "r": 20, "t": 30, "b": 20},
             showlegend=False,
         )
-        self.figure.update_xaxes(automargin=True)
-        self.figure.update_yaxes(automargin=True)
+        # Ticks so long that the first label of one axis does not touch that of the other.
+        self.figure.update_xaxes(automargin=True, ticks="outside", ticklen=8)
+        self.figure.update_yaxes(automargin=True, ticks="outside", ticklen=4)
 
     def html(self) -> str:
         """A `div` and the script that draws it."""

@@ -109,7 +109,7 @@ def write_page(path: Path, heading: Heading, parts: Iterable[Part]) -> None:
 
 
 def _breakable(text: str) -> Markup:
-    """Text that may be broken within a long name: after a `:`, a `/`, an `=` or a `_`."""
+    """Text that may be broken within a long name: after a `:`, a `/` or an `=`, and within a word of 24 letters."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([:/=_])(?=\S)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([:/=](?=\S)|\w{16}(?=\w{8}))", r"\1<wbr>", str(escape(text))))
