@@ -118,7 +118,7 @@ def _bar_plot(
 
 def time_figure(runs: Mapping[str, RunRecords]) -> HtmlFigure:
     """The batch and the KV cache over time."""
-    lines = {run: line | {"width": 1.2} for run, line in _lines(runs).items()}
+    lines = {run: line | {"width": 1.2, "shape": "hv"} for run, line in _lines(runs).items()}
     plot, legend = _Plot("time", 640, rows=len(SERIES)), []
     for run, records in runs.items():
         legend.append(LegendEntry(_points_label(run, records), lines[run]["color"], dash=lines[run]["dash"]))
