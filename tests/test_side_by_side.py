@@ -108,3 +108,5 @@ def test_the_page_is_whole_and_needs_no_network(runs, tmp_path):
     assert "Three &lt;policies&gt;" in page and "40 requests completed under all of fcfs, chunked_prefill, sjf" in page
     assert page.count("figure-cdf") and page.count("figure-bar") and "<script src=" not in page
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+    write_policy_page(compare_policies(runs), runs, tmp_path / "page.html", "Three <policies>")
+    assert (tmp_path / "page.html").read_text() == page, "the same comparison gives the same page"

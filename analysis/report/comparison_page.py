@@ -18,7 +18,8 @@ from analysis.metrics.names import COMPARED_LATENCIES, COMPARED_STATISTICS, LATE
 from analysis.report.attribution_tables import ablation_tables, attribution_tables
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentence, p99_sentence, sentences_by_run
 from analysis.report.figures import cdf_figure, steps_figure, time_figure
-from analysis.report.html import Definitions, Part, write_page
+from analysis.report.html import Definitions, Heading, Part, write_page
+from analysis.report.run_facts import run_facts
 from analysis.report.tables import TextTable, amount, number, percent, print_tables, signed
 from analysis.report.verdict import decisions_sentence, difference_table, spread_cell, verdict_sentences, verdict_table
 from engine.records.run_folder import RunRecords
@@ -64,7 +65,7 @@ def write_report(
         _totals_table(comparison["metrics"]),
         _manifest_table(real, sim),
     )
-    write_page(path, title, headline(comparison), parts)
+    write_page(path, Heading(title, run_facts(runs), headline(comparison)), parts)
 
 
 def headline(comparison: Mapping[str, Any]) -> str:

@@ -14,7 +14,9 @@ from analysis.comparison.errors import relative_difference
 from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, LATENCIES, TOTALS, latency_label
 from analysis.report.caveats import NOTHING_COMPLETED, beyond_sentences, p99_sentence, sentences_by_run
 from analysis.report.figures import bar_figure, cdf_figure
-from analysis.report.html import Definitions, Part, write_page
+from analysis.report.html import Definitions, Heading, Part, write_page
+from analysis.report.run_facts import run_facts
+from analysis.report.short_names import renamed, short_names
 from analysis.report.tables import TextTable, amount, number, signed
 from analysis.report.verdict import difference_table
 from engine.records.run_folder import RunRecords
@@ -47,20 +49,23 @@ def write_policy_page(comparison: Mapping[str, Any], runs: Mapping[str, RunRecor
     Raises:
         TandemError: the file cannot be written.
     """
+    short = short_names(comparison["policies"])
+    facts, comparison = run_facts(runs), renamed(comparison, short)
     (latency, *others), differences = _number_tables(comparison), _differences(comparison)
-    names = _names(comparison)
+    names, full = _names(comparison), {of: name for name, of in short.items() if of != name}
     metrics = [*(LATENCIES[name] for name in comparison["latencies"]), *(TOTALS[name] for name in comparison["totals"])]
-    click = "A click on a policy hides it. "
     parts: tuple[Part, ...] = (
         latency,
-        cdf_figure({names[policy]: run for policy, run in runs.items()}, click, plotly_js=True),
+        cdf_figure({names[short[policy]]: run for policy, run in runs.items()}, "A click on a policy hides it. "),
         bar_figure(comparison["latencies"], names),
         *others,
         *differences,
+        *([Definitions(full, "Names in full")] if full else []),
         Definitions({metric.heading: metric.definition for metric in metrics}, "Definitions"),
     )
-    sentences = [*caveats(comparison), _headline(comparison)]
-    write_page(path, title, " ".join([UNMEASURED, *sentences] if differences else sentences), parts)
+    sentences = " ".join([*([UNMEASURED] if differences else []), *caveats(comparison), _headline(comparison)])
+    shown = full | {names[of]: name for of, name in full.items()}
+    write_page(path, Heading(title, facts, sentences, shown), parts)
 
 
 # -- words -----------------------------------------------------------------------------------------------------
