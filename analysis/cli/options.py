@@ -31,8 +31,9 @@ MEMORY_DECIDES = {"num_blocks": "as many as memory holds"}
 OF_CONFIG = {each.name: "off" if each.default is False else str(each.default) for each in fields(ServingConfig)}
 OF_A_GPU = OF_CONFIG | MEMORY_DECIDES | {name: str(limit) for name, limit in OF_GPU.items()}
 OF_A_GPU |= {"max_model_len": "the model's positions"}
-OF_A_PROFILE = OF_A_GPU | {name: f"the profile's, else {OF_A_GPU[name]}" for name in OF_PROFILE}
-OF_MACHINE = OF_A_GPU | {"block_size": "64 on a GPU, 16 on a CPU"}
+SHORT = {"max_model_len": "the model's positions, or fewer if memory is short"}
+OF_A_PROFILE = OF_A_GPU | {name: f"the profile's, else {(OF_A_GPU | SHORT)[name]}" for name in OF_PROFILE}
+OF_MACHINE = OF_A_GPU | SHORT | {"block_size": "64 on a GPU, 16 on a CPU"}
 OF_MACHINE |= {name: f"{OF_GPU[name]} on a GPU, {OF_CPU[name]} on a CPU" for name in ("max_seqs", "pipeline_depth")}
 OF_SERVER = OF_MACHINE | {name: f"{OF_MACHINE[name]}; of a simulator, {OF_A_PROFILE[name]}" for name in OF_PROFILE}
 """Words for limits that are not given, by what a command runs on."""

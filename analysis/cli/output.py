@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -28,9 +28,9 @@ def print_json(result: object) -> None:
 
 
 def standard_output() -> Console:
-    """The console of results. A file or a pipe has no width, unless COLUMNS gives one: nothing is wrapped there."""
+    """The console of results. A file or a pipe has no width: nothing is wrapped there."""
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not sys.stdout.isatty():  # whatever COLUMNS says: readline hands it down from a program that calls this one
         console.width = UNBOUNDED
     return console
 

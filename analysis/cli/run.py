@@ -21,7 +21,8 @@ app = Commands()
 @app.command()
 def memory(
     limits: Annotated[
-        Limits, but("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", words=OF_A_GPU, block_size=64)
+        Limits,
+        but("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", words=OF_A_GPU, block_size=64),
     ],
     hardware: Annotated[str, argument("GPU: a100-80gb, h100-80gb, h200 or rtx4090.", "GPU")],
     model: options.ModelShape,

@@ -37,7 +37,7 @@ def trace_sharegpt(
         int | None,
         option("The max_tokens of every request, in tokens.", default="its output length"),
     ] = None,
-    strict: Annotated[bool, option("Refuse a file that ends early, instead of a note.")] = False,
+    strict: Annotated[bool, option("Refuse a file that ends early; a note is printed otherwise.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample requests of ShareGPT, with the filters of vLLM's benchmark, and draw their arrivals."""

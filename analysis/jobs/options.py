@@ -58,7 +58,7 @@ class Limits:
     pipeline_depth: Annotated[
         int | None, Option("Steps in flight: 1, or 2 to plan a step while the one before runs.", ("--depth",))
     ] = None
-    num_blocks: Annotated[int | None, Option("KV blocks on the GPU.", ("--kv-blocks",))] = None
+    num_blocks: Annotated[int | None, Option("KV blocks on the device.", ("--kv-blocks",))] = None
     block_size: Annotated[int | None, Option("Tokens per KV block.")] = None
     num_cpu_blocks: Annotated[
         int | None, Option("KV blocks in host memory, for preemption by swap; 0 recomputes instead.", ("--cpu-blocks",))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from textwrap import wrap
 
 from rich import box
 from rich.cells import cell_len
@@ -33,12 +35,19 @@ def print_tables(tables: Iterable[TextTable], console: Console) -> None:
     its numbers stand below the others.
     """
     for table in tables:
-        console.print(Text(table.title, style="bold"))
+        print_text(table.title, console, "bold")
         if table.rows:
             blocks = (_rich_table(block, console.width) for block in _blocks(table, console.width))
             console.print("", *(part for block in blocks for part in (block, "")), sep="\n", crop=False)
         if table.note:
-            console.print(Text(table.note + "\n"))
+            print_text(table.note + "\n", console)
+
+
+def print_text(text: str, console: Console, style: str = "") -> None:
+    """Print lines, which wrap between words where the console is too narrow."""
+    fill = partial(wrap, width=console.width, break_long_words=False, break_on_hyphens=False)
+    lines = [part for line in text.split("\n") for part in fill(line) or [""]]
+    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def _blocks(table: TextTable, room: int) -> Iterator[TextTable]:
