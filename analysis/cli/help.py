@@ -52,10 +52,14 @@ def help_lines(command: Any, ctx: Any, width: int) -> Iterator[str]:
     yield from _paragraphs(command.help, width)
     yield from _section("Arguments", [(each.metavar, each.help) for each in arguments], width)
     for group in GROUPS:
-        of_group = [each for each in params if each not in arguments and (each.rich_help_panel or OTHERS) == group]
+        of_group = [each for each in params if each not in arguments and _group(each) == group]
         yield from _section(group, [(_names(each), each.help) for each in of_group], width)
     yield from _section("Commands", [(name, _summary(each.help)) for name, each in commands.items()], width)
     yield from _paragraphs(command.epilog, width, "")
+
+
+def _group(option: Any) -> str:
+    return getattr(option, "rich_help_panel", None) or OTHERS  # older versions of click have a --help without
 
 
 def _names(option: Any) -> str:

@@ -21,37 +21,42 @@ app = Commands(name="profile", invoke_without_command=True)
 Source = Annotated[Path, option(options.A_PROFILE, "--from", group=INPUT, metavar="PROFILE")]
 
 
+OutProfile = Annotated[
+    Path | None,
+    option("Folder to write.", "--out", "-o", default="none; all but --check need one", group=OUTPUT),
+]
+Roofline = Annotated[
+    str | None,
+    option(
+        "Compute times from the data sheet of a GPU, such as a100-80gb, instead of measuring.",
+        default="none; this machine is measured",
+        metavar="GPU",
+    ),
+]
+Plan = Annotated[bool, option("Print what would be measured, and about how long it takes.")]
+Check = Annotated[
+    Path | None,
+    option(
+        "Measure some points of this profile again on this machine, and judge whether it still holds.",
+        default="none; a profile is made",
+        metavar="PROFILE",
+    ),
+]
+CheckAsJson = Annotated[bool, option("Print what --check found as JSON instead of a table.", "--json", group=OUTPUT)]
+
+
 @app.callback()
 @with_groups
 def profile(
     loading: Loading,
     limits: Annotated[Limits, but("scheduler", "pipeline_depth", "prefix_caching")],
     context: typer.Context,
-    out: Annotated[
-        Path | None,
-        option("Folder to write.", "--out", "-o", default="none; all but --check need one", group=OUTPUT),
-    ] = None,
-    roofline: Annotated[
-        str | None,
-        option(
-            "Compute times from the data sheet of a GPU, such as a100-80gb, instead of measuring.",
-            default="none; this machine is measured",
-            metavar="GPU",
-        ),
-    ] = None,
-    plan: Annotated[bool, option("Print what would be measured, and about how long it takes.")] = False,
-    check: Annotated[
-        Path | None,
-        option(
-            "Measure some points of this profile again on this machine, and judge whether it still holds.",
-            default="none; a profile is made",
-            metavar="PROFILE",
-        ),
-    ] = None,
+    out: OutProfile = None,
+    roofline: Roofline = None,
+    plan: Plan = False,
+    check: Check = None,
     overwrite: options.Overwrite = False,
-    as_json: Annotated[
-        bool, option("Print what --check found as JSON instead of a table.", "--json", group=OUTPUT)
-    ] = False,
+    as_json: CheckAsJson = False,
 ) -> None:
     """Measure this machine's times of every kind of step, for simulations.
 

@@ -56,6 +56,27 @@ Examples:
 """
 
 
+Like = Annotated[
+    Path | None,
+    option(
+        "Run to simulate again: limits and policy that are not given are those of this run, and requests stop "
+        "where they stopped there.",
+        default="none; requests stop at the output length in the trace",
+        group=INPUT,
+        metavar="RUN",
+    ),
+]
+Against = Annotated[
+    str | None,
+    option(
+        "Policies to compare --scheduler with, separated by commas.",
+        default="none; one policy is simulated",
+        group=POLICY,
+        metavar="POLICIES",
+    ),
+]
+
+
 @app.command(epilog=SIMULATE_EPILOG)
 def simulate(
     how: Annotated[RunOptions, but("stop_rule")],
@@ -63,25 +84,8 @@ def simulate(
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
-    like: Annotated[
-        Path | None,
-        option(
-            "Run to simulate again: limits and policy that are not given are those of this run, and requests stop "
-            "where they stopped there.",
-            default="none; requests stop at the output length in the trace",
-            group=INPUT,
-            metavar="RUN",
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        option(
-            "Policies to compare --scheduler with, separated by commas.",
-            default="none; one policy is simulated",
-            group=POLICY,
-            metavar="POLICIES",
-        ),
-    ] = None,
+    like: Like = None,
+    against: Against = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Serve a trace in simulation, with the step times of a latency profile.

@@ -28,68 +28,81 @@ Example:
 """
 
 
+Backend = Annotated[
+    str,
+    option(
+        "Backend: the executor (real), or the simulator at the pace of the clock (sim).",
+        group=INPUT,
+        metavar="real|sim",
+    ),
+]
+OfSimulator = Annotated[
+    Path | None,
+    option(
+        options.A_PROFILE,
+        "--profile",
+        "-p",
+        default="none; --backend sim needs one",
+        group=INPUT,
+        metavar="PROFILE",
+    ),
+]
+OutputLen = Annotated[
+    str | None,
+    option(
+        "Distribution of output lengths, in tokens, of --backend sim: fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.",
+        default="the max_tokens of each request",
+        metavar="DISTRIBUTION",
+    ),
+]
+OutputSeed = Annotated[int, option("Seed of the output lengths of --backend sim.")]
+Records = Annotated[
+    Path | None,
+    option(
+        "Folder for the records of the run, written at the end.",
+        "--out",
+        "-o",
+        default="none; no records are kept",
+        group=OUTPUT,
+    ),
+]
+Host = Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.", metavar="HOST")]
+Port = Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)]
+ServedName = Annotated[
+    str | None,
+    option("Name of the model for clients.", "--served-model-name", default="the model's name", metavar="NAME"),
+]
+MaxWaiting = Annotated[
+    int, option("Requests that wait for a first token, at most; further ones get status 429.", min=1)
+]
+MaxBody = Annotated[int, option("Largest body of a request, in MiB.", min=1)]
+Drain = Annotated[
+    float, option("Seconds that running requests may go on after a signal to stop.", min=0, metavar="SECONDS")
+]
+IgnoreSampling = Annotated[
+    bool,
+    option("Serve requests with sampling parameters such as temperature, greedily, instead of refusing them."),
+]
+
+
 @app.command(epilog=SERVE_EPILOG)
 def serve(
     loading: Loading,
     limits: Annotated[Limits, but(words=OF_SERVER)],
-    backend: Annotated[
-        str,
-        option(
-            "Backend: the executor (real), or the simulator at the pace of the clock (sim).",
-            group=INPUT,
-            metavar="real|sim",
-        ),
-    ] = "real",
-    profile: Annotated[
-        Path | None,
-        option(
-            options.A_PROFILE,
-            "--profile",
-            "-p",
-            default="none; --backend sim needs one",
-            group=INPUT,
-            metavar="PROFILE",
-        ),
-    ] = None,
-    output_len: Annotated[
-        str | None,
-        option(
-            "Distribution of output lengths, in tokens, of --backend sim: fixed:N, uniform:LOW:HIGH or "
-            "lognormal:MU:SIGMA.",
-            default="the max_tokens of each request",
-            metavar="DISTRIBUTION",
-        ),
-    ] = None,
-    seed: Annotated[int, option("Seed of the output lengths of --backend sim.")] = 0,
-    out: Annotated[
-        Path | None,
-        option(
-            "Folder for the records of the run, written at the end.",
-            "--out",
-            "-o",
-            default="none; no records are kept",
-            group=OUTPUT,
-        ),
-    ] = None,
+    backend: Backend = "real",
+    profile: OfSimulator = None,
+    output_len: OutputLen = None,
+    seed: OutputSeed = 0,
+    out: Records = None,
     overwrite: options.Overwrite = False,
-    host: Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.", metavar="HOST")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
-    name: Annotated[
-        str | None,
-        option("Name of the model for clients.", "--served-model-name", default="the model's name", metavar="NAME"),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: ServedName = None,
     api_key: options.ApiKey = None,
-    max_waiting: Annotated[
-        int, option("Requests that wait for a first token, at most; further ones get status 429.", min=1)
-    ] = 4096,
-    max_body_mb: Annotated[int, option("Largest body of a request, in MiB.", min=1)] = 16,
-    drain: Annotated[
-        float, option("Seconds that running requests may go on after a signal to stop.", min=0, metavar="SECONDS")
-    ] = 30,
-    ignore_sampling: Annotated[
-        bool,
-        option("Serve requests with sampling parameters such as temperature, greedily, instead of refusing them."),
-    ] = False,
+    max_waiting: MaxWaiting = 4096,
+    max_body_mb: MaxBody = 16,
+    drain: Drain = 30,
+    ignore_sampling: IgnoreSampling = False,
 ) -> None:
     """Serve an OpenAI-compatible API, on the executor or on the simulator.
 
@@ -132,29 +145,35 @@ def _progress() -> Progress:
     return progress
 
 
+Url = Annotated[str, option("Address of the server, such as http://127.0.0.1:8000.", group=INPUT, metavar="URL")]
+ModelThere = Annotated[
+    str | None,
+    option("Name of the model on the server.", "--model", "-m", default="the server's first", metavar="NAME"),
+]
+VocabSize = Annotated[
+    int,
+    option("Prompts of which the trace has only the length get random token ids below this number.", min=1),
+]
+Beside = Annotated[
+    Path | None,
+    option(
+        "Run of the same trace, whose latencies are printed beside the client's.",
+        default="none; only the client's are printed",
+        metavar="RUN",
+    ),
+]
+
+
 @app.command(epilog=LOAD_EPILOG)
 def load(
     how: Annotated[RunOptions, but("check", "strict")],
-    url: Annotated[str, option("Address of the server, such as http://127.0.0.1:8000.", group=INPUT, metavar="URL")],
+    url: Url,
     trace: options.TracePath,
     out: options.Out,
-    model: Annotated[
-        str | None,
-        option("Name of the model on the server.", "--model", "-m", default="the server's first", metavar="NAME"),
-    ] = None,
-    vocab_size: Annotated[
-        int,
-        option("Prompts of which the trace has only the length get random token ids below this number.", min=1),
-    ] = 1000,
+    model: ModelThere = None,
+    vocab_size: VocabSize = 1000,
     api_key: options.ApiKey = None,
-    against: Annotated[
-        Path | None,
-        option(
-            "Run of the same trace, whose latencies are printed beside the client's.",
-            default="none; only the client's are printed",
-            metavar="RUN",
-        ),
-    ] = None,
+    against: Beside = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Send a trace to an OpenAI-compatible server, open loop, and record the client's view as a run.
