@@ -98,7 +98,7 @@ def test_its_latencies_are_those_of_the_simulation_in_process_and_what_the_path_
     for name in ("tpot", "itl"):
         assert np.median(latencies(client)[name]) == pytest.approx(np.median(latencies(sim)[name]), rel=0.2)
     said = (loaded / "said").read_text()
-    assert "TTFT mean" in said and "ITL p90" in said and "difference" in said
+    assert "mean TTFT" in said and "p90 ITL" in said and "difference" in said
 
 
 def test_what_a_client_cannot_know_is_not_claimed(loaded):

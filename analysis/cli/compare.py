@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-
-from analysis.cli.options import Commands, but
-from analysis.cli.output import print_json, print_result, progress
+from analysis.cli.options import Commands, argument, but
+from analysis.cli.output import print_json, print_result, progress, standard_output
 from analysis.comparison.runs import SIMULATED, check_once, check_roles, run_kind
 from analysis.comparison.targets import RUN_TARGETS, read_targets
 from analysis.jobs.files import check_new, write_json
@@ -20,16 +17,24 @@ from engine.records.run_folder import RunRecords, read_run
 from traces.errors import TandemError
 
 app = Commands()
-RUNS = "A simulated run and a real one of the same trace, or two simulated; --rank: more."
+EPILOG = """
+Examples:
+
+  tandem compare sim real --repeat again --profile profile --out report
+  tandem compare --rank fcfs-sim fcfs-real sjf-sim sjf-real
+"""
+RUNS = "A simulated and a real run of the same trace, or two simulated ones; with --rank, more."
 
 
-@app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(metavar="SIM REAL", help=RUNS)], how: Comparing) -> int:
-    """Set a simulated run beside a real one: decisions, latency model, closed loop, and where the error comes from.
+@app.command(epilog=EPILOG)
+def compare(runs: Annotated[list[Path], argument(RUNS, "SIM REAL...")], how: Comparing) -> int:
+    """Compare a simulated run with a real one: decisions, latency model, closed loop, and where the error comes from.
 
-    Writes compare.json and report.html. Two simulated runs get a table of their own. With --rank: are several policies
-    ordered as hardware orders them? The exit status is 1 if decisions differ, an error is outside, or no request
-    completed; 0 on a machine too noisy to judge.
+    Writes compare.json and report.html. Of two simulated runs, it prints both side by side. With --rank, it says
+    whether simulation orders policies as hardware does.
+
+    The exit status is 1 if decisions differ, an error is larger than allowed, or no request completed. It is 0 if the
+    machine was too noisy to judge.
     """
     from analysis.jobs.compare import compare_runs
     from sim.profile.format import find_profile, read_profile
@@ -84,7 +89,7 @@ def _compare_simulations(runs: Mapping[str, RunRecords], how: Comparing) -> int:
     if how.out:
         write_json(how.out / "simulations.json", comparison)
         write_policy_page(comparison, runs, how.out / "simulations.html", f"{' and '.join(runs)}: two simulations")
-    print_result(comparison, how.as_json, policy_tables, width=110 + max(map(len, runs)))
+    print_result(comparison, how.as_json, policy_tables)
     if how.out and not how.as_json:
         progress.note(f"HTML page: {how.out / 'simulations.html'}")
     return 0 if comparison["requests"] else 1
@@ -97,7 +102,7 @@ def _print_comparison(comparison: Mapping[str, Any], out: Path, as_json: bool = 
     if as_json:
         print_json(comparison)
     else:
-        print_comparison(comparison, Console())
+        print_comparison(comparison, standard_output())
         progress.note(f"report: {out / 'report.html'}")
     return 0 if is_met(comparison) else 1
 
@@ -108,9 +113,10 @@ def validate(
     loading: Loading,
     limits: Annotated[Limits, but("max_model_len", max_seqs=16, max_batched_tokens=128, pipeline_depth=1)],
 ) -> int:
-    """The whole job: trace, profile (if there is none), simulate, run for real, compare. Writes OUT/report.html.
+    """Do the whole job: make a trace, profile this machine, simulate, run for real, and compare.
 
-    What an earlier validation left in the default OUT is made anew; in another, with --overwrite.
+    A profile that --out holds already is used. Writes report.html there. The default folder is written anew each time;
+    another one only with --overwrite.
     """
     from analysis.jobs.study import validate, validate_matrix
     from analysis.report.study_tables import matrix_table

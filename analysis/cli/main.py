@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from analysis.cli import bench, compare, fidelity, profile, run, serve, trace
+from analysis.cli import bench, compare, fidelity, policies, profile, run, serve, trace
+from analysis.cli.options import Commands, option, with_groups
 from traces.errors import TandemError, UnmetError
 
-app = typer.Typer(
-    name="tandem",
-    help="One scheduler, two backends: try an LLM serving policy in simulation, then on the real engine, and compare.",
-    no_args_is_help=True,
-    add_completion=False,
-    epilog="Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request "
-    "completed, --strict); 2 bad input; 130 interrupted.",
-)
-for group in (run, compare, serve, trace, profile, bench, fidelity):
+EPILOG = """
+Examples:
+
+  tandem trace synthetic --requests 1000 --rate 6 --out trace.parquet
+  tandem simulate -t trace.parquet -p h100-80gb/llama-3-8b --out sim
+  tandem serve --backend sim --profile h100-80gb/llama-3-8b --port 8000
+
+Every command has a help: tandem simulate -h.
+
+Exit status: 0 as asked; 1 asked for and not met (decisions differ, an error is outside, no request completed,
+--strict); 2 bad input; 130 interrupted.
+"""
+
+app = Commands(name="tandem")
+for group in (run, compare, serve, trace, profile, policies, bench, fidelity):
     app.add_typer(group.app)  # of one without a name, the commands are of the top level
 
 EXTRAS = dict.fromkeys(("gguf", "pynvml", "safetensors", "torch", "transformers", "triton"), "engine") | dict.fromkeys(
     ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
 )
 """What a simulation needs not -> the extra of the package that brings it."""
+
+
+def _print_version(asked: bool) -> None:
+    from importlib.metadata import version
+
+    if asked:
+        print(version("tandem-llm"))
+        raise typer.Exit
+
+
+@app.callback(epilog=EPILOG)
+@with_groups
+def tandem(
+    version: Annotated[
+        bool, option("Print the version and exit.", "--version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Try an LLM serving policy in simulation, then on a real engine, and compare.
+
+    One scheduler and one serving loop run on both backends.
+    """
 
 
 def main() -> None:

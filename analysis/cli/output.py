@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -16,6 +17,8 @@ from traces.trace import Trace, read_trace
 
 Result = TypeVar("Result")
 
+UNBOUNDED = 100_000  # columns
+
 progress = ConsoleProgress(Console(stderr=True))
 
 
@@ -24,46 +27,43 @@ def print_json(result: object) -> None:
     print(json.dumps(result, indent=2))
 
 
-def print_result(
-    result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]], width: int = 120
-) -> None:
+def standard_output() -> Console:
+    """The console of results. A file or a pipe has no width: nothing is wrapped there."""
+    console = Console()
+    if not sys.stdout.isatty():  # whatever COLUMNS says: readline hands it down from a program that calls this one
+        console.width = UNBOUNDED
+    return console
+
+
+def print_result(result: Result, as_json: bool, tables: Callable[[Result], Iterable[TextTable]]) -> None:
     """Print a result for machines or for people.
 
     Args:
         result: JSON values.
         as_json: which of the two.
         tables: makes the tables of a result.
-        width: a table is cut off at no less than this, so that a pipe gets all of it.
     """
     if as_json:
         print_json(result)
-        return
-    wide = Console()
-    wide.width = max(wide.width, width)
-    print_tables(tables(result), wide)
+    else:
+        print_tables(tables(result), standard_output())
 
 
-def facts_table(facts: Mapping[str, Any], title: str, note: str = "") -> list[TextTable]:
-    """A table of names and values, those that are known."""
-    known = [(name, value) for name, value in facts.items() if value is not None]
-    rows = [(name, f"{value:,.3f}" if isinstance(value, float) else str(value)) for name, value in known]
-    return [TextTable(title, note, ("", "value"), rows)]
-
-
-def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) -> int:
+def print_run(run: RunRecords, as_json: bool, title: str) -> int:
     """Print a run's summary. Requests that are missing come before any number.
 
     Args:
         run: with a summary.
         as_json: print all of the summary for machines, and the missing requests to standard error.
-        title: of the table.
-        names: of the values that a person is shown.
+        title: of the run.
 
     Returns:
         The exit status: 1 if no request completed, else 0.
     """
+    from analysis.jobs.limits import limits_of_run
     from analysis.metrics.summary import asked_for
-    from analysis.report.caveats import beyond_sentence, completed_sentences, p99_sentence
+    from analysis.report.caveats import beyond_sentence, completed_sentences
+    from analysis.report.run_summary import run_tables
 
     summary = run.summary
     beyond = beyond_sentence(summary.get("profile_lookups"))
@@ -71,9 +71,9 @@ def print_run(run: RunRecords, as_json: bool, title: str, names: Iterable[str]) 
         if as_json:
             progress.note(f"note: {sentence}")
         else:
-            ConsoleProgress(Console()).note(sentence)
-    shown, note = {name: summary.get(name) for name in names}, p99_sentence(summary["completed"])
-    print_result(summary, as_json, lambda _: facts_table(shown, title, note))
+            ConsoleProgress(standard_output()).note(sentence)
+    limits, caches = limits_of_run(run.manifest), run.manifest["system"].get("prefix_caching", False)
+    print_result(summary, as_json, lambda found: run_tables(found, title, limits, caches))
     return 0 if summary["completed"] else 1
 
 

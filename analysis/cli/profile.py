@@ -8,15 +8,41 @@ from typing import Annotated
 import typer
 
 from analysis.cli import options
-from analysis.cli.options import Commands, but, option, with_groups
-from analysis.cli.output import facts_table, print_result, progress
-from analysis.jobs.options import Limits, Loading
+from analysis.cli.options import Commands, argument, but, option, with_groups
+from analysis.cli.output import print_result, progress
+from analysis.jobs.options import INPUT, OUTPUT, Limits, Loading
+from analysis.report.run_summary import Fact, facts_table
+from analysis.report.tables import amount
 from engine.model.config import load_model_config
 from sim.profile.format import Profile, check_profile_out, find_profile, read_profile, write_profile
 from traces.errors import TandemError
 
 app = Commands(name="profile", invoke_without_command=True)
-Source = Annotated[Path, option("A profile's folder, or one that ships.", "--from")]
+Source = Annotated[Path, option(options.A_PROFILE, "--from", group=INPUT, metavar="PROFILE")]
+
+
+OutProfile = Annotated[
+    Path | None,
+    option("Folder to write.", "--out", "-o", default="none; all but --check need one", group=OUTPUT),
+]
+Roofline = Annotated[
+    str | None,
+    option(
+        "Compute times from the data sheet of a GPU, such as a100-80gb, instead of measuring.",
+        default="none; this machine is measured",
+        metavar="GPU",
+    ),
+]
+Plan = Annotated[bool, option("Print what would be measured, and about how long it takes.")]
+Check = Annotated[
+    Path | None,
+    option(
+        "Measure some points of this profile again on this machine, and judge whether it still holds.",
+        default="none; a profile is made",
+        metavar="PROFILE",
+    ),
+]
+CheckAsJson = Annotated[bool, option("Print what --check found as JSON instead of a table.", "--json", group=OUTPUT)]
 
 
 @app.callback()
@@ -25,17 +51,17 @@ def profile(
     loading: Loading,
     limits: Annotated[Limits, but("scheduler", "pipeline_depth", "prefix_caching")],
     context: typer.Context,
-    out: Annotated[Path | None, option("Where to write.", "--out", "-o")] = None,
-    roofline: Annotated[str | None, option("From a data sheet, unmeasured: a100-80gb, …")] = None,
-    plan: Annotated[bool, option("Say what would be measured, and about how long it takes.", "--plan")] = False,
-    check: Annotated[Path | None, option("A profile, of which some points are measured again on this machine.")] = None,
+    out: OutProfile = None,
+    roofline: Roofline = None,
+    plan: Plan = False,
+    check: Check = None,
     overwrite: options.Overwrite = False,
-    as_json: Annotated[bool, option("With --check: print JSON instead of a table.", "--json")] = False,
+    as_json: CheckAsJson = False,
 ) -> None:
-    """Measure the times of this machine for every kind of step. A simulation runs on them.
+    """Measure this machine's times of every kind of step, for simulations.
 
-    Interrupted, it goes on from there when it is called again. The commands below measure nothing.
-    --check tells whether a profile is still true, and ends with status 0 where it is to be trusted, else 1.
+    Called again after an interruption, it goes on from there. With --check, the exit status is 0 if the profile is to
+    be trusted, else 1. The commands below measure nothing.
     """
     from analysis.jobs.profile import measure, plan_facts
     from analysis.jobs.run import load_within
@@ -46,7 +72,7 @@ def profile(
     if check is not None:
         raise typer.Exit(_check_profile(check, limits, loading, as_json))
     if out is None:
-        raise TandemError("profile needs --out, the folder to write; see tandem profile --help")
+        raise TandemError("profile needs --out, the folder to write; see tandem profile -h")
     check_profile_out(out, overwrite or plan)
     if roofline is not None:
         made = roofline_profile(roofline, load_model_config(loading.model), limits.block_size or 16)
@@ -55,7 +81,7 @@ def profile(
     if plan:
         title = f"Profile of {executor.model.name} on {executor.device}"
         found = plan_facts(executor, settled.config, progress)
-        return print_result(found, False, lambda facts: facts_table(facts, title))
+        return print_result(found, False, lambda facts: [facts_table([*map(_fact, facts.items())], title)])
     measure(executor, settled.config, out, progress, overwrite)
     progress.note(f"{out}: profile written")
 
@@ -64,20 +90,31 @@ def profile(
 def profile_import(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="SOURCE...", help="As published; where several have a table, the first's is taken."),
+        argument("Published folder or file. A table that several sources have is that of the first.", "SOURCE..."),
     ],
     out: options.Out,
     model: options.ModelShape,
-    hardware: Annotated[str | None, option("The GPU, if no source names it: a100-80gb, …")] = None,
-    source_format: Annotated[str | None, option("llmservingsim, aiconfigurator or vidur.", "--format")] = None,
+    hardware: Annotated[
+        str | None, option("GPU, such as a100-80gb.", default="the one that the source names", metavar="GPU")
+    ] = None,
+    source_format: Annotated[
+        str | None,
+        option(
+            "Format of the sources: llmservingsim, aiconfigurator or vidur.",
+            "--format",
+            default="told by the files",
+            group=INPUT,
+            metavar="FORMAT",
+        ),
+    ] = None,
     block_size: options.BlockSize = 16,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a profile of measurements that others published: of other kernels and another engine, and it says so.
+    """Make a profile from measurements that others published.
 
-    Reads LLMServingSim's folders (dense.csv, attention.csv, …), AIConfigurator's (gemm_perf.parquet, …) and Vidur's
-    .csv of dense operations, by their files unless --format is given. The rest comes from the GPU's data sheet, and
-    meta.yaml names it.
+    They are of other kernels and another engine, and the profile says so. Sources are folders of LLMServingSim (with
+    dense.csv and attention.csv) and of AIConfigurator (with gemm_perf.parquet), and Vidur's .csv of dense operations.
+    Tables that no source has come from the GPU's data sheet, and meta.yaml names them.
     """
     from sim.sources.importers import import_profile
 
@@ -92,8 +129,8 @@ def profile_derive(
 ) -> None:
     """Make a profile of another model on a profiled GPU.
 
-    Matrix products and attention of equal shape are reused. The rest is estimated, and meta.yaml says of every table
-    which and how. --check measures such a profile's points where the GPU is at hand.
+    Times of matrix products and attention of equal shape are reused. The rest is estimated, and meta.yaml says how for
+    every table. On that GPU, `tandem profile --check` measures some points of the result.
     """
     from sim.sources.derive import derive_profile
 
@@ -107,15 +144,15 @@ def profile_calibrate(
     source: Source,
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Served there, from little load to all that the machine can do."),
+        argument("Run that the GPU served, from little load to all that it can serve.", "RUN..."),
     ],
     out: options.Out,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a profile with the in-service times of captured steps, from runs that were served.
+    """Make a profile with the in-service times of captured steps, from runs that a GPU served.
 
-    A GPU at its power limit is the slower the more it has computed just before. tandem profile serves a calibration
-    load to learn this; here other runs take its place.
+    A GPU at its power limit is slower the more it has computed just before. `tandem profile` serves a calibration load
+    to learn this. Here other runs take its place.
     """
     from engine.records.manifest import config_of
     from engine.records.run_folder import read_run
@@ -130,10 +167,15 @@ def profile_calibrate(
 
 @app.command("list")
 def profile_list(as_json: options.AsJson = False) -> None:
-    """List the profiles that ship: whose measurements, and how well they predict points left out of them."""
+    """List the profiles that ship: who measured them, and how well they predict points left out of them."""
     from analysis.report.profile_list import list_profiles, profile_tables
 
-    print_result(list_profiles(), as_json, profile_tables, width=120)
+    print_result(list_profiles(), as_json, profile_tables)
+
+
+def _fact(item: tuple[str, float]) -> Fact:
+    name, value = item
+    return Fact("time", amount(value), "minutes, about") if name == "about_minutes" else Fact(name, amount(value))
 
 
 def _write(made: Profile, out: Path, overwrite: bool, *notes: str) -> None:

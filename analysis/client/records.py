@@ -21,7 +21,7 @@ import uvloop
 from analysis.client.load_client import Reply, Target, send_all
 from analysis.jobs.progress import Progress
 from analysis.metrics.columns import Ints, completed_requests
-from analysis.metrics.names import LATENCIES
+from analysis.metrics.names import LATENCIES, latency_label
 from analysis.metrics.summary import asked_for, latencies, latency_statistics, summarize
 from analysis.report.caveats import p99_sentence
 from analysis.report.tables import TextTable, number
@@ -121,7 +121,7 @@ def side_by_side(client: RunRecords, other: RunRecords) -> TextTable:
         one, two = (each[name][statistic] for each in columns)
         if (one, two) != (None, None):
             difference = None if one is None or two is None else one - two
-            rows.append((f"{name.upper()} {statistic}", *map(number, (one, two, difference))))
+            rows.append((latency_label(statistic, name), *map(number, (one, two, difference))))
     counts = [(len(completed_requests(run, columns=("request",))), asked_for(run)) for run in (client, other)]
     heads, note = ["client", "other"], p99_sentence(min(done for done, _ in counts))
     if any(done < asked for done, asked in counts):

