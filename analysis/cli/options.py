@@ -19,6 +19,7 @@ from analysis.jobs.limits import OF_CPU, OF_GPU, OF_PROFILE
 from analysis.jobs.options import A_MODEL, INPUT, JSON, LIMITS, MODEL, OUTPUT, OVERWRITE, SEED, Limits, Loading, Output
 from engine.config import ServingConfig
 from traces.errors import TandemError
+from traces.trace import shipped_traces
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Read = TypeVar("Read")
@@ -61,8 +62,9 @@ Out = Annotated[Path, option("Folder to write.", "--out", "-o", group=OUTPUT)]
 OutTrace = Annotated[Path, option("Trace to write: .parquet or .jsonl.", "--out", "-o", group=OUTPUT)]
 Overwrite = Annotated[bool, option(OVERWRITE, "--overwrite", group=OUTPUT)]
 AsJson = Annotated[bool, option(JSON, "--json", group=OUTPUT)]
-TracePath = Annotated[Path, option("Trace: .parquet, .jsonl or .csv.", "--trace", "-t", group=INPUT, metavar="TRACE")]
-TraceFile = Annotated[Path, argument("Trace: .parquet, .jsonl or .csv.", "TRACE")]
+A_TRACE = f"Trace: .parquet, .jsonl or .csv, or one that ships: {' or '.join(shipped_traces())}."
+TracePath = Annotated[Path, option(A_TRACE, "--trace", "-t", group=INPUT, metavar="TRACE")]
+TraceFile = Annotated[Path, argument(A_TRACE, "TRACE")]
 A_PROFILE = "Latency profile: a folder, or a name that `tandem profile list` shows."
 ProfilePath = Annotated[Path, option(A_PROFILE, "--profile", "-p", group=INPUT, metavar="PROFILE")]
 Model = Annotated[str, option(A_MODEL, "--model", "-m", group=MODEL, metavar="MODEL")]
