@@ -155,12 +155,12 @@ def text_of(template: str | None = None) -> Text:
 Ask = Callable[[httpx.AsyncClient, EngineClient], Awaitable[None]]
 
 
-def ask_in_process(folder: Path, text: Text, ask: Ask) -> None:
+def ask_in_process(folder: Path, text: Text, ask: Ask, vocab_size: int = 5) -> None:
     """Have an API in this process answered by a simulated engine in another."""
 
     async def main() -> None:
         limits = Limits(num_blocks=100, block_size=8, max_seqs=8, max_batched_tokens=256, max_model_len=200)
-        engine = EngineClient(SimService(folder / "profile", limits, [1, 2, 3], 5))
+        engine = EngineClient(SimService(folder / "profile", limits, [1, 2, 3], vocab_size))
         try:
             await engine.start()
             transport = httpx.ASGITransport(build_app(engine, text, ServerLimits("m")), raise_app_exceptions=False)

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import ADDED, BYTES, EXACT, KINDS, SPECIAL, text_of, tokens_of
 
+from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.server.detokenization import LONGEST_RUN, Detokenizer, Writer
-from engine.server.tokenization import Text, load_text
+from engine.server.tokenization import Text
 
 COMMON = settings(max_examples=60, deadline=None)
 A_TEXT = st.text(st.sampled_from("aP s\n.é日🎉▁\N{REPLACEMENT CHARACTER}\u200d"), max_size=12)
@@ -18,8 +19,13 @@ SPOKEN = st.lists(A_TEXT | st.sampled_from([ADDED, *SPECIAL, " Paris", " the  fo
 
 
 @pytest.fixture(scope="module")
-def text() -> Text:
-    return load_text("smollm2")
+def tokenizer():
+    return load_tokenizer(smollm2_path())
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer) -> Text:
+    return Text(tokenizer)
 
 
 def pieces_of(detokenizer: Detokenizer, prompt, output, stops=(), min_tokens: int = 0) -> tuple[list[str], Writer]:
@@ -153,6 +159,12 @@ def test_before_min_tokens_no_stop_string_counts(text):
 @given(st.lists(st.integers(0, 49160), max_size=30), st.lists(st.integers(0, 49160), max_size=30))
 def test_smollm2s_text_is_what_its_tokenizer_decodes(text, prompt, output):
     assert "".join(pieces_of(text.detokenizer, prompt, output)[0]) == beyond(text.tokens, prompt, output)
+
+
+def test_smollm2s_conversations_are_written_as_transformers_writes_them(tokenizer, text):
+    messages = [{"role": role, "content": "Hi 日本"} for role in ("system", "user", "assistant", "user")]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert text.encode(text.chat.render(messages, {}, add_generation_prompt=True), False) == expected
 
 
 def test_the_filler_is_read_as_as_many_tokens_as_it_was_written_from(text):

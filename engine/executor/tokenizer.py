@@ -32,7 +32,9 @@ def load_tokenizer(path: Path) -> Any:
         with _silent():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
         backend = tokenizer.backend_tokenizer
-    except Exception as error:  # the tokenizers library has no type of its own
+    except BaseException as error:  # a panic of the tokenizers library is no Exception, and an error of no type
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
         raise TandemError(f"{path}: no readable tokenizer ({_why(error)})") from None
     backend.no_truncation()
     backend.no_padding()
@@ -77,9 +79,11 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it is a program of the model's author, which is not run: the model needs a plain tokenizer.json"
+    if "backend tokenizer" in str(error):
+        return "there is no tokenizer.json"
     return first_line(error)
 
 

@@ -91,8 +91,12 @@ class ChatTemplate:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def _write(self, message: Message) -> Message:
-        message = message | {"content": self._content_form(message["role"]).write(message["content"])}
-        return self._call_form().write(message) if message.get("tool_calls") else message
+        message = self._call_form().write(message) if message.get("tool_calls") else message
+        return self._with_content(message)
+
+    def _with_content(self, message: Message) -> Message:
+        form, content = self._content_form(message["role"]), message["content"]
+        return message if content is None else message | {"content": form.write(content)}
 
     def _find_content_form(self, role: str) -> _ContentForm:
         text, parts = self._try(self._around(role, MARK)), self._try(self._around(role, _parts(MARK)))
@@ -135,12 +139,11 @@ class ChatTemplate:
 
     def _calling(self, form: _CallForm) -> Message:
         call = {"id": _CALL_ID, "type": "function", "function": {"name": "f", "arguments": {"q": MARK}}}
-        content = self._content_form("assistant").write("")
-        return form.write({"role": "assistant", "content": content, "tool_calls": [call]})
+        return self._with_content(form.write({"role": "assistant", "content": "", "tool_calls": [call]}))
 
 
 def _parts(text: str) -> list[Message]:
-    return [{"type": "text", "text": text}] if text else []
+    return [{"type": "text", "text": text}]
 
 
 def _shows(prompt: str | None) -> bool:
