@@ -172,7 +172,9 @@ class _Api:
         if isinstance(prompt, str):
             return await self._read(prompt, add_special_tokens)
         if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
-            raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
+            name = self._text.name_beyond(prompt, vocab_size)
+            message = f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}{name}"
+            raise Refused(400, message, "prompt")
         return prompt
 
     async def _read(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -96,6 +96,7 @@ class Writer:
         "_beginnings",
         "_detokenizer",
         "_held",
+        "_longest",
         "_maybe",
         "_min_tokens",
         "_pieces",
@@ -119,8 +120,8 @@ class Writer:
         self._maybe = ""  # the run's text, should no token follow
         self._held = ""  # may be the beginning of a stop string
         self._stops = stops
-        beginnings = {stop[:size] for stop in stops for size in range(1, len(stop))}
-        self._beginnings = tuple(sorted(beginnings, key=len, reverse=True))
+        self._beginnings = {stop[:size] for stop in stops for size in range(1, len(stop))}
+        self._longest = max(map(len, stops), default=0)
         self._stop_tokens = {detokenizer.special[stop] for stop in stops if stop in detokenizer.special}
         self._min_tokens = min_tokens
         self.stopped = False
@@ -183,9 +184,8 @@ class Writer:
 
     def _open_at(self, text: str) -> int:
         """Where in a text a stop string may have begun."""
-        if not text.endswith(self._beginnings):
-            return len(text)
-        return len(text) - next(len(each) for each in self._beginnings if text.endswith(each))
+        first = max(len(text) - self._longest, 0)
+        return next((place for place in range(first, len(text)) if text[place:] in self._beginnings), len(text))
 
 
 def _byte(token: str) -> int:

@@ -39,7 +39,8 @@ class Text:
 
     def name_beyond(self, ids: Sequence[int], vocab_size: int) -> str:
         """For an error: the tokenizer's name of the largest id that a model of so many tokens lacks; "" if none."""
-        return f": the text has it as {self.tokens.id_to_token(max(ids))!r}" if max(ids) >= vocab_size else ""
+        name = self.tokens.id_to_token(max(ids))
+        return f": the tokenizer has it as {name!r}" if name is not None and max(ids) >= vocab_size else ""
 
     def filler(self) -> list[int]:
         """Token ids for outputs that say nothing; repeated and read again, they are as many."""
