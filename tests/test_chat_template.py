@@ -114,6 +114,15 @@ def test_parts_become_lines_of_a_text_and_stay_parts_where_they_are_looped_over(
     assert render(PARTS["by attribute"], user(content)) == "user:one;two;"
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_parts_are_lines_of_one_where_a_template_takes_one_alone(place):
+    content = [*as_parts("one"), *as_parts("two")]
+    first = f"{{{{ m.content[{place}].text }}}}"
+    assert render(each(first), user(content)) == "one\ntwo"
+    either = each("{% if m.content is string %}{{ m.content }}{% else %}" + first + "{% endif %}")
+    assert render(either, user(content)) == "one\ntwo"
+
+
 @pytest.mark.parametrize("source", [*TEXT.values(), *PARTS.values(), *BOTH.values()], ids=[*TEXT, *PARTS, *BOTH])
 def test_a_conversation_is_what_the_template_makes_of_its_own_form(source):
     said = [("user", "one"), ("assistant", "two"), ("user", "three")]

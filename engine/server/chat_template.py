@@ -25,16 +25,18 @@ _LONGEST_ERROR = 1000
 
 
 class _ContentForm(NamedTuple):
-    """The forms in which a template takes the content of a role's messages: a text, and a list of parts."""
+    """The forms in which a template takes a role's content: a text, and a list of parts. If neither, a list of one."""
 
     as_text: bool
     as_parts: bool
 
     def write(self, content: Content) -> Content:
         """The content as it came if the template takes that; else parts become lines of a text, as in vLLM."""
-        if isinstance(content, str):
-            return content if self.as_text else _parts(content)
-        return content if self.as_parts else "\n".join(part["text"] for part in content)
+        if isinstance(content, list):
+            if self.as_parts:
+                return content
+            content = "\n".join(part["text"] for part in content)
+        return content if self.as_text else _parts(content)
 
 
 class _CallForm(NamedTuple):
@@ -99,13 +101,16 @@ class ChatTemplate:
         return message if content is None else message | {"content": form.write(content)}
 
     def _find_content_form(self, role: str) -> _ContentForm:
-        text, parts = self._try(self._around(role, MARK)), self._try(self._around(role, _parts(MARK)))
-        as_text, as_parts = text is not None and MARK in text, _shows(parts)
-        if as_text or as_parts:
-            return _ContentForm(as_text, as_parts)
-        if text is not None and parts is not None:
+        text, part, parts = (
+            self._try(self._around(role, content)) for content in (MARK, _parts(MARK), _parts(MARK) * 2)
+        )
+        as_text = text is not None and MARK in text
+        if as_text or _shows(part):
+            whole = parts is not None and part is not None and parts.count(MARK) == 2 * part.count(MARK)
+            return _ContentForm(as_text, _shows(part) and whole)
+        if text is not None and part is not None:
             raise ValueError(f"the chat template leaves out messages of role {role!r}")
-        return _ContentForm(text is None, parts is None)  # it fails on them, and will say why
+        return _ContentForm(text is None, as_parts=False)  # it fails on them, and will say why
 
     def _find_call_form(self) -> _CallForm:
         forms = [_CallForm(*each) for each in product((True, False), repeat=2)]
