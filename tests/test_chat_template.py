@@ -151,6 +151,7 @@ def test_a_tools_result_is_written():
 
 
 USERS_ALONE = each("{% if m.role == 'user' %}{{ m.content }}{% endif %}")
+CALLS_ALONE = each("{{ m.content if m.role != 'tool' }}{{ m.tool_calls | tojson if m.tool_calls }}")
 LAST_ALONE = "{{ messages[-1].role }}: {{ messages[-1].content }}"
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 
@@ -163,6 +164,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         (USERS_ALONE, [{"role": "developer", "content": "Be brief"}, user("Hi")], "leaves out .* 'developer'"),
         (LAST_ALONE, [user("Hi"), {"role": "assistant", "content": "4"}, user("Hi")], "leaves out .* 'assistant'"),
         (TEXT["ChatML"], [user("Hi"), CALL], "leaves out tool_calls"),
+        (CALLS_ALONE, [user("Hi"), CALL, {"role": "tool", "content": "4"}], "leaves out .* 'tool'"),
         (TEXT["roles must alternate"], [user("Hi"), user("Hi")], "refuses these messages: roles must alternate"),
         (TEXT["roles must alternate"], [{"role": "system", "content": "x"}, user("Hi")], "roles must alternate"),
         ("{{ messages[0].content.nothing.at.all }}", [user("Hi")], "refuses these messages: 'str object' has no"),

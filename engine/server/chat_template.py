@@ -114,7 +114,7 @@ class ChatTemplate:
 
     def _find_call_form(self) -> _CallForm:
         forms = [_CallForm(*each) for each in product((True, False), repeat=2)]
-        prompts = [self._try([self._around_user(), self._calling(form)]) for form in forms]
+        prompts = [self._try([self._around_user(), self._calling(form, MARK)]) for form in forms]
         shown = [form for form, prompt in zip(forms, prompts, strict=True) if _shows(prompt)]
         if not shown and None not in prompts:
             raise ValueError("the chat template leaves out tool_calls")
@@ -136,14 +136,14 @@ class ChatTemplate:
         if role == "assistant":
             return [user, message, user]
         if role == "tool":
-            return [user, self._calling(self._call_form()), message | {"tool_call_id": _CALL_ID, "name": "f"}]
+            return [user, self._calling(self._call_form(), "hi"), message | {"tool_call_id": _CALL_ID, "name": "f"}]
         return [message, user]
 
     def _around_user(self) -> Message:
         return {"role": "user", "content": self._content_form("user").write("hi")}
 
-    def _calling(self, form: _CallForm) -> Message:
-        call = {"id": _CALL_ID, "type": "function", "function": {"name": "f", "arguments": {"q": MARK}}}
+    def _calling(self, form: _CallForm, said: str) -> Message:
+        call = {"id": _CALL_ID, "type": "function", "function": {"name": "f", "arguments": {"q": said}}}
         return self._with_content(form.write({"role": "assistant", "content": "", "tool_calls": [call]}))
 
 
