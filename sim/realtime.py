@@ -77,7 +77,7 @@ class RealtimeDriver:
 
     def __post_init__(self) -> None:
         named = {"device": self.profile.meta.device, "model": self.profile.model.name}
-        self.facts: dict[str, Any] = {"backend": "sim", **named, "vocab_size": self.vocab_size}
+        self.facts: dict[str, Any] = {"backend": "sim", **named, "vocab_size": self.vocab_size, "stop_tokens": ()}
         self.prompts: dict[int, Sequence[int]] = {}
         self._env = PacedEnvironment()
         self._events = LiveEvents(self._env.wall_ns, self._admit)

@@ -21,7 +21,7 @@ import pytest
 from analysis.cli.main import EXTRAS
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"nvidia-ml-py": "pynvml"}  # where it is not the distribution's name
+MODULES = {"nvidia-ml-py": "pynvml", "protobuf": "google"}  # where it is not the distribution's name
 WITH_TYPER = {"pydantic"}  # needs it as well
 WITHOUT = """
 import sys

@@ -22,8 +22,9 @@ from analysis.jobs.serve import SimService
 from engine.records.manifest import config_of
 from engine.records.run_folder import read_run
 from engine.server.app import ServerLimits, build_app
+from engine.server.detokenization import Detokenizer, Writer
 from engine.server.engine_client import EngineClient
-from engine.server.tokenization import Text, Writer
+from engine.server.tokenization import Text
 from engine.stop_condition import StopCondition
 from sim.profile.format import write_profile
 from traces.request import TraceRequest
@@ -103,7 +104,7 @@ def test_text_with_a_token_that_the_model_lacks_is_refused_beside_others_whose_t
     next(iter(beside))
     if backend == "real":
         for stream in (False, True):
-            with pytest.raises(openai.BadRequestError, match="token id 120 is not in the model's vocabulary"):
+            with pytest.raises(openai.BadRequestError, match=r"token id 120 is not in the model's vocabulary.* '120'"):
                 client.completions.create(model=asked["model"], prompt="5 120 6", stream=stream)
     else:  # a simulation takes what its tokenizer makes, whatever model it stands for
         assert client.completions.create(model=asked["model"], prompt="5 120 6", max_tokens=3).usage.prompt_tokens == 3
@@ -154,12 +155,12 @@ def text_of(template: str | None = None) -> Text:
 Ask = Callable[[httpx.AsyncClient, EngineClient], Awaitable[None]]
 
 
-def ask_in_process(folder: Path, text: Text, ask: Ask) -> None:
+def ask_in_process(folder: Path, text: Text, ask: Ask, vocab_size: int = 5) -> None:
     """Have an API in this process answered by a simulated engine in another."""
 
     async def main() -> None:
         limits = Limits(num_blocks=100, block_size=8, max_seqs=8, max_batched_tokens=256, max_model_len=200)
-        engine = EngineClient(SimService(folder / "profile", limits, [1, 2, 3], 5))
+        engine = EngineClient(SimService(folder / "profile", limits, [1, 2, 3], vocab_size))
         try:
             await engine.start()
             transport = httpx.ASGITransport(build_app(engine, text, ServerLimits("m")), raise_app_exceptions=False)
@@ -199,8 +200,8 @@ class Clumsy(Writer):
 
     __slots__ = ("_fails",)
 
-    def __init__(self, tokens: Tokenizer, stops: list[str], min_tokens: int) -> None:
-        super().__init__(tokens, stops, min_tokens)
+    def __init__(self, detokenizer: Detokenizer, prompt: list[int], stops: list[str], min_tokens: int) -> None:
+        super().__init__(detokenizer, prompt, stops, min_tokens)
         self._fails = stops
 
     def take(self, token: int) -> str:

@@ -28,9 +28,9 @@ app = Commands(name="tandem")
 for group in (run, compare, serve, trace, profile, policies, bench, fidelity):
     app.add_typer(group.app)  # of one without a name, the commands are of the top level
 
-EXTRAS = dict.fromkeys(("gguf", "pynvml", "safetensors", "torch", "transformers", "triton"), "engine") | dict.fromkeys(
-    ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
-)
+EXTRAS = dict.fromkeys(
+    ("gguf", "google", "pynvml", "safetensors", "sentencepiece", "torch", "transformers", "triton"), "engine"
+) | dict.fromkeys(("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve")
 """What a simulation needs not -> the extra of the package that brings it."""
 
 

@@ -204,7 +204,7 @@ def open_gguf(path: Path) -> Any:
         raise TandemError(f"{path}: corrupt or cut off GGUF file ({first_line(error)}); download it again") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error, for an error of ours."""
     return (str(error) or type(error).__name__).splitlines()[0]
 

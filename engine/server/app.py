@@ -20,11 +20,12 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.server.detokenization import Writer
 from engine.server.engine_client import EngineClient
 from engine.server.openai_format import ChatFormat, CompletionFormat
 from engine.server.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, ErrorBody, Generate, Refused
 from engine.server.response import Answer
-from engine.server.tokenization import Text, Writer
+from engine.server.tokenization import Text
 from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
@@ -85,18 +86,15 @@ class _Api:
         """Complete prompts: text or token ids, one or several."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, len(body.prompts))
-        prompts = [await self._ids(prompt) for prompt in body.prompts]
+        prompts = [await self._ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
         return self._answer(body, prompts, arrived_ns, CompletionFormat)
 
     async def chat(self, body: ChatRequest) -> Answer:
         """Continue a conversation, written by the model's chat template."""
         arrived_ns = time.perf_counter_ns()
         self._check(body, 1)
-        try:
-            written = self._text.chat([message.plain() for message in body.messages])
-        except ValueError as error:
-            raise Refused(400, str(error), "messages") from None
-        return self._answer(body, [await self._read(written, add_special_tokens=False)], arrived_ns, ChatFormat)
+        prompt = await self._read(await self._written(body), bool(body.add_special_tokens))
+        return self._answer(body, [prompt], arrived_ns, ChatFormat)
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
@@ -157,14 +155,29 @@ class _Api:
             message = f"{self._engine.without_token} requests wait for their first token: try again later"
             raise Refused(429, message, headers={"Retry-After": RETRY_AFTER_S})
 
-    async def _ids(self, prompt: str | list[int]) -> list[int]:
+    async def _written(self, body: ChatRequest) -> str:
+        """The prompt that the chat template makes of a conversation."""
+        variables = body.chat_template_kwargs or {}
+        if taken := sorted(self._text.chat.reserved & variables.keys()):
+            raise Refused(400, f"{taken[0]} is no variable of a chat template's own", "chat_template_kwargs")
+        messages = [message.plain() for message in body.messages]
+        render = partial(self._text.chat.render, messages, variables, **body.how)
+        try:
+            short = sum(len(str(message)) for message in messages) <= INLINE_CHARACTERS
+            return render() if short else await asyncio.to_thread(render)
+        except ValueError as error:
+            raise Refused(400, str(error), "messages") from None
+
+    async def _ids(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            return await self._read(prompt)
+            return await self._read(prompt, add_special_tokens)
         if max(prompt) >= (vocab_size := self._engine.ready.facts["vocab_size"]):
-            raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
+            name = self._text.name_beyond(prompt, vocab_size)
+            message = f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}{name}"
+            raise Refused(400, message, "prompt")
         return prompt
 
-    async def _read(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def _read(self, text: str, add_special_tokens: bool) -> list[int]:
         longest = self._engine.ready.config.max_model_len * self._text.longest
         if len(text) > longest:
             raise Refused(400, f"a prompt of {len(text)} characters is more than {longest}, which cannot fit", "prompt")
@@ -184,10 +197,13 @@ class _Api:
         condition = StopCondition(body.ignore_eos, body.min_tokens, body.output_len)
         self._answers += 1
         written = format(self._answers, int(time.time()), self._limits.model, body.wants_usage)
-        writers = [Writer(self._text.tokens, body.stops, body.min_tokens) for _ in prompts]
-        answer = Answer(self._engine, written, bool(body.stream), writers)
-        for output, source in zip(answer.outputs, sources, strict=True):
+        writers = [Writer(self._text.detokenizer, ids, body.stops, body.min_tokens) for ids in prompts]
+        facts = self._engine.ready.facts
+        stop_tokens = () if body.ignore_eos else facts["stop_tokens"]
+        answer = Answer(self._engine, written, bool(body.stream), writers, stop_tokens)
+        for output, source, ids in zip(answer.outputs, sources, prompts, strict=True):
             answer.prompt_tokens += source.prompt_len
+            output.note = self._text.name_beyond(ids, facts["vocab_size"])
             output.request_id = self._engine.submit(output, source, arrived_ns, condition)
         return answer
 

@@ -30,6 +30,7 @@ class ExecutorDriver:
         self.config = config
         model, size = executor.model.name, executor.model.vocab_size
         self.facts: dict[str, Any] = {"backend": "real", "device": executor.device, "model": model, "vocab_size": size}
+        self.facts["stop_tokens"] = executor.model.eos_token_ids
         self.prompts: dict[int, Sequence[int]] = {}
         self._keep_prompts = keep_prompts
         self._running, self._data_plane = executor.session((), config, "model")

@@ -36,7 +36,7 @@ class Ready(NamedTuple):
     Attributes:
         start_ns: when.
         config: its limits.
-        facts: `backend`, `device`, `model`, `vocab_size`.
+        facts: `backend`, `device`, `model`, `vocab_size`, `stop_tokens`.
     """
 
     start_ns: int

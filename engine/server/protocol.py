@@ -5,10 +5,11 @@ Fields that nobody knows are ignored, as vLLM does; known ones that would change
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 MOST_TOKENS = 2**31 - 1
@@ -41,7 +42,10 @@ _UNSUPPORTED: dict[str, Any] = {  # and the value that asks for nothing
     "echo": False,
     "suffix": "",
     **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs"), 0),
-    **{name: [] for name in ("tools", "functions", "stop_token_ids")},
+    **{name: [] for name in ("tools", "functions", "stop_token_ids", "documents")},
+    "chat_template": "",
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), True),
+    "include_stop_str_in_output": False,
 }
 
 
@@ -117,6 +121,7 @@ class CompletionRequest(Generate):
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
     max_tokens: Count | None = 16
+    add_special_tokens: bool | None = Field(None, description="To a text; default: true.")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -133,18 +138,65 @@ class TextPart(BaseModel):
     text: String
 
 
+def _text_alone(content: Any) -> Any:
+    for place, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(f"part {place} is {part['type']!r}, and the model reads text alone")
+    return content
+
+
+def _arguments(given: Any) -> Any:
+    """Arguments as an object, which most chat templates take; OpenAI's are its JSON. "" and null are none."""
+    try:
+        parsed = json.loads(given or "{}") if isinstance(given, str) else given
+    except ValueError:
+        parsed = given
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError("give a JSON object")
+    return parsed or {}
+
+
+class FunctionCall(BaseModel):
+    """A function's name and arguments."""
+
+    name: String
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=String | dict[str, Any])]
+
+
+class ToolCall(BaseModel):
+    """A tool that the model called."""
+
+    id: String | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(BaseModel):
     """A turn of a conversation."""
 
     model_config = ConfigDict(extra="allow")
 
     role: String = Field(max_length=64)
-    content: String | list[TextPart]
+    content: Annotated[String | list[TextPart] | None, BeforeValidator(_text_alone)] = None
+    name: String | None = None
+    reasoning_content: String | None = None
+    tool_call_id: String | None = None
+    tool_calls: list[ToolCall] | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _is_read_whole(self) -> Message:
+        extra = self.model_extra or {}
+        for name in ("audio", "function_call", "refusal"):
+            if extra.get(name) is not None:
+                raise ValueError(f"{name} is not supported")
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is null or missing, which is for an assistant's message alone")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        known = self.model_dump(include=set(type(self).model_fields), exclude_none=True)
+        return {"content": ""} | known
 
 
 class ChatRequest(Generate):
@@ -152,6 +204,20 @@ class ChatRequest(Generate):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
+    add_generation_prompt: bool | None = Field(None, description="Default: unless the final message is continued.")
+    continue_final_message: bool | None = Field(None, description="The output continues the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template's own.")
+    add_special_tokens: bool | None = Field(None, description="To what the chat template writes; default: false.")
+
+    @property
+    def how(self) -> dict[str, bool]:
+        """How the conversation is to end, for the chat template. Raises `Refused` if it is to end in two ways."""
+        goes_on = bool(self.continue_final_message)
+        if goes_on and self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt exclude each other: leave one out"
+            raise Refused(400, message, "continue_final_message")
+        adds = not goes_on if self.add_generation_prompt is None else self.add_generation_prompt
+        return {"add_generation_prompt": adds, "continue_final_message": goes_on}
 
     @property
     def limit(self) -> int | None:

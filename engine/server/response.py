@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import REJECTED
+from engine.server.detokenization import Writer
 from engine.server.engine_client import BROKEN, EngineClient
 from engine.server.openai_format import DONE, CompletionFormat
 from engine.server.protocol import Refused
-from engine.server.tokenization import Writer
 
 _STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
@@ -35,15 +35,20 @@ class Wire(Protocol):
 
 
 class Output:
-    """One choice of an answer. Implements `engine.server.engine_client.TokenSink`."""
+    """One choice of an answer. Implements `engine.server.engine_client.TokenSink`.
 
-    __slots__ = ("_answer", "_opened", "_writer", "finish_reason", "index", "request_id", "text", "tokens")
+    Attributes:
+        note: what the engine's reason for a rejection lacks, since it knows numbers alone.
+    """
+
+    __slots__ = ("_answer", "_opened", "_writer", "finish_reason", "index", "note", "request_id", "text", "tokens")
 
     def __init__(self, answer: Answer, index: int, writer: Writer) -> None:
         self._answer = answer
         self._writer = writer
         self.index = index
         self.request_id = -1
+        self.note = ""
         self.tokens = 0
         self.finish_reason: str | None = None
         self._opened = False
@@ -52,7 +57,8 @@ class Output:
     def take(self, token: int, last: bool) -> None:
         """Write a token's text; the last one's goes out with the reason for the end."""
         self.tokens += 1
-        self.text.append(self._writer.take(token))
+        ends = last and token in self._answer.stop_tokens  # such a token is no text, whatever the tokenizer says
+        self.text.append("" if ends else self._writer.take(token))
         if self._writer.stopped:
             self._answer.engine.cancel(self.request_id, "stop")
             self._finish("stop")
@@ -67,7 +73,8 @@ class Output:
             self._finish(outcome)
         else:
             self.finish_reason = "error"
-            self._answer.failed(Refused(_STATUS.get(outcome, 503), reason or outcome))
+            note = self.note if outcome == REJECTED else ""
+            self._answer.failed(Refused(_STATUS.get(outcome, 503), (reason or outcome) + note))
 
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason
@@ -95,13 +102,20 @@ class Answer(Response):
 
     Attributes:
         unfinished: outputs to which something may be added.
+        stop_tokens: token ids that end an output.
         refused: why there is no answer, or no more of it.
     """
 
     def __init__(
-        self, engine: EngineClient, format: CompletionFormat, streamed: bool, writers: Sequence[Writer]
+        self,
+        engine: EngineClient,
+        format: CompletionFormat,
+        streamed: bool,
+        writers: Sequence[Writer],
+        stop_tokens: Container[int] = (),
     ) -> None:
         super().__init__()
+        self.stop_tokens = stop_tokens
         self.engine = engine
         self.format = format
         self.streamed = streamed
