@@ -22,7 +22,7 @@ for group in (run, compare, serve, trace, profile, bench, fidelity):
     app.add_typer(group.app)  # of one without a name, the commands are of the top level
 
 EXTRAS = dict.fromkeys(("gguf", "pynvml", "safetensors", "torch", "transformers", "triton"), "engine") | dict.fromkeys(
-    ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
+    ("fastapi", "httptools", "jiter", "prometheus_client", "pydantic", "starlette", "uvicorn", "uvloop"), "serve"
 )
 """What a simulation needs not -> the extra of the package that brings it."""
 

@@ -39,6 +39,9 @@ def serve(
     max_body_mb: Annotated[int, option("Longest request body.", min=1)] = 16,
     drain: Annotated[float, option("Seconds that requests may go on once told to stop.", min=0)] = 30,
     ignore_sampling: Annotated[bool, option("No 400 for temperature and the like.", "--ignore-sampling")] = False,
+    allow_host: Annotated[
+        list[str] | None, option("A further name that clients use for this server; * is any. Can be given again.")
+    ] = None,
 ) -> None:
     """Serve an OpenAI-compatible API, by the executor or by the simulator at the wall clock's pace.
 
@@ -46,6 +49,8 @@ def serve(
     """
     from analysis.jobs.serve import RealService, SimService
     from engine.server.app import ServerLimits
+    from engine.server.descriptors import FEW, raise_descriptor_limit
+    from engine.server.host_check import HostCheck
     from engine.server.serve import serve as run_server
     from engine.server.tokenization import load_text
 
@@ -59,9 +64,12 @@ def serve(
         text = load_once()
         service = SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, **kept)
     service.check()
+    if (most := raise_descriptor_limit()) < FEW:
+        progress.note(f"note: at most {most} connections at once, by the limit of open files (ulimit -n)")
 
     def server_limits(model: str) -> ServerLimits:
-        return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
+        hosts = HostCheck(host, allow_host or ())
+        return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling, hosts)
 
     run_server(service, load_once, server_limits, host, port, drain, partial(print, "tandem serves on", flush=True))
 

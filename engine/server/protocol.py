@@ -1,62 +1,53 @@
-"""OpenAI's request bodies, with vLLM's additions and two of ours, and the refusals of those that we cannot serve.
+"""OpenAI's request bodies, with vLLM's additions and two of ours: the fields that are served.
 
-Fields that nobody knows are ignored, as vLLM does; known ones that would change the output are refused.
+`engine.server.request_fields` deals with all others.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from engine.server.request_fields import asked_fields
 
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPTS = 64
+MOST_MESSAGES = 2**13
+MOST_PARTS = 2**10  # of a message
 
-
-def _text(text: str) -> str:
-    text.encode()  # JSON can write half a surrogate pair, which is no text; the error is a ValueError
-    return text
-
-
-String = Annotated[str, AfterValidator(_text)]
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1)]
-StopText = Annotated[String, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Int64 = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
-
-# Where a parameter leaves the output as it is, had it any effect on greedy decoding at all.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (0,),
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-}
-_CHOOSING = ("top_p", "top_k", "min_p")  # of no effect at temperature 0
-_UNSUPPORTED: dict[str, Any] = {  # and the value that asks for nothing
-    **dict.fromkeys(("n", "best_of"), 1),
-    "echo": False,
-    "suffix": "",
-    **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs"), 0),
-    **{name: [] for name in ("tools", "functions", "stop_token_ids")},
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPTS = {
+    "anyOf": [{"type": "string"}, _IDS, *({"type": "array", "items": each} for each in ({"type": "string"}, _IDS))]
 }
 
 
-class StreamOptions(BaseModel):
+class _Fields(BaseModel):
+    """Takes no notice of fields without effect, and refuses those that are not served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: Any) -> Any:
+        return asked_fields(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+class StreamOptions(_Fields):
     """Options of a stream."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="vLLM's: with include_usage, counts in every chunk.")
+    include_obfuscation: bool = Field(False, description="Of no effect.")
 
 
-class Generate(BaseModel):
+class Generate(_Fields):
     """The fields that both kinds of request have."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: String | None = Field(None, max_length=1024)
+    model: str | None = Field(None, max_length=1024)
     max_tokens: Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -64,7 +55,7 @@ class Generate(BaseModel):
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     priority: Int64 = Field(0, description="Smaller is more urgent; a scheduler sees it.")
-    user: String | None = Field(None, max_length=1024, description="Who asks, for fair sharing; a scheduler sees it.")
+    user: str | None = Field(None, max_length=1024, description="Who asks, for fair sharing; a scheduler sees it.")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="Decoding is greedy: 0, or absent.")
     output_len: Count | None = Field(
         None, description="Tandem's: stop after this many tokens, unknown to the scheduler."
@@ -82,6 +73,11 @@ class Generate(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def wants_usage_always(self) -> bool:
+        """Whether each chunk of a stream has token counts."""
+        return self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
     def shown(self) -> dict[str, Any]:
         """What a scheduler sees of the request, beside its lengths: fields of `traces.request.TraceRequest`."""
         return {"predicted_length": self.predicted_length, "priority": self.priority, "client": self.user}
@@ -91,46 +87,27 @@ class Generate(BaseModel):
         """Output tokens that the client asks for."""
         return self.max_tokens
 
-    def check_supported(self, ignore_sampling: bool) -> None:
-        """Raise `Refused` for the first field that asks for something we do not do."""
-        given = dict(self)
-        for name, nothing in _UNSUPPORTED.items():
-            if given.get(name) not in (None, nothing):
-                raise Refused(400, f"{name} is not supported", name)
-        chosen = _CHOOSING if given.get("temperature") == 0 else ()
-        for name, allowed in _NEUTRAL.items() if not ignore_sampling else ():
-            if given.get(name) not in (None, *allowed) and name not in chosen:
-                message = (
-                    f"{name} would change the output, and decoding here is greedy: leave it out, or give "
-                    f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
-                )
-                raise Refused(400, message, name)
-
 
 class CompletionRequest(Generate):
     """POST /v1/completions."""
 
-    prompt: (
-        String
-        | TokenIds
-        | Annotated[list[String], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Annotated[Any, WithJsonSchema(_PROMPTS)]
     max_tokens: Count | None = 16
+    echo: bool = Field(False, description="Begin the answer with the prompt.")
+    add_special_tokens: bool = Field(True, description="Begin a text with the tokens that the model wants there.")
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts. Each is answered by a choice of its own."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+    def prompts(self) -> list[Any]:
+        """The prompts, which are texts or lists of token ids. Each is answered by a choice of its own."""
+        several = isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str | list)
+        return list(self.prompt) if several else [self.prompt]
 
 
 class TextPart(BaseModel):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: String
+    text: str
 
 
 class Message(BaseModel):
@@ -138,8 +115,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: String = Field(max_length=64)
-    content: String | list[TextPart]
+    role: str = Field(max_length=64)
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_PARTS)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -150,46 +127,11 @@ class Message(BaseModel):
 class ChatRequest(Generate):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Count | None = None
+    add_special_tokens: bool = Field(False, description="Begin with the model's special tokens, beside the template's.")
 
     @property
     def limit(self) -> int | None:
         """As in `Generate`."""
         return self.max_completion_tokens or self.max_tokens
-
-
-class ErrorDetail(BaseModel):
-    """OpenAI's."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: int
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is no success."""
-
-    error: ErrorDetail
-
-
-class Refused(HTTPException):
-    """A request that gets an error for an answer; `param` is the field that is to blame."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(status, message, headers)
-        self.param = param
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
-        name = kind.get(self.status_code, "InternalServerError" if self.status_code >= 500 else "BadRequestError")
-        return {"error": {"message": self.detail, "type": name, "param": self.param, "code": self.status_code}}
-
-    def response(self) -> JSONResponse:
-        """The answer."""
-        return JSONResponse(self.body, self.status_code, self.headers)
