@@ -42,8 +42,8 @@ def is_idle(server: Server) -> bool:
 
 def request(**fields) -> bytes:
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 500, "stream": True} | fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def connect(server: Server) -> socket.socket:

@@ -33,6 +33,7 @@ from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
 INLINE_CHARACTERS = 4096  # a prompt up to this long is read in about a millisecond; longer ones are read by a thread
+LONGEST_ID = 20  # digits of a token id that a message quotes
 PER_MESSAGE = 64  # characters of a prompt that take as long as one message of a chat template
 RETRY_AFTER_S = "1"
 _CLOSE = {"Connection": "close"}
@@ -186,7 +187,11 @@ class _Api:
         if {*map(type, prompt)} != {int} or min(prompt) < 0:
             raise Refused(400, "prompt must be token ids, which are integers of 0 or more, or a text", "prompt")
         if max(prompt) >= vocab_size:
-            raise Refused(400, f"token id {max(prompt)} is not in the vocabulary, which has {vocab_size}", "prompt")
+            raise Refused(
+                400,
+                f"token id {str(max(prompt))[:LONGEST_ID]} is not in the vocabulary, which has {vocab_size}",
+                "prompt",
+            )
         return prompt
 
     def _written(self, prompt: str | list[int]) -> str:
@@ -307,7 +312,7 @@ async def _answer_error(_: Request, error: Exception) -> Response:
         case Refused():
             refused = error
         case RequestValidationError():
-            refused = invalid(error.errors())
+            refused = invalid([each | {"loc": each["loc"][1:]} for each in error.errors()])  # without "body"
         case HTTPException():
             refused = Refused(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:

@@ -15,7 +15,7 @@ from engine.server.refused import Refused
 
 SMALL = 2**16  # bytes of a body that may hold whatever fits
 MOST_VALUES = 2**20  # in lists, and strings: a tenth of a second to read
-MOST_FIELDS = 2**16  # of objects, and objects and lists
+MOST_FIELDS = 2**15  # of objects, and objects and lists
 
 _BOM = b"\xef\xbb\xbf"
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)

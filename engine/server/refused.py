@@ -71,17 +71,17 @@ class Refused(HTTPException):
 
 def invalid(mistakes: Sequence[Mapping[str, Any]]) -> Refused:
     """A refusal from pydantic's errors: of a union's branches, those that came furthest into the body."""
-    field = mistakes[0]["loc"][:2]
-    found = [(_place(each["loc"]), _words(each)) for each in mistakes if each["loc"][:2] == field]
+    field = mistakes[0]["loc"][:1]
+    found = [(_place(each["loc"]), _words(each)) for each in mistakes if each["loc"][:1] == field]
     place = max((place for place, _ in found), key=len)
     words = dict.fromkeys(words for each, words in found if each == place)
     return Refused(400, f"{place or 'the body'} {' or '.join(words)}", place or None)
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """Such as `messages[0].content`; the first part says that it is in the body."""
+    """Such as `messages[0].content`."""
     place = ""
-    for part in location[1:]:
+    for part in location:
         if isinstance(part, int):
             place += f"[{part}]"
         elif part.isidentifier() and part.islower() and part not in _BRANCHES:
