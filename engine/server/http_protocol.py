@@ -7,6 +7,7 @@ uvicorn's own protocol over h11 serves: it limits heads too, tokens take the lon
 from __future__ import annotations
 
 import json
+import re
 import sys
 from asyncio import Protocol, TimerHandle, Transport
 from http import HTTPStatus
@@ -18,8 +19,9 @@ from engine.server.response import WIRE
 
 MAX_HEADER_BYTES = 64 * 1024
 SLICE = 16 * 1024  # bytes that are parsed before the limits are looked at
-HEAD_S = 10.0  # from the first byte of a head, or from the connection, to its last
+HEAD_S = 5.0  # from the first byte of a head, or from the connection, to its last
 BODY_S = 60.0  # without a byte of a body
+_UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)  # httptools drops the body of a request that asks for one
 _NEEDED = ("data_received", "eof_received", "on_headers_complete", "on_message_complete", "send_400_response")
 
 
@@ -67,9 +69,12 @@ def http_protocol(most_connections: int = sys.maxsize) -> type[Protocol] | Liter
             """Bytes came. They are parsed in slices, so that limits hold however many came at once."""
             if self._timer is None or self._in_body:
                 self._expect(BODY_S if self._in_body else HEAD_S)
+            if not self._in_body and b"pgrade" in data[:SLICE]:
+                data = _UPGRADE.sub(b"\r\nDeclined", data)
             for at in range(0, len(data), SLICE):
-                self._beside_bodies += len(data[at : at + SLICE])
-                super().data_received(data[at : at + SLICE])
+                piece = data[at : at + SLICE]
+                self._beside_bodies += len(piece)
+                super().data_received(piece)
                 if self._beside_bodies > MAX_HEADER_BYTES:
                     self._refuse(400, f"head, trailers or chunk sizes are longer than {MAX_HEADER_BYTES} bytes")
                 if self.transport.is_closing():
@@ -142,9 +147,6 @@ def http_protocol(most_connections: int = sys.maxsize) -> type[Protocol] | Liter
             if not (answering or self.pipeline):
                 self.transport.write(_error(Refused(status, message)))
             self.transport.close()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """An upgrade is declined without a word, as HTTP has it."""
 
     return LimitedProtocol
 
