@@ -48,7 +48,7 @@ def refusal(fields: dict, kind: type[BaseModel] = CompletionRequest, ignore_samp
     try:
         asked = kind.model_validate((COMPLETION if kind is CompletionRequest else CHAT) | fields)
         if not ignore_sampling:
-            check_sampling(dict(asked))
+            check_sampling(asked.sampling)
     except Refused as refused:
         return refused
     except ValidationError as error:

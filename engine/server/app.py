@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -25,7 +24,7 @@ from engine.server.host_check import HostCheck
 from engine.server.json_body import JsonRoute
 from engine.server.openai_format import Asked, ChatFormat, CompletionFormat
 from engine.server.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, Generate
-from engine.server.refused import ErrorBody, Refused, invalid
+from engine.server.refused import ErrorBody, Refused
 from engine.server.request_fields import check_sampling
 from engine.server.response import Answer
 from engine.server.tokenization import Text, Writer
@@ -69,17 +68,16 @@ def build_app(engine: EngineClient, text: Text, limits: ServerLimits) -> ASGIApp
     errors: dict[int | str, Any] = {
         status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 415, 429, 500, 503)
     }
-    posts = APIRouter(route_class=JsonRoute)
-    posts.post("/v1/completions", responses=errors)(api.completions)
-    posts.post("/v1/chat/completions", responses=errors)(api.chat)
-    app.include_router(posts)
+    post = partial(app.router.add_api_route, methods=["POST"], responses=errors, route_class_override=JsonRoute)
+    post("/v1/completions", api.completions)
+    post("/v1/chat/completions", api.chat)
     app.get("/v1/models", responses={401: errors[401]})(api.models)
     app.get("/health", responses={503: errors[503]})(api.health)
     app.get("/version")(api.version)
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics)
     app.get("/status")(api.status)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(api.page)
-    for kind in (RequestValidationError, HTTPException, Exception):
+    for kind in (HTTPException, Exception):
         app.exception_handler(kind)(_answer_error)
     return Guard(app, limits)
 
@@ -167,7 +165,7 @@ class _Api:
         if body.model is not None and body.model != self._limits.model:
             raise Refused(404, f"no model {body.model!r} here: this is {self._limits.model!r}", "model")
         if not self._limits.ignore_sampling:
-            check_sampling(dict(body))
+            check_sampling(body.sampling)
         if prompts > MOST_PROMPTS:
             raise Refused(400, f"{prompts} prompts: give at most {MOST_PROMPTS} at once", "prompt")
         if self._engine.without_token + prompts > self._limits.max_waiting:
@@ -311,8 +309,6 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     match error:
         case Refused():
             refused = error
-        case RequestValidationError():
-            refused = invalid([each | {"loc": each["loc"][1:]} for each in error.errors()])  # without "body"
         case HTTPException():
             refused = Refused(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:

@@ -78,6 +78,11 @@ class Generate(_Fields):
         return self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """Sampling parameters that were given."""
+        return {"temperature": self.temperature, **(self.model_extra or {})}
+
+    @property
     def shown(self) -> dict[str, Any]:
         """What a scheduler sees of the request, beside its lengths: fields of `traces.request.TraceRequest`."""
         return {"predicted_length": self.predicted_length, "priority": self.priority, "client": self.user}

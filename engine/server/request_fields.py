@@ -76,10 +76,10 @@ def asked_fields(given: Mapping[str, Any], served: Collection[str]) -> dict[str,
 
 
 def check_sampling(asked: Mapping[str, Any]) -> None:
-    """Raise `Refused` for the first sampling parameter that would change greedy output."""
+    """Raise `Refused` for the first sampling parameter that would change greedy output; others are not asked about."""
     greedy = asked.get("temperature") == 0
-    for name, neutral in SAMPLING.items():
-        value = asked.get(name)
+    for name, value in asked.items():
+        neutral = SAMPLING[name]
         if not (value is None or _is_one_of(value, neutral) or (greedy and name in CHOOSING)):
             message = (
                 f"{name} would change the output, and decoding here is greedy: {_remedy(neutral)}; "
