@@ -12,8 +12,10 @@ from openai.types import completion_create_params as openai_completions
 from openai.types.chat import completion_create_params as openai_chat
 from pydantic import BaseModel, ValidationError
 
-from engine.server.json_body import read_json
-from engine.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from engine.server.descriptors import RESERVED
+from engine.server.http_protocol import BODY_S, HEAD_S, MAX_HEADER_BYTES
+from engine.server.json_body import MOST_FIELDS, MOST_VALUES, read_json
+from engine.server.protocol import MOST_MESSAGES, MOST_PARTS, ChatRequest, CompletionRequest, StreamOptions
 from engine.server.refused import Refused, invalid
 from engine.server.request_fields import NO_EFFECT, SAMPLING, UNSUPPORTED, check_sampling
 
@@ -219,3 +221,17 @@ def test_the_documents_list_each_field_in_its_place():
         what = (listed["sampling"] | listed["refused"])[name].partition(";")[0]
         assert [json.loads(value) for value in re.findall("`([^`]+)`", what)] == list(neutral), name
     assert set(StreamOptions.model_fields) == nested | {"include_obfuscation"}
+
+
+def test_the_documents_have_the_limits_of_the_code():
+    doc = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    for row in (
+        f"values in lists | {MOST_VALUES:,} |",
+        f"their fields | {MOST_FIELDS:,} |",
+        f"parts of a message | {MOST_MESSAGES:,}, {MOST_PARTS:,} |",
+        f"between two chunks | {MAX_HEADER_BYTES // 1024} KiB |",
+        f"a head | {HEAD_S:g} s |",
+        f"of a body | {BODY_S:g} s |",
+        f"open files, less {RESERVED} |",
+    ):
+        assert row in doc
