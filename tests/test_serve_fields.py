@@ -13,8 +13,8 @@ from openai.types.chat import completion_create_params as openai_chat
 from pydantic import BaseModel, ValidationError
 
 from engine.server.descriptors import RESERVED
-from engine.server.http_protocol import BODY_S, HEAD_S, MAX_HEADER_BYTES
 from engine.server.json_body import MOST_FIELDS, MOST_VALUES, read_json
+from engine.server.limited_protocol import BODY_S, HEAD_S, MAX_HEADER_BYTES
 from engine.server.protocol import MOST_MESSAGES, MOST_PARTS, ChatRequest, CompletionRequest, StreamOptions
 from engine.server.refused import Refused, invalid
 from engine.server.request_fields import NO_EFFECT, SAMPLING, UNSUPPORTED, check_sampling
