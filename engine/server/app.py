@@ -185,11 +185,8 @@ class _Api:
         if {*map(type, prompt)} != {int} or min(prompt) < 0:
             raise Refused(400, "prompt must be token ids, which are integers of 0 or more, or a text", "prompt")
         if max(prompt) >= vocab_size:
-            raise Refused(
-                400,
-                f"token id {str(max(prompt))[:LONGEST_ID]} is not in the vocabulary, which has {vocab_size}",
-                "prompt",
-            )
+            token = str(max(prompt))[:LONGEST_ID]
+            raise Refused(400, f"token id {token} is not in the vocabulary, which has {vocab_size}", "prompt")
         return prompt
 
     def _written(self, prompt: str | list[int]) -> str:
@@ -272,7 +269,9 @@ class Guard:
             raise Refused(400, "there is no Host", headers=_CLOSE)
         if host is not None and not self._hosts.allows(host):
             name = host[:64].decode("latin-1")
-            message = f"Host is {name!r}, which is no name of this server: it needs --allow-host to be called so"
+            message = (
+                f"Host is {name!r}, which is no name of this server: call it localhost, or start it with --allow-host"
+            )
             raise Refused(403, message, headers=_CLOSE)
 
     def _check_key(self, given: bytes, path: str) -> None:
