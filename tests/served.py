@@ -42,16 +42,16 @@ def sim(profile: object = PROFILE) -> tuple[object, ...]:
 
 
 class Server:
-    """A running server."""
+    """A running server; `more` as in `subprocess.Popen`."""
 
-    def __init__(self, *options: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(self, *options: object, env: dict[str, str] | None = None, **more) -> None:
         self.process = subprocess.Popen(
             [TANDEM, "serve", "--port", "0", *map(str, options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | (env or {}),
-            cwd=cwd,
+            **more,
         )
         self.log: list[str] = []
         self.url = self._wait_for_address()
@@ -89,8 +89,8 @@ class Server:
 
 
 @contextmanager
-def serving(*options: object, env: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(*options, env=env)
+def serving(*options: object, **more) -> Iterator[Server]:
+    server = Server(*options, **more)
     try:
         yield server
     finally:

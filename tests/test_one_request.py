@@ -164,7 +164,7 @@ def ask_in_process(folder: Path, text: Text, ask: Ask, vocab_size: int = 5) -> N
         try:
             await engine.start()
             transport = httpx.ASGITransport(build_app(engine, text, ServerLimits("m")), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 await ask(client, engine)
             await engine.close()
         finally:

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import MODEL, PROFILE, Server, eventually, serving, sim
 
+from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.records.manifest import config_of
 from engine.records.recorder import Recorder
 from engine.records.run_folder import read_run
@@ -73,6 +74,26 @@ def test_several_prompts_are_answered_by_a_choice_each_streamed_or_not(client):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [FOX[:16]] * 2
+
+
+def test_an_echo_is_the_prompt_before_the_answer_streamed_or_not(client):
+    tokenizer = load_tokenizer(smollm2_path())
+    for prompt, text in (("Hello there", "Hello there"), ([2683, 253, 655], tokenizer.decode([2683, 253, 655]))):
+        whole = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, echo=True)
+        assert whole.choices[0].text == text + FOX[:16] and whole.usage.completion_tokens == 3
+        stream = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, echo=True, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == text + FOX[:16]
+
+
+def test_continuous_usage_counts_each_output_so_far(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.completions.create(
+        model=MODEL, prompt=[[1], [2, 3]], max_tokens=3, stream=True, stream_options=options
+    )
+    *chunks, last = list(stream)
+    counts = [(each.choices[0].index, each.usage.prompt_tokens, each.usage.completion_tokens) for each in chunks]
+    assert sorted(counts) == [(index, index + 1, made) for index in (0, 1) for made in (1, 2, 3)]
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 6, 9)
 
 
 def test_async_clients_are_served_at_once(server):
@@ -140,6 +161,7 @@ def scrape(server: Server) -> dict:
         ({"temperature": 0.7}, 400, "decoding here is greedy"),
         ({"repetition_penalty": 1.2}, 400, "repetition_penalty would change the output"),
         ({"n": 2}, 400, "n is not supported"),
+        ({"some_field_of_another_server": 1}, 400, "'some_field_of_another_server': no such field"),
         ({"logprobs": 5}, 400, "logprobs is not supported"),
         ({"model": "gpt-5"}, 404, "no model 'gpt-5' here"),
         ({"max_tokens": -1}, 400, "max_tokens"),
@@ -168,7 +190,7 @@ def test_a_bad_request_gets_the_right_status_and_a_reason(server, fields, status
     [
         {"temperature": 0, "top_p": 0.9, "seed": 3},
         {"temperature": 0.0, "repetition_penalty": 1.0, "logprobs": None, "ignore_eos": True},  # vllm bench serve
-        {"some_field_of_another_server": [1, {"a": 2}], "frequency_penalty": 0, "best_of": 1},
+        {"frequency_penalty": 0, "best_of": 1, "metadata": {"a": [1]}, "user": None},
     ],
 )
 def test_parameters_that_leave_greedy_output_as_it_is_are_taken(server, fields):
@@ -194,7 +216,10 @@ def test_a_body_beyond_the_limit_gets_a_413_whether_or_not_it_says_how_long_it_i
 def test_an_api_key_is_asked_for_on_v1_alone():
     with serving(*sim(), env={"TANDEM_API_KEY": "s3cret"}) as server:
         assert server.complete().status_code == 401
-        assert server.post("/v1/completions", {}, headers={"Authorization": "Bearer s3cre"}).status_code == 401
+        for given in ("Bearer s3cre", "Basic s3cret", "s3cret", "Bearer"):
+            assert server.get("/v1/models", headers={"Authorization": given}).status_code == 401
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert server.get("/v1/models", headers={"Authorization": f"{scheme} s3cret"}).status_code == 200
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret")
         assert client.completions.create(model=MODEL, prompt="x", max_tokens=2).usage.completion_tokens == 2
         assert server.get("/health").status_code == 200

@@ -13,7 +13,7 @@ from tiny_tokenizers import ADDED, SPECIAL, fast, text_of, tokens_of
 from analysis.bench.server_path import steady_profile
 from engine.server.detokenization import Writer
 from engine.server.engine_client import EngineClient
-from engine.server.openai_format import CompletionFormat
+from engine.server.openai_format import Asked, CompletionFormat
 from engine.server.response import Answer
 from engine.server.tokenization import Text
 from sim.profile.format import write_profile
@@ -40,7 +40,7 @@ WRITTEN = [  # a body, and the prompt that it makes
     ({"messages": [HI | {"content": [PART, PART]}]}, "user():Hi\nHi;assistant:"),
     ({"messages": [HI | {"name": "Ann", "audio": None, "tool_calls": None}]}, "user(Ann):Hi;assistant:"),
     ({"messages": [HI], "add_generation_prompt": False}, "user():Hi;"),
-    ({"messages": [HI], "chat_template_kwargs": {"mood": "gay", "unknown": 1}}, "user():Hi;gayassistant:"),
+    ({"messages": [HI], "chat_template_kwargs": {"mood": "merry", "unknown": 1}}, "user():Hi;merryassistant:"),
     ({"messages": [HI], "chat_template_kwargs": None, "continue_final_message": None}, "user():Hi;assistant:"),
     ({"messages": [HI, HI | {"role": "assistant"}], "continue_final_message": True}, "user():Hi;assistant():Hi"),
     ({"messages": [HI, {"role": "assistant", "content": None}, HI]}, "user():Hi;assistant():;user():Hi;assistant:"),
@@ -60,7 +60,7 @@ REFUSED = [  # a body, and what its error names
     ({"messages": [HI | {"content": [PART, IMAGE]}]}, "part 1 is 'image_url'"),
     ({"messages": [HI, {"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]}, "function_call"),
     ({"messages": [HI, {"role": "assistant", "content": None, "refusal": "No."}]}, "refusal is not supported"),
-    ({"messages": [HI, calling("{")]}, "messages.1.tool_calls.0.function.arguments"),
+    ({"messages": [HI, calling("{")]}, "messages[1].tool_calls[0].function.arguments"),
     ({"messages": [HI, calling('["q"]')]}, "give a JSON object"),
     ({"messages": [HI], "continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
     ({"messages": [HI], "chat_template_kwargs": {"tokenize": True}}, "tokenize"),
@@ -70,7 +70,8 @@ REFUSED = [  # a body, and what its error names
     ({"messages": [HI], "documents": [{"text": "x"}]}, "documents is not supported"),
     ({"messages": [HI], "skip_special_tokens": False}, "skip_special_tokens is not supported"),
     ({"messages": [HI], "include_stop_str_in_output": True}, "include_stop_str_in_output is not supported"),
-    ({"messages": [HI], "chat_template_kwargs": {"mood": "\ud800"}}, "cannot read the prompt"),
+    ({"messages": [HI], "chat_template_kwargs": {"mood": "\ud800"}}, "half a surrogate pair"),
+    ({"messages": [HI, calling('{"q": "\\ud800"}'), HI]}, "cannot read the prompt"),
 ]
 
 
@@ -107,9 +108,9 @@ def test_a_stop_tokens_own_text_is_not_in_the_answer_unless_it_stops_nothing(sto
     fox, end = tokens.encode("fox", add_special_tokens=False).ids, tokens.token_to_id(stop)
     for stop_tokens, text in (((end,), "fox"), ((), tokens.decode([*fox, end]))):
         writer = Writer(text_of(KIND).detokenizer, tokens.encode("the").ids)
-        (output,) = Answer(None, CompletionFormat(1, 0, "m", False), False, [writer], stop_tokens).outputs
+        (output,) = Answer(None, CompletionFormat(1, 0, "m", Asked([1])), False, [writer], stop_tokens).outputs
         for token in (*fox, end):
             output.take(token, last=token == end)
         output.end("stop", None)
-        assert output.choice(CompletionFormat(1, 0, "m", False))["text"] == text
+        assert output.choice(CompletionFormat(1, 0, "m", Asked([1])))["text"] == text
     assert SPECIAL[0] not in text

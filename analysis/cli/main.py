@@ -30,7 +30,9 @@ for group in (run, compare, serve, trace, profile, policies, bench, fidelity):
 
 EXTRAS = dict.fromkeys(
     ("gguf", "google", "pynvml", "safetensors", "sentencepiece", "torch", "transformers", "triton"), "engine"
-) | dict.fromkeys(("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve")
+) | dict.fromkeys(
+    ("fastapi", "httptools", "jiter", "prometheus_client", "pydantic", "starlette", "uvicorn", "uvloop"), "serve"
+)
 """What a simulation needs not -> the extra of the package that brings it."""
 
 

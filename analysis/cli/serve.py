@@ -79,6 +79,14 @@ MaxBody = Annotated[int, option("Largest body of a request, in MiB.", min=1)]
 Drain = Annotated[
     float, option("Seconds that running requests may go on after a signal to stop.", min=0, metavar="SECONDS")
 ]
+AllowHost = Annotated[
+    list[str] | None,
+    option(
+        "Further name that clients use for this server; * is any. May be given again.",
+        default="none; addresses, localhost and --host",
+        metavar="NAME",
+    ),
+]
 IgnoreSampling = Annotated[
     bool,
     option("Serve requests with sampling parameters such as temperature, greedily, instead of refusing them."),
@@ -103,6 +111,7 @@ def serve(
     max_body_mb: MaxBody = 16,
     drain: Drain = 30,
     ignore_sampling: IgnoreSampling = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """Serve an OpenAI-compatible API, on the executor or on the simulator.
 
@@ -111,6 +120,8 @@ def serve(
     """
     from analysis.jobs.serve import RealService, SimService
     from engine.server.app import ServerLimits
+    from engine.server.descriptors import FEW, raise_descriptor_limit
+    from engine.server.host_check import HostCheck
     from engine.server.serve import serve as run_server
     from engine.server.tokenization import load_text
 
@@ -124,9 +135,12 @@ def serve(
         text = load_once()
         service = SimService(profile, limits, text.filler(), text.vocab_size, output_len, seed, **kept)
     service.check()
+    if (most := raise_descriptor_limit()) < FEW:
+        progress.note(f"note: at most {most} connections at once, by the limit of open files (ulimit -n)")
 
     def server_limits(model: str) -> ServerLimits:
-        return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling)
+        hosts = HostCheck(host, allow_host or ())
+        return ServerLimits(name or model, max_waiting, max_body_mb * 2**20, api_key or None, ignore_sampling, hosts)
 
     run_server(service, load_once, server_limits, host, port, drain, partial(print, "tandem serves on", flush=True))
 

@@ -1,6 +1,6 @@
-"""OpenAI's request bodies, with vLLM's additions and two of ours, and the refusals of those that we cannot serve.
+"""OpenAI's request bodies, with vLLM's additions and two of ours: the fields that are served.
 
-Fields that nobody knows are ignored, as vLLM does; known ones that would change the output are refused.
+`engine.server.request_fields` deals with all others.
 """
 
 from __future__ import annotations
@@ -8,59 +8,48 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from engine.server.refused import Refused
+from engine.server.request_fields import asked_fields
 
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPTS = 64
+MOST_MESSAGES = 2**13
+MOST_PARTS = 2**10  # of a message
 
-
-def _text(text: str) -> str:
-    text.encode()  # JSON can write half a surrogate pair, which is no text; the error is a ValueError
-    return text
-
-
-String = Annotated[str, AfterValidator(_text)]
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1)]
-StopText = Annotated[String, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Int64 = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
-
-# Where a parameter leaves the output as it is, had it any effect on greedy decoding at all.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (0,),
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), (0,)),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-}
-_CHOOSING = ("top_p", "top_k", "min_p")  # of no effect at temperature 0
-_UNSUPPORTED: dict[str, Any] = {  # and the value that asks for nothing
-    **dict.fromkeys(("n", "best_of"), 1),
-    "echo": False,
-    "suffix": "",
-    **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs"), 0),
-    **{name: [] for name in ("tools", "functions", "stop_token_ids", "documents")},
-    "chat_template": "",
-    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), True),
-    "include_stop_str_in_output": False,
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPTS = {
+    "anyOf": [{"type": "string"}, _IDS, *({"type": "array", "items": each} for each in ({"type": "string"}, _IDS))]
 }
 
 
-class StreamOptions(BaseModel):
+class _Fields(BaseModel):
+    """Takes no notice of fields without effect, and refuses those that are not served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: Any) -> Any:
+        return asked_fields(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+class StreamOptions(_Fields):
     """Options of a stream."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="vLLM's: with include_usage, counts in every chunk.")
+    include_obfuscation: bool = Field(False, description="Of no effect.")
 
 
-class Generate(BaseModel):
+class Generate(_Fields):
     """The fields that both kinds of request have."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: String | None = Field(None, max_length=1024)
+    model: str | None = Field(None, max_length=1024)
     max_tokens: Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -68,7 +57,7 @@ class Generate(BaseModel):
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     priority: Int64 = Field(0, description="Smaller is more urgent; a scheduler sees it.")
-    user: String | None = Field(None, max_length=1024, description="Who asks, for fair sharing; a scheduler sees it.")
+    user: str | None = Field(None, max_length=1024, description="Who asks, for fair sharing; a scheduler sees it.")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="Decoding is greedy: 0, or absent.")
     output_len: Count | None = Field(
         None, description="Tandem's: stop after this many tokens, unknown to the scheduler."
@@ -86,6 +75,16 @@ class Generate(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def wants_usage_always(self) -> bool:
+        """Whether each chunk of a stream has token counts."""
+        return self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Sampling parameters that were given."""
+        return {"temperature": self.temperature, **(self.model_extra or {})}
+
+    @property
     def shown(self) -> dict[str, Any]:
         """What a scheduler sees of the request, beside its lengths: fields of `traces.request.TraceRequest`."""
         return {"predicted_length": self.predicted_length, "priority": self.priority, "client": self.user}
@@ -95,47 +94,30 @@ class Generate(BaseModel):
         """Output tokens that the client asks for."""
         return self.max_tokens
 
-    def check_supported(self, ignore_sampling: bool) -> None:
-        """Raise `Refused` for the first field that asks for something we do not do."""
-        given = dict(self)
-        for name, nothing in _UNSUPPORTED.items():
-            if given.get(name) not in (None, nothing):
-                raise Refused(400, f"{name} is not supported", name)
-        chosen = _CHOOSING if given.get("temperature") == 0 else ()
-        for name, allowed in _NEUTRAL.items() if not ignore_sampling else ():
-            if given.get(name) not in (None, *allowed) and name not in chosen:
-                message = (
-                    f"{name} would change the output, and decoding here is greedy: leave it out, or give "
-                    f"{allowed[0]!r}; a server started with --ignore-sampling takes no notice of it"
-                )
-                raise Refused(400, message, name)
-
 
 class CompletionRequest(Generate):
     """POST /v1/completions."""
 
-    prompt: (
-        String
-        | TokenIds
-        | Annotated[list[String], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Annotated[Any, WithJsonSchema(_PROMPTS)]
     max_tokens: Count | None = 16
-    add_special_tokens: bool | None = Field(None, description="To a text; default: true.")
+    echo: bool = Field(False, description="Begin the answer with the prompt.")
+    add_special_tokens: bool = Field(True, description="Begin a text with the tokens that the model wants there.")
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts. Each is answered by a choice of its own."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+    def prompts(self) -> list[Any]:
+        """The prompts, which are texts or lists of token ids. Each is answered by a choice of its own."""
+        several = isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str | list)
+        return list(self.prompt) if several else [self.prompt]
 
 
 class TextPart(BaseModel):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: String
+    text: str
+
+
+Parts = Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_PARTS)]
 
 
 def _text_alone(content: Any) -> Any:
@@ -149,7 +131,7 @@ def _arguments(given: Any) -> Any:
     """Arguments as an object, which most chat templates take; OpenAI's are its JSON. "" and null are none."""
     try:
         parsed = json.loads(given or "{}") if isinstance(given, str) else given
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = given
     if parsed is not None and not isinstance(parsed, dict):
         raise ValueError("give a JSON object")
@@ -159,14 +141,14 @@ def _arguments(given: Any) -> Any:
 class FunctionCall(BaseModel):
     """A function's name and arguments."""
 
-    name: String
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=String | dict[str, Any])]
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(BaseModel):
     """A tool that the model called."""
 
-    id: String | None = None
+    id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -176,12 +158,12 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: String = Field(max_length=64)
-    content: Annotated[String | list[TextPart] | None, BeforeValidator(_text_alone)] = None
-    name: String | None = None
-    reasoning_content: String | None = None
-    tool_call_id: String | None = None
-    tool_calls: list[ToolCall] | None = None
+    role: str = Field(max_length=64)
+    content: Annotated[str | Parts | None, BeforeValidator(_text_alone)] = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
 
     @model_validator(mode="after")
     def _is_read_whole(self) -> Message:
@@ -202,17 +184,17 @@ class Message(BaseModel):
 class ChatRequest(Generate):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Count | None = None
     add_generation_prompt: bool | None = Field(None, description="Default: unless the final message is continued.")
-    continue_final_message: bool | None = Field(None, description="The output continues the last message.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template's own.")
-    add_special_tokens: bool | None = Field(None, description="To what the chat template writes; default: false.")
+    continue_final_message: bool = Field(False, description="The output continues the last message.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables of the chat template's own.")
+    add_special_tokens: bool = Field(False, description="Begin with the model's special tokens, beside the template's.")
 
     @property
     def how(self) -> dict[str, bool]:
         """How the conversation is to end, for the chat template. Raises `Refused` if it is to end in two ways."""
-        goes_on = bool(self.continue_final_message)
+        goes_on = self.continue_final_message
         if goes_on and self.add_generation_prompt:
             message = "continue_final_message and add_generation_prompt exclude each other: leave one out"
             raise Refused(400, message, "continue_final_message")
@@ -223,39 +205,3 @@ class ChatRequest(Generate):
     def limit(self) -> int | None:
         """As in `Generate`."""
         return self.max_completion_tokens or self.max_tokens
-
-
-class ErrorDetail(BaseModel):
-    """OpenAI's."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: int
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is no success."""
-
-    error: ErrorDetail
-
-
-class Refused(HTTPException):
-    """A request that gets an error for an answer; `param` is the field that is to blame."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(status, message, headers)
-        self.param = param
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
-        name = kind.get(self.status_code, "InternalServerError" if self.status_code >= 500 else "BadRequestError")
-        return {"error": {"message": self.detail, "type": name, "param": self.param, "code": self.status_code}}
-
-    def response(self) -> JSONResponse:
-        """The answer."""
-        return JSONResponse(self.body, self.status_code, self.headers)

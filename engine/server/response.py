@@ -14,7 +14,7 @@ from engine.request import REJECTED
 from engine.server.detokenization import Writer
 from engine.server.engine_client import BROKEN, EngineClient
 from engine.server.openai_format import DONE, CompletionFormat
-from engine.server.protocol import Refused
+from engine.server.refused import Refused
 
 _STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
@@ -83,9 +83,10 @@ class Output:
 
     def chunk(self, format: CompletionFormat) -> bytes:
         """The text that was not sent, as chunks: one a token, so that who counts them is right."""
-        written = format.text(self.index, self.text.pop(), self.finish_reason)
+        written = format.text(self.index, self.text.pop(), self.tokens, self.finish_reason)
         if self.text:  # the client is slow
-            written = b"".join([format.text(self.index, text) for text in self.text]) + written
+            so_far = enumerate(self.text, self.tokens - len(self.text))
+            written = b"".join([format.text(self.index, text, made) for made, text in so_far]) + written
             self.text.clear()
         if self._opened:
             return written
@@ -121,7 +122,6 @@ class Answer(Response):
         self.streamed = streamed
         self.outputs = [Output(self, index, writer) for index, writer in enumerate(writers)]
         self.unfinished = len(self.outputs)
-        self.prompt_tokens = 0
         self.refused: Refused | None = None
         self._wire: Wire | None = None  # once the stream has begun: then text goes there while `_more` is waited for
         self._fresh: dict[Output, None] = {}  # have something that was not sent
@@ -158,10 +158,9 @@ class Answer(Response):
         return b"".join([each.chunk(self.format) for each in fresh]) if self.streamed else b""
 
     @property
-    def counts(self) -> dict[str, Any]:
-        """Tokens, as OpenAI counts them."""
-        asked, made = self.prompt_tokens, sum(each.tokens for each in self.outputs)
-        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+    def made(self) -> int:
+        """Tokens of all outputs."""
+        return sum(each.tokens for each in self.outputs)
 
     def _wake(self) -> None:
         wakened, self._wakened = self._wakened, None
@@ -180,7 +179,7 @@ class Answer(Response):
                 await self._stream(first, send, scope.get("state", {}).get(WIRE))
             elif all(each.finish_reason for each in self.outputs):  # else the client is gone
                 choices = [each.choice(self.format) for each in self.outputs]
-                await JSONResponse(self.format.answer(choices, self.counts))(scope, receive, send)
+                await JSONResponse(self.format.answer(choices, self.made))(scope, receive, send)
         finally:
             watcher.cancel()
             self.abandon()
@@ -196,7 +195,7 @@ class Answer(Response):
         if self.refused:
             end = f"data: {json.dumps(self.refused.body)}\n\n".encode()
         else:
-            end = self.format.usage(self.counts) + DONE
+            end = self.format.usage(self.made) + DONE
         await send({"type": "http.response.body", "body": end})
 
 

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from engine.server.app import ServerLimits, build_app
+from engine.server.descriptors import most_connections
 from engine.server.driver import Service
 from engine.server.engine_client import EngineClient
 from engine.server.gc_tuning import hold_back
@@ -21,6 +22,8 @@ from engine.server.tokenization import Text
 from traces.errors import TandemError
 
 GRACE_S = 5  # for slow readers, once nothing runs any more
+QUICK_S = 0.3  # for all readers, once a second Ctrl-C came
+STOPPING = "the server is shutting down"
 BACKLOG = 4096
 _OPTIONS: dict[str, Any] = {"ws": "none", "lifespan": "off", "access_log": False, "log_level": "warning"}
 
@@ -88,15 +91,16 @@ async def _run_server(app: ASGIApp, engine: EngineClient, listener: socket.socke
     """A signal asks for a graceful end, a second Ctrl-C for a quick one; neither ends the process."""
     loop = asyncio.get_running_loop()
     grace_s = int(drain_s) + GRACE_S
-    http = http_protocol()
+    http = http_protocol(most_connections())
     server = _Server(uvicorn.Config(app, http=http, backlog=BACKLOG, timeout_graceful_shutdown=grace_s, **_OPTIONS))
 
     def stop(number: int) -> None:
-        if server.should_exit:
-            server.force_exit = server.force_exit or number == signal.SIGINT
-            return
-        server.should_exit = engine.draining = True
-        loop.call_later(drain_s, engine.fail_all, "the server is shutting down")
+        if not server.should_exit:
+            server.should_exit = engine.draining = True
+            loop.call_later(drain_s, engine.fail_all, STOPPING)
+        elif number == signal.SIGINT:
+            engine.fail_all(STOPPING)
+            loop.call_later(QUICK_S, setattr, server, "force_exit", True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
