@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import first_line
+from engine.model.files import first_line
 from traces.errors import TandemError
 
 
