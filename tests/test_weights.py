@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gguf
 import pytest
 import torch
 from tiny_models import KINDS, PagedPool, assert_same, load_llama, tensors, theirs, tiny_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.executor.weights import dummy_weights, load_weights
@@ -51,7 +52,9 @@ def logits(path: Path) -> torch.Tensor:
     return llama.logits(pool.batch([(pool.sequence(TEXT), 8)], [], all_rows=True), pool.cache)
 
 
-@pytest.mark.parametrize("kind", ["biases", "GQA of 8, tied", "GQA of 3, odd hidden"])
+@pytest.mark.parametrize(
+    "kind", ["biases", "GQA of 8, tied", "GQA of 3, odd hidden", "Mistral", "Qwen2", "Qwen2, tied"]
+)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_hf_folders_hold_what_transformers_saved(layout: str, kind: str, tmp_path: Path) -> None:
     model = tiny_model(**KINDS[kind])
@@ -70,17 +73,27 @@ def test_weights_are_converted_on_load(tmp_path: Path) -> None:
     assert_same(weights, model.float())
 
 
-def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") -> None:
-    """A float32 file as llama.cpp's converter writes it: Q and K with the halves of each head interleaved."""
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+Change = Callable[[gguf.GGUFWriter], object]
+
+
+def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "", change: Change = lambda _: None) -> None:
+    """A float32 file as llama.cpp's converter writes it: of LLaMA and Mistral, Q and K with the halves of each head
+    interleaved."""
     config, rope = model.config, model.config.rope_parameters
-    writer = gguf.GGUFWriter(path, architecture)
+    kind = ARCHITECTURES[config.model_type]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, architecture or gguf.MODEL_ARCH_NAMES[kind])
+    writer.add_name(path.stem)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_eos_token_id(config.eos_token_id)
@@ -88,10 +101,13 @@ def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
-        unscaled = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
         writer.add_tensor("rope_freqs.weight", (unscaled / model.model.rotary_emb.inv_freq).numpy())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    change(writer)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if kind is gguf.MODEL_ARCH.QWEN2:
+        heads = {}
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -106,13 +122,25 @@ def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") 
     writer.close()
 
 
-@pytest.mark.parametrize("kind", ["GQA of 3, odd hidden", "GQA of 8, tied", "linear RoPE", "biases"])
+GGUF_KINDS = ["GQA of 3, odd hidden", "GQA of 8, tied", "linear RoPE", "biases", "Mistral", "Qwen2", "Qwen2, tied"]
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
 def test_gguf_files_hold_the_model_they_were_converted_from(kind: str, tmp_path: Path) -> None:
     model = tiny_model(**KINDS[kind])
     save_gguf(model, tmp_path / "tiny.gguf")
     config = load_model_config(tmp_path / "tiny.gguf")
     assert config == ModelConfig.from_hf(model.config.to_dict() | {"architectures": None}, "tiny")
     assert_same(load_weights(tmp_path / "tiny.gguf", config, torch.float32, "cpu"), model)
+
+
+@pytest.mark.parametrize("kind", ["MHA, tied", "Mistral", "Qwen2"])
+def test_logits_of_a_gguf_file_are_those_of_transformers_reading_it(kind: str, tmp_path: Path) -> None:
+    save_gguf(tiny_model(**KINDS[kind]), tmp_path / "tiny.gguf")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        expected = oracle(torch.tensor([TEXT])).logits[0]
+    torch.testing.assert_close(logits(tmp_path / "tiny.gguf"), expected, atol=1e-4, rtol=0)
 
 
 def test_llama3_scaling_is_found_again_in_a_gguf_file(tmp_path: Path) -> None:
@@ -251,6 +279,10 @@ def test_parameters_are_counted_as_transformers_counts_them(kind: str) -> None:
         ("llama-3.2-1b", 1_235_814_400, 2**15),
         ("llama-3.2-3b", 3_212_749_824, 112 * 2**10),
         ("smollm2-135m", 134_515_008, 23_040),
+        ("mistral-7b", 7_248_023_552, 2**17),
+        ("qwen2.5-0.5b", 494_032_768, 12 * 2**10),
+        ("qwen2.5-1.5b", 1_543_714_304, 28 * 2**10),
+        ("qwen2.5-7b", 7_615_616_512, 56 * 2**10),
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, parameters: int, kv_bytes: int) -> None:
@@ -259,7 +291,7 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int, kv_bytes
 
 
 def test_every_preset_is_tested() -> None:
-    assert len(list(PRESETS.glob("*.yaml"))) == 7
+    assert len(list(PRESETS.glob("*.yaml"))) == 11
 
 
 def test_stop_tokens_come_from_both_config_files(tmp_path: Path) -> None:

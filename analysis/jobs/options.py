@@ -61,7 +61,7 @@ class Loading:
     """Which model to load, how, and onto what; as the arguments of `engine.executor.executor.Executor`."""
 
     model: Annotated[str, Option(A_MODEL, ("--model", "-m"))] = "smollm2"
-    dtype: Annotated[str, Option("float32, float16, bfloat16; auto: float32 on a CPU, float16 on a GPU.")] = "auto"
+    dtype: Annotated[str, Option("float32, float16, bfloat16; auto: float32 on a CPU, the model's on a GPU.")] = "auto"
     device: Annotated[str, Option("cpu, cuda, or auto: a GPU if there is one.")] = "auto"
     threads: Annotated[int | None, Option("Torch threads; default: all cores but one.", least=1)] = None
     load_format: Annotated[str, Option("auto: real weights. dummy: random ones of the model's shape.")] = "auto"

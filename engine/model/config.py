@@ -229,7 +229,7 @@ def _with_divisors(config: ModelConfig, file: GgufFile) -> ModelConfig:
     tensor = file.tensors["rope_freqs.weight"]
     if (tensor.kind, tensor.shape) == (0, (config.head_dim // 2,)):
         divisors: list[float] = file.bytes_of(tensor).view(np.float32).tolist()
-        if 0 < min(divisors) and 0.999 < max(divisors) < MOST_FACTOR:
+        if 0.999 < max(divisors) < MOST_FACTOR:
             config = replace(config, rope_scaling=RopeScaling("llama3", factor=_meant(max(divisors))))
             if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(config.rope_divisors(), divisors, strict=True)):
                 return config
