@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from served import Server, serving
+from test_engine_drivers import Engine, collector
 from test_executor import LIMITS, serve, workload
-from tiny_models import save_number_tokenizer, tiny_model
+from tiny_models import tiny_model
 
 from analysis.metrics.summary import not_completed
 from analysis.report.caveats import missing_sentences
+from engine.executor.batch_state import NOT_NUMBERS
 from engine.executor.executor import Executor
+from engine.server.executor_driver import ExecutorDriver
 from sim.replay import replay
+
+__all__ = ["collector"]  # a fixture
 
 POISON = 27  # a token whose embedding is NaN
 
@@ -26,7 +29,6 @@ def executor(folder: Path, poisoned: bool) -> Executor:
         with torch.no_grad():
             model.model.embed_tokens.weight[POISON] = torch.nan
     model.save_pretrained(folder)
-    save_number_tokenizer(folder)
     return Executor(str(folder), threads=1)
 
 
@@ -39,20 +41,8 @@ def as_far_as_numbers(prompt: list[int], output: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def ill(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("ill")
-
-
-@pytest.fixture(scope="module")
-def executors(tmp_path_factory, ill) -> tuple[Executor, Executor]:
-    return executor(tmp_path_factory.mktemp("well"), False), executor(ill, True)
-
-
-@pytest.fixture(scope="module")
-def server(executors, ill) -> Iterator[Server]:
-    limits = ("--max-seqs", 2, "--max-batched-tokens", 64, "--max-model-len", 40, "--block-size", 8, "--kv-blocks", 20)
-    with serving("--backend", "real", "--device", "cpu", "--threads", 1, "--model", ill, *limits) as server:
-        yield server
+def executors(tmp_path_factory) -> tuple[Executor, Executor]:
+    return executor(tmp_path_factory.mktemp("well"), False), executor(tmp_path_factory.mktemp("ill"), True)
 
 
 @pytest.mark.parametrize("limits", [{}, {"num_cpu_blocks": 40}, {"prefix_caching": True, "prefix_rules": "vllm"}])
@@ -80,9 +70,10 @@ def test_what_failed_is_said_of_the_run(executors):
     assert "of 20 requests failed: the model's logits are not numbers (NaN)" in sentence
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_gets_an_error_that_says_so_and_no_token_while_another_is_served(server, stream):
-    failed = server.complete(prompt=f"5 6 {POISON}", max_tokens=5, stream=stream)
-    assert failed.status_code == 500 and "text" not in failed.text
-    assert failed.json()["error"]["message"].startswith("the model's logits are not numbers (NaN)")
-    assert server.complete(prompt="5 6 7", max_tokens=2).json()["usage"]["completion_tokens"] == 2
+def test_a_client_is_told_so_and_gets_no_token_of_it_while_another_is_served(executors):
+    engine = Engine(ExecutorDriver(executors[1], LIMITS, keep_prompts=False))
+    failing, other = engine.ask([5, 6, POISON]), engine.ask([5, 6, 7], 2)
+    assert engine.answer(failing) == ([], "failed", NOT_NUMBERS)
+    tokens, outcome, _ = engine.answer(other)
+    assert (len(tokens), outcome) == (2, "length")
+    assert [row["outcome"] for row in engine.close().tables["requests"].to_pylist()] == ["failed", "length"]
