@@ -25,7 +25,7 @@ from engine.executor.weights import load_weights
 from engine.model.config import load_model_config
 from traces.errors import TandemError
 
-LIMIT_S, LIMIT_BYTES = 2.0, 500 * 2**20
+LIMIT_S, LIMIT_BYTES, LIMIT_TEXT = 2.0, 500 * 2**20, 1000
 COUNTS = [0, 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**64 - 1]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 1.5, -0.0, 1e300, 1e-320, float("nan"), float("inf")),
@@ -58,7 +58,7 @@ class Case(NamedTuple):
     @property
     def fault(self) -> str | None:
         """What is wrong with how it ended."""
-        if self.message is not None and ("\n" in self.message or "Traceback" in self.message):
+        if self.message is not None and not (self.message.isprintable() and len(self.message) < LIMIT_TEXT):
             return f"{self.damage}: {self.message}"
         if self.seconds > LIMIT_S or self.bytes > LIMIT_BYTES:
             return f"{self.damage}: took {self.seconds:.1f} s and {self.bytes:,} bytes"
@@ -102,6 +102,7 @@ def damage_json(path: Path, draw: random.Random) -> str:
         holder = draw.choice(inner)
     key = draw.choice([*holder, "rope_scaling", "rope_theta", "head_dim", "torch_dtype", "sliding_window"])
     holder[key] = draw.choice(VALUES)
+    holder |= {draw.choice(["\ud800", "two\nlines", "long" * 10_000]): 1} if draw.random() < 0.2 else {}
     path.write_text(json.dumps(contents))
     return f"{path.name}: {key} = {str(holder[key])[:40]!r}"
 
@@ -139,7 +140,10 @@ def damage_place(path: Path, draw: random.Random) -> str:
 
 def damage(folder: Path, draw: random.Random) -> str:
     """Damage one file of a model; returns how."""
-    path = draw.choice(sorted(each for each in folder.iterdir() if each.is_file()))
+    whole = sorted(each for each in folder.iterdir() if each.is_file() and each.stat().st_size < 2**24)
+    if not whole:
+        return "nothing more"
+    path = draw.choice(whole)
     if draw.random() < 0.1:
         return damage_place(path, draw)
     return damage_json(path, draw) if path.suffix == ".json" else damage_bytes(path, draw)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
@@ -22,7 +23,7 @@ from safetensors import safe_open
 
 from engine.model.config import ModelConfig
 from engine.model.families import FAMILIES
-from engine.model.files import check_file, first_line, read_json
+from engine.model.files import check_file, first_line, read_json, shown
 from engine.model.gguf_file import GgufFile, GgufTensor
 from traces.errors import TandemError
 
@@ -140,7 +141,9 @@ def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype, device: to
             weights = replace(weights, head=head)
     left = [name for name in checkpoint.tensors if not name.startswith(_IGNORED) and not name.endswith("inv_freq")]
     if left:
-        raise TandemError(f"{path}: has tensor {left[0]}, which its architecture has not; Tandem cannot run this model")
+        raise TandemError(
+            f"{path}: has tensor {shown(left[0])}, which its architecture has not; Tandem cannot run this model"
+        )
     return weights
 
 
@@ -241,7 +244,9 @@ def _open_shard(file: Path) -> _Tensors:
     check_file(file)
     try:
         return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
-    except Exception as error:  # of many classes, those of the unpickler among them
+    except UnpicklingError:  # its message is a page
+        raise TandemError(f"{file}: corrupt, or it holds more than tensors; download it again") from None
+    except Exception as error:  # of many classes
         raise TandemError(f"{file}: corrupt or cut off ({first_line(error)}); download it again") from None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.model.files import shown
 from traces.errors import TandemError
 
 MOST = 2**31 - 1  # token ids, positions and rows are 32-bit numbers on the GPU
@@ -99,4 +100,4 @@ class Fields:
 
     def name_of(self, name: str) -> str:
         """The field's place, for errors."""
-        return f"{self.where}: {self.keys.get(name, name)}"
+        return f"{self.where}: {shown(self.keys.get(name, name))}"

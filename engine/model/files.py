@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from traces.errors import TandemError, reason
 
 MOST_JSON = 2**24  # bytes; the largest index that is published has 9 MB, and objects take 20 times their text
+
+MOST_SHOWN = 100  # characters of a name
 
 
 def check_file(path: Path) -> None:
@@ -34,6 +37,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise TandemError(f"{path}: holds a JSON {type(contents).__name__}, not an object; download the file again")
     return contents
+
+
+def shown(name: str) -> str:
+    """A name out of a file, for an error: as it is if it can be printed and is short, else quoted and cut."""
+    return name if name.isprintable() and len(name) < MOST_SHOWN else reprlib.repr(name)
 
 
 def first_line(error: Exception) -> str:

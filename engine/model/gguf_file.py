@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.model.files import check_file, first_line
+from engine.model.files import check_file, first_line, shown
 from traces.errors import TandemError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -175,5 +175,5 @@ def _read(path: Path, data: Bytes) -> GgufFile:
 
 def _new(name: str, known: dict[str, Any]) -> str:
     if name in known:
-        raise ValueError(f"it has {name!r} twice")
+        raise ValueError(f"it has {shown(name)} twice")
     return name

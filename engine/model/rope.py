@@ -69,7 +69,9 @@ def _kind(rope: Fields) -> str:
         raise rope.refusal("type", f"rope_type beside it is {named[0]!r}; remove the wrong one")
     kind = named[0] if named else "default"
     if kind not in ("default", "none", "linear", "llama3"):
-        raise rope.refusal("rope_type" if rope.get("rope_type") else "type", "Tandem scales by none, linear and llama3")
+        raise rope.refusal(
+            "type" if rope.get("rope_type") is None else "rope_type", "Tandem scales by none, linear and llama3"
+        )
     if kind == "default" and rope.get("factor") not in (None, 1):
         raise rope.refusal("factor", "of which scaling? add a rope_type")
     return kind
