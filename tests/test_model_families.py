@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from analysis.jobs.limits import gpu_limits
 from analysis.jobs.options import Limits
 from engine.config import ServingConfig
+from engine.executor.cpu.machine import Cpu
+from engine.executor.cuda.machine import Cuda
 from engine.executor.executor import Executor
 from engine.executor.model import _inv_freq
 from engine.executor.weights import load_weights
@@ -328,6 +330,23 @@ def test_the_dtype_of_a_config_is_known_and_is_no_part_of_the_shape(fields: dict
     config = ModelConfig.from_hf(LLAMA | fields, "m")
     assert config.dtype == dtype
     assert config == ModelConfig.from_hf(LLAMA, "m") and "dtype" not in config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("llama-3-8b", "float16"), ("llama-2-7b", "float16"), ("qwen2.5-7b", "bfloat16"), ("mistral-7b", "bfloat16")],
+)
+def test_a_gpu_computes_in_bfloat16_if_the_model_says_so_and_a_cpu_in_float32(model: str, dtype: str) -> None:
+    """The presets of LLaMA say float16: the profiles that ship were measured so."""
+    config = load_model_config(model)
+    assert Cuda.default_dtype(Cuda.__new__(Cuda), config) == dtype
+    assert Cpu(1).default_dtype(config) == "float32"
+
+
+def test_dummy_weights_that_memory_does_not_hold_are_refused_before_any_is_made(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 2**31 - 1, "hidden_size": 2**20}))
+    with pytest.raises(TandemError, match="GiB for its weights in float32, more than"):
+        Executor(str(tmp_path), device="cpu", threads=1, load_format="dummy")
 
 
 @pytest.mark.parametrize("kind", ["biases", "Mistral", "Qwen2"])
