@@ -22,10 +22,14 @@ class Launch(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """A request's end-of-sequence was found: it made `output_len` tokens that count."""
+    """A request's end was found: it made `output_len` tokens that count.
+
+    `fault` says why it failed, or is None; the last token of a request that failed is none of the vocabulary.
+    """
 
     request_id: int
     output_len: int
+    fault: str | None = None
 
 
 class Filled(NamedTuple):

@@ -13,7 +13,7 @@ from traces.request import TraceRequest
 
 _ASKED = "id arrival_ns prompt_len max_tokens predicted_length priority client ttft_slo_ns e2e_slo_ns"
 _asked = attrgetter(*_ASKED.split())  # what a trace says of a request, as the first fields of `Request`
-LENGTH, STOP, CANCELLED, REJECTED = "length", "stop", "cancelled", "rejected"
+LENGTH, STOP, FAILED, CANCELLED, REJECTED = "length", "stop", "failed", "cancelled", "rejected"
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

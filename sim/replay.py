@@ -22,7 +22,7 @@ from engine.config import ServingConfig
 from engine.events import Event, EventQueue
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunRecords
-from engine.request import STOP, Request
+from engine.request import FAILED, STOP, Request
 from engine.step import Step
 from sim.latency_model import PARTS, LatencyModel
 from sim.profile.format import Profile
@@ -150,7 +150,7 @@ def recorded_requests(run: RunRecords) -> list[TraceRequest]:
     names, requests = {field.name for field in fields(TraceRequest)}, []
     for row in run.tables["requests"].to_pylist():
         known = {name: value for name, value in row.items() if name in names and value is not None}
-        stop = {} if row["outcome"] == STOP else {"output_len": row["max_tokens"]}
+        stop = {} if row["outcome"] in (STOP, FAILED) else {"output_len": row["max_tokens"]}
         requests.append(TraceRequest(**known | {"id": row["request"]} | stop))
     return sorted(requests, key=lambda request: (request.arrival_ns, request.id))
 

@@ -274,6 +274,18 @@ def test_greedy_takes_the_first_of_the_largest(vocab, dtype):
     assert torch.equal(ops.greedy(logits.to(DEVICE)).cpu(), expected)
 
 
+@pytest.mark.parametrize("op", [ops.greedy, reference.greedy], ids=["kernel", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 4095, 4096, 9999])
+def test_a_row_with_a_nan_has_no_token_and_its_neighbours_have_theirs(at, dtype, op):
+    logits = torch.randn(4, 10_000, generator=torch.Generator().manual_seed(at)).to(dtype).to(DEVICE)
+    expected = op(logits)
+    logits[1, at] = torch.nan
+    logits[3] = torch.nan
+    expected[[1, 3]] = -1
+    assert torch.equal(op(logits), expected)
+
+
 def test_copy_blocks_moves_blocks_of_all_layers_to_another_cache_and_back():
     gpu = torch.randn(3, 2, 7, 16, 2, 80, device=DEVICE, dtype=torch.float16)
     before, host = gpu.clone(), torch.full((3, 2, 4, 16, 2, 80), torch.nan, dtype=torch.float16, pin_memory=ON_GPU)

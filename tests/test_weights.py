@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gguf
 import pytest
 import torch
 from tiny_models import KINDS, PagedPool, assert_same, load_llama, tensors, theirs, tiny_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from engine.executor.tokenizer import load_tokenizer, smollm2_path
 from engine.executor.weights import dummy_weights, load_weights
@@ -51,7 +52,9 @@ def logits(path: Path) -> torch.Tensor:
     return llama.logits(pool.batch([(pool.sequence(TEXT), 8)], [], all_rows=True), pool.cache)
 
 
-@pytest.mark.parametrize("kind", ["biases", "GQA of 8, tied", "GQA of 3, odd hidden"])
+@pytest.mark.parametrize(
+    "kind", ["biases", "GQA of 8, tied", "GQA of 3, odd hidden", "Mistral", "Qwen2", "Qwen2, tied"]
+)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_hf_folders_hold_what_transformers_saved(layout: str, kind: str, tmp_path: Path) -> None:
     model = tiny_model(**KINDS[kind])
@@ -70,17 +73,27 @@ def test_weights_are_converted_on_load(tmp_path: Path) -> None:
     assert_same(weights, model.float())
 
 
-def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") -> None:
-    """A float32 file as llama.cpp's converter writes it: Q and K with the halves of each head interleaved."""
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+Change = Callable[[gguf.GGUFWriter], object]
+
+
+def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "", change: Change = lambda _: None) -> None:
+    """A float32 file as llama.cpp's converter writes it: of LLaMA and Mistral, Q and K with the halves of each head
+    interleaved."""
     config, rope = model.config, model.config.rope_parameters
-    writer = gguf.GGUFWriter(path, architecture)
+    kind = ARCHITECTURES[config.model_type]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, architecture or gguf.MODEL_ARCH_NAMES[kind])
+    writer.add_name(path.stem)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_eos_token_id(config.eos_token_id)
@@ -88,10 +101,13 @@ def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
-        unscaled = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
         writer.add_tensor("rope_freqs.weight", (unscaled / model.model.rotary_emb.inv_freq).numpy())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    change(writer)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if kind is gguf.MODEL_ARCH.QWEN2:
+        heads = {}
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -106,13 +122,25 @@ def save_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") 
     writer.close()
 
 
-@pytest.mark.parametrize("kind", ["GQA of 3, odd hidden", "GQA of 8, tied", "linear RoPE", "biases"])
+GGUF_KINDS = ["GQA of 3, odd hidden", "GQA of 8, tied", "linear RoPE", "biases", "Mistral", "Qwen2", "Qwen2, tied"]
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
 def test_gguf_files_hold_the_model_they_were_converted_from(kind: str, tmp_path: Path) -> None:
     model = tiny_model(**KINDS[kind])
     save_gguf(model, tmp_path / "tiny.gguf")
     config = load_model_config(tmp_path / "tiny.gguf")
     assert config == ModelConfig.from_hf(model.config.to_dict() | {"architectures": None}, "tiny")
     assert_same(load_weights(tmp_path / "tiny.gguf", config, torch.float32, "cpu"), model)
+
+
+@pytest.mark.parametrize("kind", ["MHA, tied", "Mistral", "Qwen2"])
+def test_logits_of_a_gguf_file_are_those_of_transformers_reading_it(kind: str, tmp_path: Path) -> None:
+    save_gguf(tiny_model(**KINDS[kind]), tmp_path / "tiny.gguf")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        expected = oracle(torch.tensor([TEXT])).logits[0]
+    torch.testing.assert_close(logits(tmp_path / "tiny.gguf"), expected, atol=1e-4, rtol=0)
 
 
 def test_llama3_scaling_is_found_again_in_a_gguf_file(tmp_path: Path) -> None:
@@ -157,7 +185,7 @@ def cut(path: Path) -> None:
 BROKEN: dict[str, tuple[str, Any, str]] = {
     "cut off safetensors": ("safetensors", lambda d: cut(d / "model.safetensors"), "model.safetensors: .*cut off"),
     "cut off bin": ("bin", lambda d: cut(d / "pytorch_model.bin"), "pytorch_model.bin: .*cut off"),
-    "missing shard": ("sharded bin", lambda d: (d / "pytorch_model-1.bin").unlink(), "pytorch_model-1.bin: missing"),
+    "missing shard": ("sharded bin", lambda d: (d / "pytorch_model-1.bin").unlink(), "pytorch_model-1.bin: is missing"),
     "no weights": ("bin", lambda d: (d / "pytorch_model.bin").unlink(), "no model.safetensors or pytorch_model.bin"),
     "missing tensor": ("bin", lambda d: drop("lm_head.weight", d), "has no tensor lm_head.weight"),
     "other model's shape": (
@@ -195,24 +223,24 @@ def test_a_cut_off_gguf_file_is_named_in_one_line(size: int, tmp_path: Path) -> 
 
 
 def test_a_gguf_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    save_gguf(tiny_model(), tmp_path / "tiny.gguf", architecture="qwen2")
-    with pytest.raises(TandemError, match="tiny: model_type is 'qwen2'"):
+    save_gguf(tiny_model(), tmp_path / "tiny.gguf", architecture="gemma2")
+    with pytest.raises(TandemError, match=r"tiny.gguf: general.architecture is 'gemma2'"):
         load_model_config(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
-        ({"model_type": None}, "the model's config names no model_type"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'"),
+        ({"model_type": None}, "model_type must be llama, mistral, qwen2, not None"),
         ({"architectures": ["MistralForCausalLM"]}, "architectures is"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE scaling 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_parameters.rope_type is 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number above 0, not None"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "hidden_size must be a whole number of at least 1, not None"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, not 0"),
         ({"vocab_size": "many"}, "vocab_size must be a whole number of at least 1, not 'many'"),
@@ -251,6 +279,10 @@ def test_parameters_are_counted_as_transformers_counts_them(kind: str) -> None:
         ("llama-3.2-1b", 1_235_814_400, 2**15),
         ("llama-3.2-3b", 3_212_749_824, 112 * 2**10),
         ("smollm2-135m", 134_515_008, 23_040),
+        ("mistral-7b", 7_248_023_552, 2**17),
+        ("qwen2.5-0.5b", 494_032_768, 12 * 2**10),
+        ("qwen2.5-1.5b", 1_543_714_304, 28 * 2**10),
+        ("qwen2.5-7b", 7_615_616_512, 56 * 2**10),
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, parameters: int, kv_bytes: int) -> None:
@@ -259,7 +291,7 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int, kv_bytes
 
 
 def test_every_preset_is_tested() -> None:
-    assert len(list(PRESETS.glob("*.yaml"))) == 7
+    assert len(list(PRESETS.glob("*.yaml"))) == 11
 
 
 def test_stop_tokens_come_from_both_config_files(tmp_path: Path) -> None:
@@ -283,10 +315,19 @@ def test_a_broken_config_file_is_named_with_its_line(text: str, message: str, tm
 
 
 def test_a_folder_without_config_or_tokenizer_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TandemError, match=r"config.json: cannot be read"):
+    with pytest.raises(TandemError, match=r"config.json: is missing"):
         load_model_config(tmp_path)
     with pytest.raises(TandemError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": 5}', "[" * 100_000, '{"model": {"type": "BPE", "vocab": []}}'])
+def test_a_broken_tokenizer_is_named_in_one_line(text: str, tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TandemError, match="no readable tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_smollm2_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

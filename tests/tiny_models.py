@@ -1,4 +1,4 @@
-"""Random little LLaMA models, and paged sequences to feed them: what the executor's tests share."""
+"""Random little models, and paged sequences to feed them: what the executor's tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from engine.executor.batch import ForwardBatch, KVCache
 from engine.executor.cpu import ops
@@ -49,6 +57,9 @@ KINDS: dict[str, dict[str, object]] = {
         "rms_norm_eps": 1e-3,
     },
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"family": MistralConfig, "sliding_window": None},
+    "Qwen2": {"family": Qwen2Config, "hidden_size": 256, "num_attention_heads": 4, "head_dim": None},
+    "Qwen2, tied": {"family": Qwen2Config, "tie_word_embeddings": True},
 }
 
 
@@ -59,8 +70,11 @@ def save_number_tokenizer(folder: Path, vocab_size: int = 101) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """A transformers model with weights wide enough that logits are of order 1, norms and biases included."""
+def tiny_model(seed: int = 0, family: type[PreTrainedConfig] = LlamaConfig, **changes: object) -> LlamaForCausalLM:
+    """A transformers model with weights wide enough that logits are of order 1, norms and biases included.
+
+    Its class is LLaMA's, or that of another family: their modules have the same names.
+    """
     fields = {
         "vocab_size": 101,
         "hidden_size": 66,
@@ -72,7 +86,8 @@ def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         "max_position_embeddings": 256,
         "eos_token_id": 2,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
+    given = {name: value for name, value in (fields | changes).items() if (name, value) != ("head_dim", None)}
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(family(**given)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -104,7 +104,7 @@ def simulated_limits(profile: Profile, said: Limits, like: RunRecords | None = N
     measured: dict[str, int] = {name: getattr(limits, name) for name in OF_PROFILE} if limits else {}
     if profile.meta.block_size:
         measured["block_size"] = profile.meta.block_size
-    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, profile.model.max_position_embeddings)
+    settled = _settled(said, {PROFILE: measured, DEFAULT: OF_GPU}, profile.model.longest_request)
     if said.num_blocks is not None:
         return settled
     settled = _held(settled, partial(gpu_blocks, profile))
@@ -122,7 +122,7 @@ def real_limits(executor: Executor, said: Limits) -> Settled:
     """
     _check_positions(executor.model, said)
     machine = {"block_size": executor.block_size} | (OF_GPU if executor.captures else OF_CPU)
-    settled = _settled(said, {DEFAULT: machine}, executor.model.max_position_embeddings)
+    settled = _settled(said, {DEFAULT: machine}, executor.model.longest_request)
     return settled if said.num_blocks is not None else _held(settled, executor.measure_blocks)
 
 
@@ -133,7 +133,7 @@ def gpu_limits(model: ModelConfig, said: Limits) -> Settled:
         TandemError: a limit is out of range.
     """
     _check_positions(model, said)
-    return _settled(said, {DEFAULT: OF_GPU}, model.max_position_embeddings)
+    return _settled(said, {DEFAULT: OF_GPU}, model.longest_request)
 
 
 def config_to_check(said: Limits) -> ServingConfig:
@@ -142,8 +142,12 @@ def config_to_check(said: Limits) -> ServingConfig:
 
 
 def _check_positions(model: ModelConfig, said: Limits) -> None:
-    """Raises TandemError if the user wants longer requests than the model has positions for, and did not say so."""
+    """Raises TandemError if the user wants longer requests than the model has positions for, and did not say so.
+
+    Beyond its sliding window, there are none at all.
+    """
     longest, positions = said.max_model_len, model.max_position_embeddings
+    model.check_window(longest or 0)
     if longest is not None and longest > positions and not said.allow_long_context:
         raise TandemError(
             f"requests to {longest:,} tokens are beyond the {positions:,} positions of {model.name}: "

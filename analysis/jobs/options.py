@@ -117,8 +117,8 @@ class Loading:
     dtype: Annotated[
         str,
         Option(
-            "Data type of weights and KV cache: float32, float16 or bfloat16; auto takes float32 on a CPU and float16 "
-            "on a GPU.",
+            "Data type of weights and KV cache: float32, float16 or bfloat16; auto takes float32 on a CPU, and "
+            "on a GPU bfloat16 if the model says so, else float16.",
             metavar="DTYPE",
         ),
     ] = "auto"

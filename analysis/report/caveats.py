@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from analysis.metrics.names import P99_REQUESTS
-from engine.request import CANCELLED, REJECTED
+from engine.request import CANCELLED, FAILED, REJECTED
 
 LOUD = 0.02  # shares of the CPUs from which something is worth naming
 NOTHING_COMPLETED = "No request completed: there are no latencies."
@@ -53,8 +53,8 @@ def missing_sentences(groups: Sequence[Mapping[str, Any]], asked: int) -> Iterat
     """A sentence for each group of `analysis.metrics.summary.not_completed`."""
     for group in groups:
         count, outcome = group["requests"], group["outcome"]
-        was = "was" if count == 1 else "were"
-        yield f"{count:,} of {asked:,} requests {was} {outcome}: {_reason(outcome, group['reason'])}."
+        was = "" if outcome == FAILED else "was " if count == 1 else "were "
+        yield f"{count:,} of {asked:,} requests {was}{outcome}: {_reason(outcome, group['reason'])}."
 
 
 def sentences_by_run(not_completed: Mapping[str, Sequence[Mapping[str, Any]]], asked: int) -> Iterator[str]:

@@ -20,6 +20,8 @@ from engine.step import Step
 from engine.stop_condition import StopCondition
 from traces.request import TraceRequest
 
+NOT_NUMBERS = "the model's logits are not numbers (NaN): are its weights whole, and is --dtype wide enough?"
+
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
@@ -102,16 +104,24 @@ class RunningBatch:
         return StepWork(decodes, prefills, samplers)
 
     def note(self, work: StepWork, tokens: list[int]) -> Shown:
-        """Note the tokens of a step, the oldest not yet noted; returns whom they end, and the blocks they fill."""
+        """Note the tokens of a step, the oldest not yet noted; returns whom they end, and the blocks they fill.
+
+        A token below 0 ends its request alone, as failed.
+        """
         for sequence, token in zip(work.samplers, tokens, strict=True):
             sequence.made.append(token)
-        stops = [self._stop(each) for each in work.samplers if self._ends(each)] if self._may_stop else []
+        looks = self._may_stop or min(tokens, default=0) < 0
+        stops = [self._stop(each) for each in work.samplers if self._ends(each)] if looks else []
         filled = [self._fill(each) for each in work.samplers if self._fills(each)] if self._block_size else []
         return Shown(stops, filled)
 
     def _ends(self, sequence: _Sequence) -> bool:
-        if sequence.stopped or len(sequence.made) >= sequence.source.max_tokens:
+        if sequence.stopped:
             return False  # the token after a stop may be a stop token as well
+        if sequence.made[-1] < 0:
+            return True
+        if len(sequence.made) >= sequence.source.max_tokens:
+            return False
         return sequence.condition.ends(sequence.made, self._stop_tokens)
 
     def _fills(self, sequence: _Sequence) -> bool:
@@ -128,7 +138,7 @@ class RunningBatch:
 
     def _stop(self, sequence: _Sequence) -> Stop:
         sequence.stopped = True
-        return Stop(sequence.source.id, len(sequence.made))
+        return Stop(sequence.source.id, len(sequence.made), NOT_NUMBERS if sequence.made[-1] < 0 else None)
 
     def _enter(self, step: Step) -> None:
         for request_id in step.dropped:

@@ -54,7 +54,7 @@ class Executor:
 
         Args:
             model: a Hugging Face folder, a `.gguf` file, `smollm2`, or with `dummy` a shape's name too.
-            dtype: of `DTYPES`; `auto`: float32 on a CPU, float16 on a GPU.
+            dtype: of `DTYPES`; `auto`: float32 on a CPU; on a GPU bfloat16 if the model says so, else float16.
             threads: of a CPU.
             load_format: `auto` for the weights at `model`, `dummy` for random ones.
             device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
@@ -64,24 +64,26 @@ class Executor:
         """
         if load_format not in ("auto", "dummy"):
             raise TandemError(f"unknown load format '{load_format}': choose auto or dummy")
-        self.machine = _machine(device, threads)
-        self.dtype = self.machine.default_dtype if dtype == "auto" else dtype
-        if self.dtype not in DTYPES:
+        if dtype not in ("auto", *DTYPES):
             raise TandemError(f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
+        self.machine = _machine(device, threads)
         path = Path(model) if load_format == "dummy" and model != "smollm2" else model_path(model)
         self.model = load_model_config(path)
         if load_format == "auto" and not path.exists():
             raise TandemError(f"{model} is a shape without weights: add --load-format dummy, or give a model's path")
+        self.dtype = self.machine.default_dtype(self.model) if dtype == "auto" else dtype
         self.device, self.kernels = self.machine.name, self.machine.kernels
         self.block_size = self.machine.default_block_size
         load = dummy_weights if load_format == "dummy" else lambda *args: load_weights(path, *args)
+        needed = self.model.num_parameters * DTYPES[self.dtype].itemsize
         try:
+            if load_format == "dummy" and needed > self.machine.free_bytes():  # files are as large as they are
+                raise torch.OutOfMemoryError
             weights = load(self.model, DTYPES[self.dtype], self.machine.device)
         except torch.OutOfMemoryError as error:
-            needed = self.model.num_parameters * DTYPES[self.dtype].itemsize / 2**30
             raise TandemError(
-                f"{self.model.name} needs {needed:.1f} GiB for its weights in {self.dtype}, more than {self.device} "
-                "has free: free its memory, or choose a smaller model or dtype"
+                f"{self.model.name} needs {needed / 2**30:.1f} GiB for its weights in {self.dtype}, more than "
+                f"{self.device} has free: free its memory, or choose a smaller model or dtype"
             ) from error
         self.llama = Llama(self.model, weights, self.machine.ops)
 
@@ -128,7 +130,12 @@ class Executor:
     def session(
         self, requests: Sequence[TraceRequest], config: ServingConfig, stop_rule: str = "trace"
     ) -> tuple[RunningBatch, DataPlane]:
-        """The running batch and the data plane of one run; requests may be added to the batch while it runs."""
+        """The running batch and the data plane of one run; requests may be added to the batch while it runs.
+
+        Raises:
+            TandemError: `config` allows requests that are longer than the model's sliding window.
+        """
+        self.model.check_window(config.max_model_len)
         running = self._running(requests, config, stop_rule)
         return running, self.machine.data_plane(self.llama, config, running)
 

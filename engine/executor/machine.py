@@ -13,6 +13,7 @@ from engine.executor.backend import DataPlane
 from engine.executor.batch import KVCache
 from engine.executor.batch_state import RunningBatch
 from engine.executor.model import Llama
+from engine.model.config import ModelConfig
 
 SWAP_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWAP_REPEATS = 5
@@ -26,7 +27,6 @@ class Machine(ABC):
         kernels: the implementation that computes.
         ops: the data plane's operations.
         device: where tensors live.
-        default_dtype: of weights and cache.
         default_block_size: tokens of a KV block.
     """
 
@@ -34,8 +34,15 @@ class Machine(ABC):
     kernels: str
     ops: ModuleType
     device: torch.device
-    default_dtype: str
     default_block_size: int
+
+    @abstractmethod
+    def default_dtype(self, model: ModelConfig) -> str:
+        """The type of weights and cache, if the user names none."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Memory that a model may take."""
 
     @abstractmethod
     def measure_blocks(self, model: Llama, config: ServingConfig) -> int:

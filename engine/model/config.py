@@ -1,4 +1,4 @@
-"""The shape of a LLaMA model, on which the simulator, the profiles and the executor must agree.
+"""The shape of a model, on which the simulator, the profiles and the executor must agree.
 
 Reads a preset, a Hugging Face folder or a GGUF file. Knows nothing of torch: a simulation needs a model's shape, not
 its weights.
@@ -6,56 +6,42 @@ its weights.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import yaml
 
+from engine.model.families import Family, family_of
+from engine.model.fields import Fields
+from engine.model.files import read_json
+from engine.model.gguf_file import GgufFile
+from engine.model.rope import MOST_FACTOR, RopeScaling, read_rope
 from traces.errors import TandemError
 
 PRESETS = Path(__file__).parent / "presets"
-_PLAIN_LLAMA = {  # config keys that make a model another one, and the value under which it stays LLaMA
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "quantization_config": None,
-    "sliding_window": None,
-    "partial_rotary_factor": 1.0,
-    "num_local_experts": None,
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+_ONLY = {  # fields that make a model another one, and the values under which they do not
+    "hidden_act": (None, "silu", "swish"),
+    "quantization_config": (None,),
+    "num_local_experts": (None,),
 }
-_GGUF_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """The stretching of rotary frequencies, for a longer context.
-
-    `linear` divides every frequency by `factor` (Chen et al. 2023, position interpolation). `llama3` divides only the
-    low ones, with a smooth passage between `low_freq_factor` and `high_freq_factor` (The Llama 3 Herd of Models, 2024).
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def divisor(self, inv_freq: float) -> float:
-        """The divisor of one frequency (radians per token)."""
-        if self.kind == "linear":
-            return self.factor
-        turns = self.original_max_position_embeddings * inv_freq / (2 * math.pi)
-        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        smooth = min(max(smooth, 0.0), 1.0)
-        return 1.0 / (smooth + (1.0 - smooth) / self.factor)
+_GGUF_STOPS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # of text, turn and message
+_GGUF_BF16 = 30  # of `gguf.GGMLQuantizationType`
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One LLaMA model's shape and constants; every count is at least 1, and `head_dim` is even."""
+    """One model's shape and constants; every count is at least 1, and `head_dim` is even.
+
+    Attributes:
+        attention_bias: whether q, k, v and o have biases.
+        qkv_bias: whether q, k and v have biases, and o has none.
+        sliding_window: tokens that a token attends to, its own included. Longer requests cannot be served.
+        dtype: of `DTYPES`, in which the model is published. It is no part of the shape.
+    """
 
     name: str
     vocab_size: int
@@ -73,6 +59,9 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    sliding_window: int | None = None
+    dtype: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -85,38 +74,48 @@ class ModelConfig:
         """Read the contents of a Hugging Face `config.json`, as transformers 4 or 5 writes it.
 
         Raises:
-            TandemError: the model is not plain LLaMA, or a field is missing or makes no sense.
+            TandemError: the model is of no family that runs, or a field is missing or makes no sense.
         """
-        _refuse_other_models(config, name)
-        rope = _rope_fields(config)
-        hidden = _count(config, "hidden_size", name)
-        heads = _count(config, "num_attention_heads", name)
+        return cls._read(Fields(config, name), name)
+
+    @classmethod
+    def _read(cls, fields: Fields, name: str) -> ModelConfig:
+        family = family_of(fields)
+        _refuse_other_models(fields, family)
+        hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        kv_heads = heads if family.kv_heads is None or "num_key_value_heads" in fields.values else family.kv_heads
+        positions = fields.count("max_position_embeddings", default=family.positions)
+        rope_theta, rope_scaling = read_rope(fields, positions)
         return cls(
             name=name,
-            vocab_size=_count(config, "vocab_size", name),
+            vocab_size=fields.count("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_count(config, "intermediate_size", name),
-            num_layers=_count(config, "num_hidden_layers", name),
+            intermediate_size=fields.count("intermediate_size"),
+            num_layers=fields.count("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_count(config, "num_key_value_heads", name, default=heads),
-            head_dim=_count(config, "head_dim", name, default=hidden // heads),
-            max_position_embeddings=_count(config, "max_position_embeddings", name, default=2048),
-            rms_norm_eps=_positive(config, "rms_norm_eps", name, default=1e-6),
-            rope_theta=_positive(rope, "rope_theta", name, default=10000.0),
-            rope_scaling=_rope_scaling(rope, name),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-            attention_bias=bool(config.get("attention_bias")),
-            mlp_bias=bool(config.get("mlp_bias")),
-            eos_token_ids=_token_ids(config.get("eos_token_id")),
+            num_kv_heads=fields.count("num_key_value_heads", default=kv_heads),
+            head_dim=fields.count("head_dim", default=hidden // heads),
+            max_position_embeddings=positions,
+            rms_norm_eps=fields.number("rms_norm_eps", most=1.0, default=1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attention_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+            qkv_bias=family.has_qkv_bias,
+            sliding_window=family.window(fields),
+            dtype=_dtype(fields),
         )
 
     @classmethod
     def from_hf_folder(cls, folder: Path) -> ModelConfig:
         """Read `config.json` of a Hugging Face folder, and the further stop tokens of its `generation_config.json`."""
-        config = cls.from_hf(read_json(folder / "config.json"), folder.resolve().name)
-        generation = folder / "generation_config.json"
-        stops = _token_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
-        return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + stops)))
+        path, generation = folder / "config.json", folder / "generation_config.json"
+        config = cls._read(Fields(read_json(path), str(path)), folder.resolve().name)
+        more = Fields(read_json(generation), str(generation)) if generation.exists() else Fields({}, "")
+        stops = (*config.eos_token_ids, *more.token_ids("eos_token_id"))
+        return replace(config, eos_token_ids=tuple(dict.fromkeys(stops)))
 
     @classmethod
     def from_gguf(cls, path: Path) -> ModelConfig:
@@ -125,28 +124,49 @@ class ModelConfig:
         GGUF has no key for LLaMA 3's frequency scaling, only its result, a tensor of divisors: the parameters are
         found again from it and checked against it.
         """
-        reader = open_gguf(path)
-        config = cls.from_hf(_gguf_fields(reader), path.stem)
-        divisors = next((t.data.tolist() for t in reader.tensors if t.name == "rope_freqs.weight"), None)
-        if divisors is None:
-            return config
-        config = replace(config, rope_scaling=RopeScaling("llama3", factor=_meant(max(divisors))))
-        if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(config.rope_divisors(), divisors, strict=True)):
-            raise TandemError(f"{path}: tensor rope_freqs.weight is not LLaMA 3's scaling; use the model's HF folder")
-        return config
+        file = GgufFile.open(path)
+        fields = _gguf_fields(file)
+        if family_of(fields).gguf_interleaves is None:
+            raise fields.refusal("model_type", "llama.cpp has no such architecture")
+        config = cls._read(fields, path.stem)
+        if file.fields.get(fields.keys["value_length"], config.head_dim) != config.head_dim:
+            raise fields.refusal("value_length", "Tandem runs models whose keys and values are of one length")
+        has_bias = {name: f"blk.0.attn_{name}.bias" in file.tensors for name in ("q", "output")}
+        config = replace(config, qkv_bias=config.qkv_bias or (has_bias["q"] and not has_bias["output"]))
+        return _with_divisors(config, file) if "rope_freqs.weight" in file.tensors else config
 
     @classmethod
     def from_dict(cls, shape: dict[str, Any]) -> ModelConfig:
-        """Read the result of `dataclasses.asdict`, also by way of JSON or YAML."""
+        """Read the result of `to_dict`, also by way of JSON or YAML."""
         scaling = shape["rope_scaling"]
         rope_scaling = RopeScaling(**scaling) if scaling else None
         return cls(**shape | {"rope_scaling": rope_scaling, "eos_token_ids": tuple(shape["eos_token_ids"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shape, by field. A field that has its default is left out, as in records from before there was one."""
+        defaults = {each.name: each.default for each in fields(self) if each.default is not MISSING}
+        known = asdict(self) | {"dtype": None}
+        return {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of the longest request within the positions and the sliding window."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    def check_window(self, longest: int) -> None:
+        """Raises TandemError if requests of so many tokens are longer than the sliding window."""
+        if self.sliding_window is not None and longest > self.sliding_window:
+            raise TandemError(
+                f"{self.name} attends to the last {self.sliding_window:,} tokens alone, which Tandem does not do: "
+                f"requests to {longest:,} tokens are too long; lower --max-model-len"
+            )
 
     @property
     def num_parameters(self) -> int:
         """Trained numbers in the model; a tied head counts once."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = (2 * self.hidden_size) * (query + kv) + self.attention_bias * (query + 2 * kv + self.hidden_size)
+        attention = (2 * self.hidden_size) * (query + kv) + self.attention_bias * self.hidden_size
+        attention += (self.attention_bias or self.qkv_bias) * (query + 2 * kv)
         mlp = 3 * self.hidden_size * self.intermediate_size
         mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
@@ -181,123 +201,96 @@ def load_model_config(name_or_path: str | Path) -> ModelConfig:
     raise TandemError(f"{name_or_path}: not a Hugging Face folder, a .gguf file or one of {', '.join(sorted(presets))}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises TandemError with the file and the line if it is missing or broken."""
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise TandemError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); download the file again") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TandemError(f"{path}: cannot be read ({error}); a Hugging Face folder has this file") from None
-    if not isinstance(contents, dict):
-        raise TandemError(f"{path}: holds a JSON {type(contents).__name__}, not an object; download the file again")
-    return contents
+def _refuse_other_models(fields: Fields, family: Family) -> None:
+    for name, values in _ONLY.items():
+        if fields.get(name) not in values:
+            raise fields.refusal(name, "Tandem runs unquantized, dense models with SiLU only")
+    for name in ("attention_bias", "mlp_bias"):
+        if fields.flag(name) and not family.reads_biases:
+            raise fields.refusal(name, f"{family.model_type} has no such flag")
 
 
-def open_gguf(path: Path) -> Any:
-    """Open a GGUF file as a `gguf.GGUFReader`, or say that it is broken."""
-    from gguf import GGUFReader  # takes longer to import than the rest of the control plane together
-
-    try:
-        return GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise TandemError(f"{path}: corrupt or cut off GGUF file ({first_line(error)}); download it again") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, for an error of ours."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _dtype(fields: Fields) -> str | None:
+    """Of a config of transformers 5 or, with the older name, 4."""
+    name = "torch_dtype" if fields.get("dtype") is None else "dtype"
+    dtype = (fields.text(name) or "").removeprefix("torch.")
+    if dtype not in ("", *DTYPES):
+        raise fields.refusal(name, f"Tandem reads {', '.join(DTYPES)}")
+    return dtype or None
 
 
-def _refuse_other_models(config: dict[str, Any], name: str) -> None:
-    for key, llama in _PLAIN_LLAMA.items():
-        value = config.get(key)
-        if value is not None and value != llama:
-            raise TandemError(
-                f"{name}: {key} is {value!r}; Tandem runs unquantized models of LLaMA's architecture only"
-            )
-    if config.get("model_type") is None and config.get("architectures") is None:
-        raise TandemError(f"{name}: the model's config names no model_type; add the original config.json's")
+def _meant(value: Any) -> Any:
+    """The number that was stored as float32, as GGUF does: 1e-05, not 9.99999975e-06. Other values stay."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _count(config: dict[str, Any], key: str, name: str, default: int | None = None) -> int:
-    value = default if config.get(key) is None else config[key]
-    if type(value) is not int or value < 1:
-        raise TandemError(f"{name}: {key} must be a whole number of at least 1, not {value!r}; see the model's config")
-    return value
+def _with_divisors(config: ModelConfig, file: GgufFile) -> ModelConfig:
+    """The config with the scaling of `rope_freqs.weight`."""
+    tensor = file.tensors["rope_freqs.weight"]
+    if (tensor.kind, tensor.shape) == (0, (config.head_dim // 2,)):
+        divisors: list[float] = file.bytes_of(tensor).view(np.float32).tolist()
+        if 0.999 < max(divisors) < MOST_FACTOR:
+            config = replace(config, rope_scaling=RopeScaling("llama3", factor=_meant(max(divisors))))
+            if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(config.rope_divisors(), divisors, strict=True)):
+                return config
+    raise TandemError(f"{file.path}: tensor rope_freqs.weight is not LLaMA 3's scaling; use the model's HF folder")
 
 
-def _positive(config: dict[str, Any], key: str, name: str, default: float | None = None) -> float:
-    value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise TandemError(f"{name}: {key} must be a number above 0, not {value!r}; see the model's config")
-    return float(value)
+_GGUF_KEYS = {  # Hugging Face's names, and GGUF's behind the architecture's
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "value_length": "attention.value_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "num_local_experts": "expert_count",
+    "rope_theta": "rope.freq_base",
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "attention_factor": "rope.scaling.attn_factor",
+    "partial_rotary_factor": "rope.dimension_count",
+}
+_OLD_FACTOR = "rope.scale_linear"
 
 
-def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields as transformers 5 writes them; version 4 has `rope_scaling` and, beside it, `rope_theta`."""
-    beside = {"rope_theta": config.get("rope_theta")}
-    return beside | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-
-
-def _rope_scaling(rope: dict[str, Any], name: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise TandemError(
-            f"{name}: partial_rotary_factor is {rope['partial_rotary_factor']}; Tandem rotates whole heads"
-        )
-    if kind in ("default", "none"):
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", _positive(rope, "factor", name))
-    if kind != "llama3":
-        raise TandemError(f"{name}: RoPE scaling {kind!r} is not supported; Tandem knows none, linear and llama3")
-    return RopeScaling(
-        "llama3",
-        factor=_positive(rope, "factor", name),
-        low_freq_factor=_positive(rope, "low_freq_factor", name),
-        high_freq_factor=_positive(rope, "high_freq_factor", name),
-        original_max_position_embeddings=_count(rope, "original_max_position_embeddings", name),
+def _gguf_fields(file: GgufFile) -> Fields:
+    """A GGUF file's metadata under Hugging Face's names. A number that is 0, as llama.cpp writes it, is not there."""
+    architecture, tensors = file.fields.get("general.architecture"), file.tensors
+    keys = {name: f"{architecture}.{key}" for name, key in _GGUF_KEYS.items()}
+    keys |= {"model_type": "general.architecture", "eos_token_id": ", ".join(_GGUF_STOPS)}
+    values = {name: _meant(file.fields.get(key)) or None for name, key in keys.items()}
+    kinds = {tensor.kind for tensor in tensors.values()}
+    stops = [file.fields[key] for key in _GGUF_STOPS if key in file.fields]
+    values |= _gguf_rope(values, _meant(file.fields.get(f"{architecture}.{_OLD_FACTOR}")))
+    return Fields(
+        values
+        | {
+            "use_sliding_window": values["sliding_window"] is not None,
+            "max_window_layers": 0,
+            "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": "blk.0.attn_output.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+            "eos_token_id": stops,
+            "dtype": "bfloat16" if _GGUF_BF16 in kinds else None,
+        },
+        str(file.path),
+        keys | {"vocab_size": "tensor token_embd.weight: its number of rows"},
     )
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
-
-
-def _meant(number: float) -> float:
-    """The number that was stored as float32, as GGUF does: 1e-05, not 9.99999975e-06."""
-    return float(f"{number:.6g}")
-
-
-def _gguf_fields(reader: Any) -> dict[str, Any]:
-    """A GGUF file's metadata under Hugging Face's names."""
-
-    def value(key: str, default: Any = None) -> Any:
-        field = reader.get_field(key)
-        contents = default if field is None else field.contents()
-        return _meant(contents) if isinstance(contents, float) else contents
-
-    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
-    return {
-        "model_type": value("general.architecture"),
-        "num_local_experts": value("llama.expert_count") or None,
-        "vocab_size": shapes.get("token_embd.weight", [None])[-1],
-        "hidden_size": value("llama.embedding_length"),
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
-        "num_attention_heads": value("llama.attention.head_count"),
-        "num_key_value_heads": value("llama.attention.head_count_kv"),
-        "head_dim": value("llama.attention.key_length"),
-        "max_position_embeddings": value("llama.context_length"),
-        "rms_norm_eps": value("llama.attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            "rope_theta": value("llama.rope.freq_base", 10000.0),
-            "rope_type": value("llama.rope.scaling.type", "default"),
-            "factor": value("llama.rope.scaling.factor"),
-        },
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
-        "eos_token_id": [value(key) for key in _GGUF_STOPS if value(key) is not None],
-    }
+def _gguf_rope(values: dict[str, Any], old_factor: Any) -> dict[str, Any]:
+    """The rotary fields as transformers has them. A factor without a type scales linearly, as in llama.cpp."""
+    rope = {name: values.pop(name) for name in ("rope_theta", "rope_type", "factor", "attention_factor")}
+    rope["factor"] = rope["factor"] or old_factor
+    if rope["rope_type"] is None and rope["factor"] not in (None, 1):
+        rope["rope_type"] = "linear"
+    if rope["attention_factor"] == 1:
+        rope["attention_factor"] = None
+    hidden, heads, turned = (values[name] for name in ("hidden_size", "num_attention_heads", "partial_rotary_factor"))
+    whole = values["head_dim"] or (hidden // heads if type(hidden) is type(heads) is int else None)
+    return {"rope_parameters": rope, "partial_rotary_factor": None if turned == whole else turned}

@@ -47,7 +47,7 @@ def compose(
 
 
 def _workload(trace: Trace, model: ModelConfig | str, dtype: str | None, stop_rule: str) -> dict[str, Any]:
-    shape = None if isinstance(model, str) else {key: of for key, of in asdict(model).items() if key != "name"}
+    shape = None if isinstance(model, str) else {key: of for key, of in model.to_dict().items() if key != "name"}
     known = {
         "trace": trace.digest,
         "requests": len(trace.requests),

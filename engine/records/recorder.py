@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.backend import Completion, Launch, Stop
 from engine.events import Event
 from engine.records.schema import COLUMNS, NULL, Row, Rows, packer, tables_from_rows
-from engine.request import CANCELLED, LENGTH, REJECTED, STOP, Request
+from engine.request import CANCELLED, FAILED, LENGTH, REJECTED, STOP, Request
 from engine.step import Copies, Step
 
 if TYPE_CHECKING:
@@ -36,12 +36,15 @@ class _Life:
     first_token_ns: int | None = None
     last_token_ns: int | None = None
     output_len: int | None = None
+    fault: str | None = None
     decodes_from: int = 0
     context: int = 0
 
     @property
     def outcome(self) -> str | None:
         """How it ended: by its stop token even where that was found after the step that finishes it was planned."""
+        if self.fault:
+            return FAILED
         return STOP if self.request.outcome == LENGTH and self.output_len is not None else self.request.outcome
 
     @property
@@ -144,6 +147,7 @@ class Recorder:
             life = self._lives[stop.request_id]
             if life.request.outcome != CANCELLED:  # else nobody asked any more
                 life.last_token_ns, life.output_len = completed_ns, stop.output_len
+                life.fault = stop.fault
             self.ended += life.request.outcome is None  # else it was counted as it was cancelled, or finishing
 
     def iteration(
@@ -190,7 +194,7 @@ class Recorder:
         request = life.request
         generated = request.generated
         output_len = generated if life.output_len is None else life.output_len
-        reason = life.cancel_reason if request.outcome == CANCELLED else request.reason
+        reason = life.cancel_reason if request.outcome == CANCELLED else life.fault or request.reason
         return (
             *(request.id, request.arrival_ns, life.delivered_ns, life.first_scheduled_ns),
             *(life.first_token_ns, life.last_token_ns),

@@ -43,7 +43,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "wasted_tokens": _INT,  # made after the stop token, before the scheduler knew of it
         "preemptions": _INT,
         "swaps": _INT,  # of the preemptions
-        "outcome": "string",  # length, stop, cancelled, rejected, unfinished
+        "outcome": "string",  # length, stop, failed, cancelled, rejected, unfinished
         "reason": "string",
         "priority": _INT,
         "client": "string",

@@ -270,9 +270,9 @@ class Accounting(ABC):
     def _ended(self, completion: Completion) -> list[int]:
         """Whom a step is known to have ended, in the order of the batch: who stopped, and whose last token is there."""
         ended = {request.id: request for request in self.held.values() if request.last_step <= completion.step}
-        for request_id, _ in completion.stops:
-            if request := self._find(request_id):
-                ended[request_id] = request
+        for stop in completion.stops:
+            if request := self._find(stop.request_id):
+                ended[request.id] = request
         return sorted(ended, key=lambda request_id: ended[request_id].admission)
 
     def _drop(self, request: Request, outcome: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from engine.backend import Completion, Launch, Observer
 from engine.events import Event
-from engine.request import CANCELLED, LENGTH, REJECTED, STOP
+from engine.request import CANCELLED, FAILED, LENGTH, REJECTED, STOP
 from engine.scheduler import Scheduler
 from engine.server.driver import Driver
 from engine.server.gc_tuning import collect_now
@@ -88,12 +88,13 @@ class Publisher:
     def _take_tokens(self, completion: Completion) -> tuple[list[int], list[int]]:
         step, samplers = self._in_flight.popleft()
         made, token = self._made, self._rider.token
-        ids = [each for each in samplers if each in made]  # who has ended gets no more
+        failed = {stop.request_id for stop in completion.stops if stop.fault}
+        ids = [each for each in samplers if each in made and each not in failed]  # who has ended gets no more
         tokens = [token(each, made[each]) for each in ids]
         for request_id in ids:
             made[request_id] += 1
         for stop in completion.stops:
-            self._end(End(stop.request_id, STOP))
+            self._end(End(stop.request_id, FAILED if stop.fault else STOP, stop.fault))
         for request_id in step.finishing:
             self._end(End(request_id, LENGTH))
         load, prefill, decode = self._load, step.prefill_tokens, step.decodes

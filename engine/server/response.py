@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from engine.request import REJECTED
+from engine.request import FAILED, REJECTED
 from engine.server.detokenization import Writer
 from engine.server.engine_client import BROKEN, EngineClient
 from engine.server.openai_format import DONE, CompletionFormat
 from engine.server.refused import Refused
 
-_STATUS = {REJECTED: 400, BROKEN: 500}  # of an answer that ends so
+_STATUS = {REJECTED: 400, FAILED: 500, BROKEN: 500}  # of an answer that ends so
 WIRE = "tandem_wire"  # in a connection's state: a `Wire`, if the server lends one
 
 

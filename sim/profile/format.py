@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from engine.model.config import ModelConfig, first_line
+from engine.model.config import ModelConfig
+from engine.model.files import first_line
 from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
 

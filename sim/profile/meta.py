@@ -102,6 +102,7 @@ class ProfileMeta:
         """The entries of a `meta.yaml`; `from_dict` reads them back."""
         entries: dict[str, Any] = asdict(self)
         notes: dict[str, Any] = entries.pop("notes")
+        entries["model"] = self.model.to_dict()
         return {name: value for name, value in entries.items() if value is not None} | notes
 
 

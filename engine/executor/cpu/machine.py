@@ -17,6 +17,7 @@ from engine.executor.cpu import ops
 from engine.executor.cpu.runner import Runner
 from engine.executor.machine import Machine
 from engine.executor.model import Llama
+from engine.model.config import ModelConfig
 from traces.errors import TandemError
 
 MEMORY_FRACTION = 0.5  # of the memory that is free once the model is loaded: the machine is somebody's laptop
@@ -28,7 +29,6 @@ class Cpu(Machine):
     kernels = "reference (PyTorch)"
     ops = ops
     device = torch.device("cpu")
-    default_dtype = "float32"
     default_block_size = 16
 
     def __init__(self, threads: int | None) -> None:
@@ -39,11 +39,18 @@ class Cpu(Machine):
         # libgomp stop spinning at the end of each parallel region, and a step of many short ones half as slow again.
         torch.set_num_threads(1)
 
+    def default_dtype(self, model: ModelConfig) -> str:
+        """As in `Machine`: float32, which CPUs multiply fastest."""
+        return "float32"
+
+    def free_bytes(self) -> int:
+        """As in `Machine`: what other programs leave."""
+        return int(psutil.virtual_memory().available)
+
     def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
         """As in `Machine`: a share of the free memory."""
         block_bytes = config.block_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
-        free: int = psutil.virtual_memory().available
-        room = int(MEMORY_FRACTION * free) // block_bytes - config.num_cpu_blocks
+        room = int(MEMORY_FRACTION * self.free_bytes()) // block_bytes - config.num_cpu_blocks
         longest = -(-config.max_model_len // config.block_size)
         if room < longest:
             raise TandemError(

@@ -17,6 +17,7 @@ from engine.executor.kernels import ops
 from engine.executor.kernels.gpu_timer import timing_event
 from engine.executor.machine import Machine
 from engine.executor.model import Llama
+from engine.model.config import ModelConfig
 from traces.errors import TandemError
 
 
@@ -34,7 +35,6 @@ class Cuda(Machine):
 
     kernels = "Triton"
     ops = ops
-    default_dtype = "float16"
     default_block_size = 64  # prefill fetches blocks of this size by the copy engine
 
     def __init__(self) -> None:
@@ -43,6 +43,14 @@ class Cuda(Machine):
         if torch.cuda.get_device_capability(self.device) < (8, 0):
             raise TandemError(f"{self.name} is older than compute capability 8.0: use --device cpu")
         self._prepared: _Prepared | None = None
+
+    def default_dtype(self, model: ModelConfig) -> str:
+        """As in `Machine`: bfloat16 if the model is published in it, since its numbers may exceed float16."""
+        return "bfloat16" if model.dtype == "bfloat16" else "float16"
+
+    def free_bytes(self) -> int:
+        """As in `Machine`: what the driver says."""
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def measure_blocks(self, model: Llama, config: ServingConfig) -> int:
         """As in `Machine`: the GPU's memory less the largest step and the captured graphs."""

@@ -29,7 +29,7 @@ def _embed(
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row).to(tl.int64)
     if token < 0:
-        token = tl.load(last_tokens - 1 - token).to(tl.int64)
+        token = tl.maximum(tl.load(last_tokens - 1 - token).to(tl.int64), 0)  # -1 if its logits were NaN
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < HIDDEN
     tl.store(out + row * HIDDEN + column, tl.load(weight + token * HIDDEN + column, mask=exists), mask=exists)
@@ -40,7 +40,10 @@ def embed(
     last_tokens: torch.Tensor | None,  # (table rows + 1,) int64; None if no id is below 0
     weight: torch.Tensor,  # (vocab, hidden), contiguous
 ) -> torch.Tensor:
-    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
+    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`.
+
+    Where that is below 0 too, 0 is looked up: the request has failed, and a step was launched before that was known.
+    """
     tokens, hidden = len(token_ids), weight.shape[1]
     out = torch.empty(tokens, hidden, dtype=weight.dtype, device=weight.device)
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))

@@ -37,9 +37,13 @@ def embed(
     last_tokens: torch.Tensor | None,  # (table rows + 1,) int64
     weight: torch.Tensor,  # (vocab, hidden)
 ) -> torch.Tensor:
-    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`."""
+    """Look up embeddings: (tokens, hidden). An id below 0 stands for `last_tokens[-1 - id]`.
+
+    Where that is below 0 too, 0 is looked up: the request has failed, and a step was launched before that was known.
+    """
     if last_tokens is not None:
-        token_ids = torch.where(token_ids < 0, last_tokens[(-1 - token_ids).clamp(min=0)], token_ids)
+        known = last_tokens[(-1 - token_ids).clamp(min=0)].clamp(min=0)
+        token_ids = torch.where(token_ids < 0, known, token_ids)
     return F.embedding(token_ids, weight)
 
 
@@ -179,8 +183,9 @@ def silu_and_mul(
 def greedy(
     logits: torch.Tensor,  # (samples, vocab)
 ) -> torch.Tensor:
-    """Return the likeliest token of each row: (samples,) int64."""
-    return logits.argmax(dim=-1)
+    """Return the likeliest token of each row: (samples,) int64, of equals the first; -1 if a logit is NaN."""
+    best, tokens = logits.max(dim=-1)
+    return tokens.masked_fill_(best.isnan(), -1)
 
 
 def _chunk_mask(rows: int, context: int, device: torch.device) -> torch.Tensor | None:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import ModelConfig, first_line
+from engine.model.config import ModelConfig
+from engine.model.files import first_line
 from sim.profile.format import Points, Row
 from traces.errors import TandemError
 
