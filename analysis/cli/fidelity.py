@@ -9,9 +9,8 @@ import typer
 
 from analysis.cli import options
 from analysis.cli.options import Commands, but, listed, option, read_rate
-from analysis.cli.output import print_result, progress
+from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.options import Limits, Loading
-from traces.trace import read_trace
 
 app = Commands(name="fidelity", help="How far simulation can be believed on this machine.", no_args_is_help=True)
 
@@ -37,7 +36,7 @@ def fidelity_measure(
     at, ranked_at = _shares("--loads", loads), _shares("--shared", shared)
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
-    study = Study(read_trace(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
+    study = Study(read_noted(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
     executor, settled = load_within(loading, limits, progress)
     measure_study(study, executor, settled.config, out, progress)
 

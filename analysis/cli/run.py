@@ -12,7 +12,7 @@ from analysis.cli import options
 from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_result, print_run, progress, read_noted
 from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.options import Limits, Loading, RunOptions, TraceReading
 from engine.model.config import load_model_config
 from engine.records.run_folder import RunRecords, read_run
 from sim.profile.format import find_profile, read_profile
@@ -41,6 +41,7 @@ def memory(
 def simulate(
     how: Annotated[RunOptions, but("stop_rule")],
     limits: Limits,
+    reading: TraceReading,
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
@@ -57,7 +58,7 @@ def simulate(
     from analysis.jobs.run import check_before, check_like, simulate_run
     from analysis.report.policy_page import policy_tables
 
-    times, requests = read_profile(find_profile(profile)), read_noted(trace)
+    times, requests = read_profile(find_profile(profile)), read_noted(trace, reading)
     template = read_run(like) if like else None
     settled = simulated_limits(times, limits, template)
     how = replace(how, facts=settled.facts, like=template)
@@ -78,6 +79,7 @@ def run(
     how: Annotated[RunOptions, but("strict")],
     loading: Loading,
     limits: Limits,
+    reading: TraceReading,
     trace: options.TracePath,
     out: options.Out,
     as_json: options.AsJson = False,
@@ -90,7 +92,7 @@ def run(
     from analysis.jobs.run import check_before, load_within, real_run
 
     check_before(config_to_check(limits), out, how.overwrite)
-    requests = read_noted(trace)
+    requests = read_noted(trace, reading)
     executor, settled = load_within(loading, limits, progress)
     done = real_run(requests, executor, settled.config, out, progress, replace(how, facts=settled.facts))
     return _print_summary(done, out, as_json)

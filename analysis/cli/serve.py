@@ -11,7 +11,7 @@ from rich.console import Console
 from analysis.cli import options
 from analysis.cli.options import Commands, but, option
 from analysis.cli.output import print_run, progress, read_noted
-from analysis.jobs.options import Limits, Loading, RunOptions
+from analysis.jobs.options import Limits, Loading, RunOptions, TraceReading
 from analysis.jobs.progress import Progress
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
@@ -83,6 +83,7 @@ def _progress() -> Progress:
 @app.command()
 def load(
     how: Annotated[RunOptions, but("check", "strict")],
+    reading: TraceReading,
     url: Annotated[str, option("The server's address, such as http://127.0.0.1:8000.")],
     trace: options.TracePath,
     out: options.Out,
@@ -102,7 +103,7 @@ def load(
     from analysis.report.tables import print_tables
 
     check_out(out, how.overwrite)
-    workload, other = read_noted(trace), read_run(against) if against else None
+    workload, other = read_noted(trace, reading), read_run(against) if against else None
     target = find_target(url, model, how.stop_rule, vocab_size, api_key or None)
     run = load_run(workload, target, progress)
     run.write(out, how.overwrite)

@@ -10,10 +10,11 @@ import typer
 
 from analysis.cli import options
 from analysis.cli.options import Commands, but, option
-from analysis.cli.output import facts_table, print_result, progress, read_noted, say_notes
+from analysis.cli.output import facts_table, print_result, progress, say_notes
 from analysis.jobs.files import check_new, sharegpt_trace
-from analysis.jobs.options import Arrivals
-from traces.trace import Trace, read_trace, write_trace
+from analysis.jobs.options import Arrivals, TraceReading
+from traces.request import length_totals
+from traces.trace import Trace, write_trace
 
 app = Commands(name="trace", help="Make, convert and look at traces.", no_args_is_help=True)
 
@@ -76,16 +77,19 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
 @app.command("convert")
 def trace_convert(
     arrivals: Annotated[Arrivals, but(rate=None)],
-    source: Annotated[Path, typer.Argument(help=".jsonl (ours or Mooncake's), .parquet, .csv (Azure, BurstGPT).")],
+    reading: TraceReading,
+    source: Annotated[Path, typer.Argument(help="A trace, ours or as published: docs/traces.md has the formats.")],
     out: options.Out,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
-    _write(out, overwrite, read_trace(source), None if arrivals.rate is None else arrivals)
+    check_new(out, overwrite)
+    _write(out, overwrite, reading.read(source), None if arrivals.rate is None else arrivals)
 
 
 @app.command("assign")
 def trace_assign(
+    reading: TraceReading,
     source: options.TraceFile,
     out: options.Out,
     classes: Annotated[
@@ -102,7 +106,8 @@ def trace_assign(
     """
     from traces.request_classes import assign_classes, predict_lengths, read_class
 
-    trace = read_trace(source)
+    check_new(out, overwrite)
+    trace = reading.read(source)
     if classes:
         trace = assign_classes(trace, [read_class(text) for text in classes], seed)
     if predict is not None:
@@ -111,21 +116,24 @@ def trace_assign(
 
 
 @app.command("show")
-def trace_show(path: options.TraceFile, as_json: options.AsJson = False) -> None:
+def trace_show(reading: TraceReading, path: options.TraceFile, as_json: options.AsJson = False) -> None:
     """Describe a trace: how many requests, how long, how fast."""
-    trace = read_noted(path)
+    trace = reading.read(path)
+    say_notes(trace)
     print_result(_facts(trace), as_json, lambda facts: facts_table(facts, path.name))
 
 
 def _facts(trace: Trace) -> dict[str, Any]:
-    count, span_s = len(trace.requests), trace.requests[-1].arrival_ns / 1e9
+    count, first_s, last_s = len(trace.requests), *(trace.requests[place].arrival_ns / 1e9 for place in (0, -1))
+    lengths = length_totals(trace.requests)
     return {
         "requests": count,
-        "last_arrival_s": span_s,
-        "requests_per_s": count / span_s if span_s else None,
-        "mean_prompt_len": sum(each.prompt_len for each in trace.requests) / count,
-        "mean_output_len": sum(each.output_len for each in trace.requests) / count,
-        "longest": max(each.prompt_len + each.output_len for each in trace.requests),
+        "first_arrival_s": first_s,
+        "last_arrival_s": last_s,
+        "requests_per_s": (count - 1) / (last_s - first_s) if last_s > first_s else None,
+        "mean_prompt_len": lengths.prompt / count,
+        "mean_output_len": lengths.output / count,
+        "longest": lengths.longest,
         "digest": trace.digest,
     }
 

