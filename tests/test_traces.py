@@ -26,9 +26,9 @@ from scipy import stats
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import all_at_once, assign_arrivals, gamma, poisson, uniform, with_arrivals
 from traces.columns import Reading
+from traces.outputs import atomic_file
 from traces.request import CompactRequests
 from traces.synthetic import synthetic
-from traces.trace import atomic_file
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "traces"
 

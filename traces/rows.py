@@ -123,8 +123,8 @@ class RowReader:
             return None
         self.ignored |= columns.keys() - read.keys()
         self.empty += len(output) - int(made.sum())
-        rows: Rows = np.stack([arrival_ns, prompt, output, limit], axis=1)
-        return rows[made]
+        rows: Rows = np.stack([arrival_ns[made], prompt[made], output[made], limit[made]], axis=1)
+        return rows
 
     def _arrivals_ns(self, column: str, values: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
         dated = values.dtype == "M8[ns]"

@@ -9,13 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import struct
 import sys
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from traces.arrival_order import ArrivalSorter, ascending
 from traces.columns import WHOLE, Batch, Dialect, Reading, Window
 from traces.csv import read_csv
 from traces.errors import TandemError, reason
+from traces.outputs import atomic_file, check_writable
 from traces.parquet import read_parquet, write_parquet
 from traces.request import CompactRequests, TraceRequest
 from traces.rows import RowReader, errors_at, read_json, write_jsonl
@@ -41,6 +41,7 @@ _READERS: dict[str, _BatchesOf] = {
     ".json": read_json,
     ".tsv": read_csv,
 }
+_WRITERS = {".jsonl": write_jsonl, ".parquet": write_parquet}
 _SNIFFED_ROWS = 100  # which show the dialect
 LONGEST_WAIT_NS = 10 * 10**9  # for the first request of a trace that is served in real time
 
@@ -215,6 +216,14 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, file)))
 
 
+def check_trace_out(path: Path) -> None:
+    """Raises TandemError if `write_trace` could not write to `path`."""
+    _by_suffix(path, _WRITERS)
+    if path.is_dir() or not path.parent.is_dir():
+        raise TandemError(f"cannot write {path}: give --out a file in a folder that exists")
+    check_writable(path)
+
+
 def write_trace(path: str | Path, trace: Trace) -> None:
     """Writes a .jsonl or .parquet trace, whole or not at all.
 
@@ -222,29 +231,9 @@ def write_trace(path: str | Path, trace: Trace) -> None:
         TandemError: the suffix is unknown, or the file cannot be written (no such folder, disk full).
     """
     path = Path(path)
-    write = _by_suffix(path, {".jsonl": write_jsonl, ".parquet": write_parquet})
+    write = _by_suffix(path, _WRITERS)
     with atomic_file(path) as file:
         write(file, trace.requests, trace.meta)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears at `path`, replacing what was there, only if the block ends without an exception.
-
-    Raises:
-        TandemError: in place of any OSError, of the block too.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise TandemError(f"cannot write {path}: {reason(error)}; nothing was written") from error
-        raise
 
 
 def _by_suffix(path: Path, functions: dict[str, _Function]) -> _Function:

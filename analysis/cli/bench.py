@@ -78,6 +78,7 @@ def bench_online(
     """Serve a trace's requests, in its order, at Poisson arrivals of several rates. Ctrl-C keeps what was measured."""
     from analysis.bench.online import Online, scenarios
 
+    check_new_file(output)
     wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_whole, "0,1,2")
     found = scenarios(read_noted(trace), *wanted, seconds, all_at_once)
     _bench_executor(Online(found, limits, keep, output.overwrite), loading, output)

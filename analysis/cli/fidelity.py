@@ -11,6 +11,7 @@ from analysis.cli import options
 from analysis.cli.options import Commands, but, listed, option, read_rate
 from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.options import Limits, Loading
+from traces.outputs import check_writable
 
 app = Commands(name="fidelity", help="How far simulation can be believed on this machine.", no_args_is_help=True)
 
@@ -33,6 +34,7 @@ def fidelity_measure(
     from analysis.jobs.run import load_within
     from analysis.jobs.study import Study, measure_study
 
+    check_writable(out / "fidelity.json")
     at, ranked_at = _shares("--loads", loads), _shares("--shared", shared)
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]

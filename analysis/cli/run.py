@@ -14,8 +14,9 @@ from analysis.cli.output import print_result, print_run, progress, read_noted
 from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
 from analysis.jobs.options import Limits, Loading, RunOptions, TraceReading
 from engine.model.config import load_model_config
-from engine.records.run_folder import RunRecords, read_run
+from engine.records.run_folder import RunRecords, check_out, read_run
 from sim.profile.format import find_profile, read_profile
+from traces.outputs import check_writable
 
 app = Commands()
 
@@ -58,6 +59,9 @@ def simulate(
     from analysis.jobs.run import check_before, check_like, simulate_run
     from analysis.report.policy_page import policy_tables
 
+    if against is None:
+        check_out(out, how.overwrite)
+    check_writable(out / "run")
     times, requests = read_profile(find_profile(profile)), read_noted(trace, reading)
     template = read_run(like) if like else None
     settled = simulated_limits(times, limits, template)

@@ -11,7 +11,7 @@ import typer
 from analysis.cli import options
 from analysis.cli.options import Commands, but, option
 from analysis.cli.output import facts_table, print_result, progress, say_notes
-from analysis.jobs.files import check_new, sharegpt_trace
+from analysis.jobs.files import check_new_trace, sharegpt_trace
 from analysis.jobs.options import Arrivals, TraceReading
 from traces.request import length_totals
 from traces.trace import Trace, write_trace
@@ -35,7 +35,7 @@ def trace_sharegpt(
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
     from traces.sharegpt import LengthFilter
 
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
     kept = {"lengths": lengths, "max_tokens": max_tokens, "strict": strict}
     trace = sharegpt_trace(model, requests, arrivals.seed, progress, source, **kept)
@@ -56,6 +56,7 @@ def trace_synthetic(
     """Draw lengths from distributions, without text."""
     from traces.synthetic import synthetic
 
+    check_new_trace(out, overwrite)
     trace = synthetic(requests, arrivals.seed, prompt, output, shared_prefixes, prefix_len)
     _write(out, overwrite, trace, arrivals)
 
@@ -69,6 +70,7 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
     from sim.profile.format import find_profile, read_profile
     from sim.profiling.calibration import calibration_load, check_captured
 
+    check_new_trace(out, overwrite)
     of_gpu = read_profile(find_profile(profile))
     check_captured(of_gpu)
     _write(out, overwrite, calibration_load(of_gpu, of_gpu.meta.measured_within))
@@ -83,7 +85,7 @@ def trace_convert(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Read a trace in any known format and write it in ours, with new arrivals if --rate is given."""
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     _write(out, overwrite, reading.read(source), None if arrivals.rate is None else arrivals)
 
 
@@ -106,7 +108,7 @@ def trace_assign(
     """
     from traces.request_classes import assign_classes, predict_lengths, read_class
 
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     trace = reading.read(source)
     if classes:
         trace = assign_classes(trace, [read_class(text) for text in classes], seed)
@@ -142,7 +144,7 @@ def _write(out: Path, overwrite: bool, trace: Trace, arrivals: Arrivals | None =
     """Write a trace, with other arrivals if they are given."""
     from traces.arrivals import assign_arrivals
 
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     trace = assign_arrivals(trace, **asdict(arrivals)) if arrivals else trace
     say_notes(trace)
     write_trace(out, trace)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.report.tables import TextTable
-from traces.trace import atomic_file
+from traces.outputs import atomic_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,9 @@ def write_page(path: Path, title: str, headline: str, parts: Iterable[Part]) -> 
     """
     from jinja2 import Environment
 
-    template = Environment(autoescape=True).from_string(Path(__file__).with_name("page.html").read_text())
+    template = Environment(autoescape=True).from_string(
+        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    )
     page = template.render(title=title, headline=headline, parts=parts)
     with atomic_file(path) as file:
         file.write(page.encode())

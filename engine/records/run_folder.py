@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.records.schema import ADDED, ADDED_TO_SYSTEM, COLUMNS, SCHEMA_VERSION, Rows, arrow_type, table_from_rows
 from traces.errors import TandemError
+from traces.outputs import check_writable, draft_of, publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,12 +115,11 @@ class RunWriter:
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         check_out(folder, overwrite)
-        self._folder, self._draft, self._overwrite = folder, folder.with_name(folder.name + ".tmp"), overwrite
+        self._folder, self._draft, self._overwrite = folder, draft_of(folder), overwrite
         self._files: dict[str, pq.ParquetWriter] = {}
 
     def __enter__(self) -> RunWriter:
         with self._complaining():
-            shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
         return self
 
@@ -156,10 +156,9 @@ class RunWriter:
         with self._complaining():
             self._close()
             for name, content in (("summary", run.summary), ("manifest", run.manifest)):
-                (self._draft / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
-            if self._overwrite:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            self._draft.rename(self._folder)
+                text = json.dumps(header | content, indent=2) + "\n"
+                (self._draft / f"{name}.json").write_text(text, encoding="utf-8")
+            publish(self._draft, self._folder, self._overwrite)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -182,12 +181,16 @@ def _encoding(table: str) -> dict[str, Any]:
 
 
 def check_out(folder: Path, overwrite: bool = False) -> None:
-    """Raises TandemError if a run may not be written to `folder`: something else is there, or a run that is to stay."""
+    """Raises TandemError if a run may not be written to `folder`: something else is there, or a run that is to stay.
+
+    Or if it could not be written.
+    """
     is_run = (folder / "manifest.json").exists()
     if is_run and not overwrite:
         raise TandemError(f"{folder} holds a run: choose another --out, or add --overwrite to replace it")
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise TandemError(f"{folder} is not empty and not a run: choose another --out")
+    check_writable(folder)
 
 
 def read_run(folder: Path) -> RunRecords:

@@ -8,7 +8,6 @@ All times are microseconds for one step of the whole model (all layers).
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import yaml
 from engine.model.config import ModelConfig, first_line
 from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
+from traces.outputs import check_writable, draft_of, publish
 
 SCHEMA_VERSION = 3
 BEFORE_3 = {"served": "in_service", "unevenness": "imbalance", "load": "power"}
@@ -195,18 +195,19 @@ def read_meta(path: Path) -> ProfileMeta:
 def read_yaml(path: Path) -> Any:
     """The contents of a YAML file. Raises TandemError if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def check_profile_out(folder: Path, overwrite: bool = False) -> None:
-    """Raises TandemError if a profile may not be written to `folder`: something is there that is to stay."""
+    """Raises TandemError if a profile may not be written to `folder`, as something is there to stay; or cannot."""
     is_profile = (folder / "meta.yaml").exists()
     if is_profile and not overwrite:
         raise TandemError(f"{folder} holds a profile: choose another --out, or add --overwrite to replace it")
     if folder.exists() and not is_profile and (not folder.is_dir() or any(folder.iterdir())):
         raise TandemError(f"{folder} is not empty and not a profile: choose another --out")
+    check_writable(folder)
 
 
 def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> None:
@@ -219,17 +220,15 @@ def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> No
     import pyarrow.parquet as pq
 
     check_profile_out(folder, overwrite)
-    draft = folder.with_name(folder.name + ".tmp")
+    draft = draft_of(folder)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         for table, rows in profile.tables.items():
             pq.write_table(pa.Table.from_pylist(rows), draft / f"{table}.parquet", compression="zstd")
         meta = {"schema": SCHEMA_VERSION} | profile.meta.to_dict()
-        (draft / "meta.yaml").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
+        text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+        (draft / "meta.yaml").write_text(text, encoding="utf-8")
+        publish(draft, folder, overwrite)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise TandemError(f"cannot write profile {folder}: {error.strerror or error}") from error
