@@ -99,6 +99,7 @@ def bench_simulate(
     from analysis.bench.simulator import SimulateBench
     from sim.profile.format import find_profile
 
+    check_new_file(output)
     each_rate = listed("--rates", rates, read_rate, "6,2")
     counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)

@@ -29,7 +29,7 @@ def trace_sharegpt(
     max_prompt: Annotated[int, option("Drop longer prompts.")] = 1024,
     max_total: Annotated[int, option("Drop longer prompt + output.")] = 2048,
     max_tokens: Annotated[int | None, option("Tell schedulers this limit, not the output length.")] = None,
-    strict: Annotated[bool, option("Refuse a file that ends early.")] = False,
+    strict: Annotated[bool, option("Refuse a file that ends early or has other rows.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample real ShareGPT requests, with the filters of vLLM's benchmark, and give them arrivals."""
