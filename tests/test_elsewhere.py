@@ -19,8 +19,8 @@ from traces import TandemError, TraceRequest
 from traces.outputs import check_writable
 
 IN_A_FILE = {  # a command with everything but --out, whose inputs are not there
-    "simulate": "simulate -t none.jsonl -p none",
-    "simulate --against": "simulate -t none.jsonl -p none --against sjf",
+    "simulate": "simulate -t none.jsonl -p h200/llama-3-8b",
+    "simulate --against": "simulate -t none.jsonl -p h200/llama-3-8b --against sjf",
     "run": "run -t none.jsonl -m none",
     "load": "load --url http://127.0.0.1:9 -t none.jsonl",
     "compare": "compare none none --profile none",

@@ -113,8 +113,8 @@ def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[A
     file.seek(len(BOM) if start.startswith(BOM) else 0)
     count = 0
     try:
-        items = ijson.items(file, "item" if opening == b"[" else "", multiple_values=opening == b"{")
-        for count, item in enumerate(items, start=1):
+        for item in ijson.items(file, "item" if opening == b"[" else "", multiple_values=opening == b"{"):
+            count += 1
             yield item
     except (ijson.JSONError, UnicodeDecodeError) as error:
         where = f"after {count} whole conversations"

@@ -59,10 +59,11 @@ def simulate(
     from analysis.jobs.run import check_before, check_like, simulate_run
     from analysis.report.policy_page import policy_tables
 
+    times = read_profile(find_profile(profile))
     if against is None:
         check_out(out, how.overwrite)
     check_writable(out / "run")
-    times, requests = read_profile(find_profile(profile)), read_noted(trace, reading)
+    requests = read_noted(trace, reading)
     template = read_run(like) if like else None
     settled = simulated_limits(times, limits, template)
     how = replace(how, facts=settled.facts, like=template)
