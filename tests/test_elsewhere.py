@@ -31,7 +31,7 @@ IN_A_FILE = {  # a command with everything but --out, whose inputs are not there
     "trace synthetic": "trace synthetic",
     "trace convert": "trace convert none.csv",
     "trace assign": "trace assign none.csv",
-    "trace calibration": "trace calibration -p none",
+    "trace calibration": "trace calibration -p h200/llama-3-8b",
     "profile": "profile -m none",
     "profile import": "profile import none -m llama-3-8b",
     "profile derive": "profile derive --from none -m llama-3-8b",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH_ROWS = 4096
+_GROUP_ROWS = 2**17  # many small groups take much memory to read
 _NUMBERS = ("arrival_ns", "prompt_len", "output_len", "max_tokens")
 
 
@@ -113,7 +114,7 @@ def _written_columns(requests: Sequence[TraceRequest], types: Mapping[str, pa.Da
     import pyarrow as pa
 
     if isinstance(requests, CompactRequests) and requests.plain:
-        for block in requests.blocks():
+        for block in requests.blocks(_GROUP_ROWS):
             plain = dict(zip(_NUMBERS, block.T, strict=True)) | {"priority": np.zeros(len(block), np.int64)}
             yield [pa.array(plain[name]) if name in plain else pa.nulls(len(block), of) for name, of in types.items()]
         return

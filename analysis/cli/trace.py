@@ -70,9 +70,9 @@ def trace_calibration(profile: options.ProfilePath, out: options.Out, overwrite:
     from sim.profile.format import find_profile, read_profile
     from sim.profiling.calibration import calibration_load, check_captured
 
-    check_new_trace(out, overwrite)
     of_gpu = read_profile(find_profile(profile))
     check_captured(of_gpu)
+    check_new_trace(out, overwrite)
     _write(out, overwrite, calibration_load(of_gpu, of_gpu.meta.measured_within))
 
 

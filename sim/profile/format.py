@@ -123,10 +123,14 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
             value = row[column]
             if not is_a(value, _KINDS.get(column, int)) or (isinstance(value, int | float) and not 0 <= value < 2**40):
                 raise TandemError(f"profile table {table}, row {number}: {column} is {value!r:.60}; {MEASURE}")
-    points = Counter(tuple(map(str, map(row.get, keys))) for row in rows)
-    if table != "held_out" and len(points) < len(rows):
-        twice = next(point for point, count in points.items() if count > 1)
-        raise TandemError(f"profile table {table}: two rows of {', '.join(twice)}; {MEASURE}")
+
+
+def _check_points(profile: Profile) -> None:
+    """Refuse a table that has two times of one point."""
+    for table, rows in profile.tables.items():
+        points = Counter(tuple(str(row[key]) for key in KEYS[table]) for row in rows if table != "held_out")
+        if twice := [point for point, count in points.items() if count > 1]:
+            raise TandemError(f"profile table {table}: two rows of {', '.join(twice[0])}; {MEASURE}")
 
 
 def _check_units(folder: Path, profile: Profile) -> None:
@@ -182,6 +186,7 @@ def read_profile(folder: Path) -> Profile:
             raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
     with errors_at(folder):
         profile = Profile(meta, tables)
+        _check_points(profile)
     _check_units(folder, profile)
     return profile
 
