@@ -225,7 +225,7 @@ def read_run(folder: Path) -> RunRecords:
     partial = manifest.pop("partial", False)
     tables = {name: _read_table(folder / f"{name}.parquet", name, version) for name in COLUMNS}
     with errors_at(folder):
-        check_references(tables, partial)
+        check_references(tables, partial, manifest.get("provenance", {}).get("backend") == "client")
     return RunRecords(manifest, tables, summary, partial)
 
 

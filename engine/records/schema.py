@@ -108,7 +108,7 @@ _NULLABLE = {
     "iterations": {"step", "planned_ns", "launched_ns", "completed_step", "completed_ns"},
 }
 _WORDS = {"outcome": (LENGTH, STOP, CANCELLED, REJECTED, "unfinished"), "kind": ("prefill", "decode")}
-KEYS = {"requests": ("request",), "steps": ("step",), "spans": ("request", "first_step"), "iterations": ()}
+KEYS = {"requests": ("request",), "steps": ("step",), "spans": ("request", "first_step", "start"), "iterations": ()}
 """Columns in which no two rows of a table are equal."""
 
 
@@ -135,7 +135,7 @@ MANIFEST_PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_references(tables: Mapping[str, pa.Table], partial: bool) -> None:
+def check_references(tables: Mapping[str, pa.Table], partial: bool, by_client: bool) -> None:
     """Check what the tables of a run say of each other's rows.
 
     Raises:
@@ -144,6 +144,8 @@ def check_references(tables: Mapping[str, pa.Table], partial: bool) -> None:
     import pyarrow.compute as pc
 
     requests, steps, spans = (tables[name] for name in ("requests", "steps", "spans"))
+    if not by_client:  # who sees no turns
+        _check_turns(tables["iterations"], len(steps))
     if len(steps) and pc.max(steps["step"]).as_py() != len(steps) - 1:
         raise TandemError(f"steps.parquet has {len(steps)} rows, and its last step is another: rows are missing")
     completed = requests.filter(pc.field("outcome").isin([LENGTH, STOP]))
@@ -159,6 +161,27 @@ def check_references(tables: Mapping[str, pa.Table], partial: bool) -> None:
         raise TandemError("spans.parquet: a span is of a step that is not in steps.parquet")
     if pc.any(pc.less(spans["last_step"], spans["first_step"])).as_py():
         raise TandemError("spans.parquet: a span ends before it begins")
+
+
+_TURN_TIMES = ("now_ns", "planned_ns", "launched_ns", "completed_ns")
+
+
+def _check_turns(iterations: pa.Table, steps: int) -> None:
+    """Turns of the loop launch and complete the steps one after the other, in the order of time."""
+    import pyarrow.compute as pc
+
+    columns = [iterations[name].fill_null(-1).to_numpy() for name in _TURN_TIMES]
+    times = np.stack(columns, axis=1).ravel()
+    known = times[times >= 0]
+    if (known[1:] < known[:-1]).any():
+        raise TandemError("iterations.parquet: time runs backwards")
+    for step, *of_step in (("step", "planned_ns", "launched_ns"), ("completed_step", "completed_ns")):
+        for name in of_step:
+            if not pc.is_null(iterations[name]).equals(pc.is_null(iterations[step])):
+                raise TandemError(f"iterations.parquet: {name} and {step} are not known in the same rows")
+        seen = iterations[step].drop_null().to_numpy()
+        if len(seen) < steps or (seen != np.arange(len(seen))).any():
+            raise TandemError(f"iterations.parquet: {step} does not name all steps one after the other")
 
 
 _SINCE_4: dict[str, int | None] = {"output_ids": None, "refused": False, "cancel_event": None}

@@ -126,7 +126,10 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def _check_points(profile: Profile) -> None:
-    """Refuse a table that has two times of one point."""
+    """Refuse a table that has two times of one point, and captured steps of one kind alone."""
+    kinds = {row["kind"] for row in profile.tables.get("graph", ())}
+    if kinds and not kinds >= {"decode", "mixed"}:
+        raise TandemError(f"profile table graph: it has steps of {', '.join(kinds)} alone; {MEASURE}")
     for table, rows in profile.tables.items():
         points = Counter(tuple(str(row[key]) for key in KEYS[table]) for row in rows if table != "held_out")
         if twice := [point for point, count in points.items() if count > 1]:
