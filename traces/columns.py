@@ -179,8 +179,8 @@ class Dialect:
         return fitting[0] if hashed and len(fitting) == 1 else UNCERTAIN
 
     def fits(self, length: int, hashes: int) -> bool:
-        """Whether a prompt has so many hash blocks, the last of them full or not."""
-        return hashes in (length // self.hash_block_size, -(-length // self.hash_block_size))
+        """Whether a prompt has so many hash blocks, the last of which need not be full."""
+        return hashes == -(-length // self.hash_block_size)
 
 
 MOONCAKE = Dialect("Mooncake's traces", "ms", 512)

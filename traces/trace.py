@@ -157,8 +157,7 @@ def _read_part(batches: Iterable[Batch], reader: RowReader, reading: Reading) ->
         block = reader.block(batch.columns) if batch.columns and batch.size <= most - len(part) else None
         if block is not None:
             part.extend(block[window.has(block[:, 0])])
-            continue
-        for place, row in batch.rows():
+        for place, row in batch.rows() if block is None else ():
             with errors_at(place):
                 request = reader.request(part.next_id, row)
             if request and window.has(np.array([request.arrival_ns]))[0]:
