@@ -269,6 +269,8 @@ def test_who_is_rejected_for_want_of_chunks_is_told_of_chunks(here):
 class PrefillsFirst(Scheduler):
     """Plans a waiting prompt, and then the decodes beside it."""
 
+    chunked = True
+
     def plan(self, now: int) -> None:
         for request in self.queue():
             self.prefill(request)
@@ -276,9 +278,7 @@ class PrefillsFirst(Scheduler):
 
 
 @pytest.mark.parametrize(("prompt", "decodes"), [(4, 4), (5, 0)])
-def test_decodes_that_just_fill_the_budget_run_beside_a_prefill_and_one_too_many_waits(
-    prompt: int, decodes: int
-) -> None:
+def test_decodes_that_just_fill_the_budget_run_beside_a_prefill_and_one_too_many_waits(prompt, decodes):
     config = ServingConfig(num_blocks=100, max_seqs=5, max_batched_tokens=8)
     running = [TraceRequest(place, 0, 2, 40, 40) for place in range(4)]
     late = TraceRequest(4, 20_000_000, prompt, 40, 40)
