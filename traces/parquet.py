@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 4096
 _GROUP_ROWS = 2**17  # many small groups take much memory to read
+_BUFFER = 2**16  # bytes that are read of a column at a time
 _NUMBERS = ("arrival_ns", "prompt_len", "output_len", "max_tokens")
 
 
@@ -31,7 +32,7 @@ def read_parquet(path: Path, raw: IO[bytes], meta: dict[str, Any]) -> Iterator[B
     import pyarrow.parquet as pq
 
     number = 0
-    with _errors_after(path, number), pq.ParquetFile(raw) as file:
+    with _errors_after(path, number), pq.ParquetFile(raw, buffer_size=_BUFFER) as file:
         header = (file.schema_arrow.metadata or {}).get(b"tandem_trace")
         meta.update(read_header(json_object(header)) if header else {})
         for batch in file.iter_batches(_BATCH_ROWS):

@@ -108,10 +108,11 @@ def trace_assign(
     """
     from traces.request_classes import assign_classes, predict_lengths, read_class
 
+    of = [read_class(text) for text in classes or ()]
     check_new_trace(out, overwrite)
     trace = reading.read(source)
-    if classes:
-        trace = assign_classes(trace, [read_class(text) for text in classes], seed)
+    if of:
+        trace = assign_classes(trace, of, seed)
     if predict is not None:
         trace = predict_lengths(trace, predict, seed)
     _write(out, overwrite, trace)
