@@ -27,7 +27,7 @@ from sim.profile.format import find_profile, read_profile
 from traces.arrivals import assign_arrivals
 from traces.errors import TandemError
 from traces.synthetic import synthetic
-from traces.trace import Trace, read_trace, write_trace
+from traces.trace import Trace, from_first_arrival, read_trace, write_trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +133,7 @@ def simulate(
         said = Limits(scheduler=_name_of(policy), **limits)
     except TypeError as error:
         raise TandemError(f"no such limit ({error}): give {', '.join(Limits.__slots__)}") from None
-    requests = trace if isinstance(trace, Trace) else read_trace(trace)
+    requests = trace if isinstance(trace, Trace) else from_first_arrival(read_trace(trace))
     times, notes = read_profile(find_profile(Path(profile))), _Notes()
     settled = simulated_limits(times, said)
     for note in requests.notes:

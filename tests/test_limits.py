@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from shadow import serve
 from tiny_models import tiny_model
 
 from analysis.jobs.limits import real_limits, simulated_limits
@@ -22,6 +23,7 @@ from sim.profile.format import Profile, find_profile, read_profile, shipped_prof
 from sim.sources.derive import derive_profile
 from sim.sources.roofline import roofline_profile
 from traces.errors import TandemError
+from traces.request import TraceRequest
 
 TANDEM = Path(sys.executable).with_name("tandem")
 OF_PROFILE = ("max_seqs", "max_batched_tokens", "max_model_len", "pipeline_depth", "num_blocks", "block_size")
@@ -117,6 +119,22 @@ def test_where_memory_is_not_known_either_the_number_stays_and_it_says_so():
     settled = simulated_limits(unknown, Limits(max_seqs=512))
     assert settled.config.num_blocks == 7032
     assert "measured within 256 sequences" in settled.notes[0] and "--kv-blocks" in settled.notes[0]
+
+
+def test_the_models_last_position_may_be_asked_for_and_the_next_may_not():
+    positions = H100.model.max_position_embeddings
+    assert simulated_limits(H100, Limits(max_model_len=positions)).config.max_model_len == positions
+    with pytest.raises(
+        TandemError, match=f"requests to {positions + 1:,} tokens are beyond the {positions:,} positions"
+    ):
+        simulated_limits(H100, Limits(max_model_len=positions + 1))
+
+
+@pytest.mark.parametrize(("longer", "outcome"), [(0, "length"), (1, "rejected")])
+def test_a_request_of_just_the_longest_length_is_served_and_a_longer_one_is_rejected(longer, outcome):
+    config = ServingConfig(num_blocks=100, max_model_len=64)
+    _, (request,) = serve([TraceRequest(0, 0, 50, 14 + longer, 14 + longer)], config)
+    assert request.outcome == outcome
 
 
 # -- like a run --------------------------------------------------------------------------------------------

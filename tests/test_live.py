@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pytest
 import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shadow import small_profile
+from shadow import serve, small_profile
 
 from engine.config import ServingConfig
 from engine.instance import Instance
@@ -143,3 +144,36 @@ def test_what_the_limits_reject_is_not_refused_by_the_backend():
     run, _ = served([arrival(0, 0, tokens=60)])
     (row,) = run.tables["requests"].to_pylist()
     assert (row["outcome"], row["refused"]) == ("rejected", False)
+
+
+@pytest.mark.parametrize(
+    ("condition", "made", "ends"),
+    [
+        (StopCondition(output_len=3), [5, 5], False),
+        (StopCondition(output_len=3), [5, 5, 5], True),
+        (StopCondition(), [5, 9], True),
+        (StopCondition(), [9, 5], False),
+        (StopCondition(ignore_eos=True), [5, 9], False),
+        (StopCondition(min_tokens=3), [5, 9], False),
+        (StopCondition(min_tokens=2), [5, 9], True),
+        (StopCondition(ignore_eos=True, output_len=2), [5, 9], True),
+    ],
+    ids=str,
+)
+def test_an_output_ends_with_the_token_that_its_condition_names(condition, made, ends):
+    assert condition.ends(made, stop_tokens={9}) is ends
+
+
+@pytest.mark.parametrize(("depth", "wasted"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("unsaid", [1, 2, 9], ids="{} tokens before the limit".format)
+def test_a_stop_is_known_once_its_step_completes_and_wastes_the_tokens_in_flight(depth, wasted, unsaid):
+    config = ServingConfig(num_blocks=100, pipeline_depth=depth)
+    rows = serve([TraceRequest(0, 0, 10, 5, 5 + unsaid)], config)[0].tables()["requests"].to_pylist()
+    assert [(row["outcome"], row["output_len"], row["wasted_tokens"]) for row in rows] == [("stop", 5, wasted)]
+
+
+def test_an_output_as_long_as_its_limit_ends_by_the_limit():
+    for depth in (1, 2):
+        config = ServingConfig(num_blocks=100, pipeline_depth=depth)
+        (row,) = serve([TraceRequest(0, 0, 10, 5, 5)], config)[0].tables()["requests"].to_pylist()
+        assert (row["outcome"], row["output_len"], row["wasted_tokens"]) == ("length", 5, 0)

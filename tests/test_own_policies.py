@@ -264,3 +264,24 @@ def test_who_is_rejected_for_want_of_chunks_is_told_of_chunks(here):
     config = ServingConfig(num_blocks=500, max_batched_tokens=32, scheduler="mine:P")
     _, served = serve([TraceRequest(0, 0, 100, 10, 10)], config)
     assert "109 tokens exceeds max_batched_tokens 32: raise it, or serve with `chunked = True`" in served[0].reason
+
+
+class PrefillsFirst(Scheduler):
+    """Plans a waiting prompt, and then the decodes beside it."""
+
+    chunked = True
+
+    def plan(self, now: int) -> None:
+        for request in self.queue():
+            self.prefill(request)
+        self.decode()
+
+
+@pytest.mark.parametrize(("prompt", "decodes"), [(4, 4), (5, 0)])
+def test_decodes_that_just_fill_the_budget_run_beside_a_prefill_and_one_too_many_waits(prompt, decodes):
+    config = ServingConfig(num_blocks=100, max_seqs=5, max_batched_tokens=8)
+    running = [TraceRequest(place, 0, 2, 40, 40) for place in range(4)]
+    late = TraceRequest(4, 20_000_000, prompt, 40, 40)
+    steps = serve([*running, late], config, scheduler=PrefillsFirst(config))[0].tables()["steps"].to_pylist()
+    beside = next(step for step in steps if step["prefill_tokens"] == prompt)
+    assert beside["decode_tokens"] == decodes

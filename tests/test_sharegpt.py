@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import tracemalloc
@@ -100,7 +101,7 @@ def test_damage_is_not_an_early_end(following: int, tmp_path: Path) -> None:
         list(conversations(path, warn=pytest.fail))
 
 
-@pytest.mark.parametrize("content", ["", "  ", "hello", '{"conversations": []}', "3"])
+@pytest.mark.parametrize("content", ["", "  ", "hello", "3"])
 def test_a_file_that_is_no_array_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
@@ -113,7 +114,26 @@ def test_an_item_that_is_no_conversation_is_named(bad: str, tmp_path: Path) -> N
     path = tmp_path / "other.json"
     path.write_text(f"[{json.dumps(item('a'))}, {bad}]")
     with pytest.raises(TandemError, match="conversation 2 is not"):
-        list(conversations(path, warn=pytest.fail))
+        list(conversations(path, strict=True, warn=pytest.fail))
+
+
+@pytest.mark.parametrize("form", ["array", "lines", "array.gz", "lines.gz"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["", "bom"])
+def test_items_that_are_no_conversation_are_left_out_and_counted(form: str, bom: str, tmp_path: Path) -> None:
+    openai = {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    mixed = {"conversations": [{"role": "user", "content": "e"}, {"from": "gpt", "value": "f"}]}
+    odd = [3, None, [], {}, {"conversations": None}, {"conversations": [None]}, {"conversations": [{"from": "human"}]}]
+    typed = [{"conversations": [{"value": value}]} for value in (None, 5, ["a"], {"text": "a"})]
+    items = [item("a", "b"), *odd, openai, *typed, mixed]
+    lines = [json.dumps(each) for each in items if not form.startswith("lines") or isinstance(each, dict)]
+    text = bom + ("\n".join(lines) if form.startswith("lines") else f"[{','.join(lines)}]")
+    path = tmp_path / f"odd.{form.replace('array', 'json').replace('lines', 'jsonl')}"
+    path.write_bytes(gzip.compress(text.encode()) if form.endswith("gz") else text.encode())
+    warnings: list[str] = []
+    assert list(conversations(path, warn=warnings.append)) == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert len(warnings) == 1 and f"{len(lines) - 3} items are not" in warnings[0]
+    with pytest.raises(TandemError, match=r"conversation 2 is not .*; do without --strict"):
+        list(conversations(path, strict=True, warn=pytest.fail))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from scipy import stats
 
 from traces import TandemError, Trace, TraceRequest, read_trace, write_trace
 from traces.arrivals import all_at_once, assign_arrivals, gamma, poisson, uniform, with_arrivals
+from traces.columns import Reading
+from traces.outputs import atomic_file
 from traces.request import CompactRequests
 from traces.synthetic import synthetic
-from traces.trace import atomic_file
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "traces"
 
@@ -266,14 +267,22 @@ def row(**changes: Any) -> str:
     return json.dumps({name: value for name, value in fields.items() if value is not ...})
 
 
-def test_mooncake_and_vllm_timed_traces_are_read(tmp_path: Path) -> None:
-    lines = [{"timestamp": ms, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]} for ms in (0, 1.5)]
+@pytest.mark.parametrize(
+    ("size", "unit_ns", "whose"),
+    [(512, 1_000_000, "milliseconds, as in Mooncake's"), (16, 10**9, "seconds, as in vLLM's")],
+)
+def test_the_number_of_hash_ids_tells_mooncakes_milliseconds_from_vllms_seconds(
+    size: int, unit_ns: int, whose: str, tmp_path: Path
+) -> None:
+    ids = list(range(-(-1030 // size)))
+    lines = [{"timestamp": at, "input_length": 1030, "output_length": 500, "hash_ids": ids} for at in (0, 1.5)]
     trace = read_trace(write_lines(tmp_path / "t.jsonl", *map(json.dumps, lines)))
     assert trace.requests == [
-        TraceRequest(position, arrival_ns, 6758, 500, 500, hash_ids=array("q", [0, 1]))
-        for position, arrival_ns in enumerate((0, 1_500_000))
+        TraceRequest(position, arrival_ns, 1030, 500, 500, hash_ids=array("q", ids), hash_block_size=size)
+        for position, arrival_ns in enumerate((0, round(1.5 * unit_ns)))
     ]
-    assert trace.notes == []
+    (note,) = trace.notes
+    assert f"timestamp is read in {whose}" in note and f"2 requests in {1.5 * unit_ns / 1e9:g} s" in note
 
 
 def test_arrivals_in_seconds_are_rounded_to_nanoseconds(tmp_path: Path) -> None:
@@ -375,12 +384,14 @@ def test_parquet_of_other_tools_is_read(kind: pa.DataType, tmp_path: Path) -> No
         "model": pa.array(["a", "b"]),
     }
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    trace = read_trace(tmp_path / "t.parquet")
+    trace = read_trace(tmp_path / "t.parquet", Reading(time_unit="ms"))
     assert trace.requests == [
         TraceRequest(0, 0, 2, 3, 3, array("i", [5, 6])),
         TraceRequest(1, 2_500_000, 2, 4, 4, array("i", [7, 8])),
     ]
-    assert (trace.meta, trace.notes) == ({}, ["ignored unknown columns: model"])
+    said = "timestamp is read in milliseconds, as --time-unit says: 2 requests in 0.0025 s, 400 a second"
+    assert trace.meta == {}
+    assert trace.notes == ["ignored unknown columns: model", f"{said}; if that is wrong, give --time-unit"]
 
 
 @pytest.mark.parametrize(
@@ -487,7 +498,12 @@ def test_burstgpt_failures_are_dropped_with_a_note(tmp_path: Path) -> None:
         TraceRequest(0, 5_000_000_000, 472, 18, 18),
         TraceRequest(1, 45_500_000_000, 87, 230, 230),
     ]
-    assert trace.notes == ["1 requests without output tokens were dropped"]
+    said = "Timestamp is read in seconds, as in BurstGPT's traces: 2 requests in 40.5 s, 0.0247 a second"
+    assert trace.notes == [
+        "1 requests without output tokens were dropped",
+        "ignored unknown columns: Log Type, Model, Total tokens",
+        f"{said}; if that is wrong, give --time-unit",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -500,7 +516,7 @@ def test_burstgpt_failures_are_dropped_with_a_note(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 00:00:00,5,7\n2023-11-16 00:00:01,5\n", "3: not a row of"),
         (AZURE + "2023-11-16 00:00:00,5.5,7\n", "2: not a row of"),
         (AZURE + "2023-11-16 00:00:00,0,7\n", "2: prompt_len is 0"),
-        (BURSTGPT + "5,ChatGPT,472,18,490,x\nnan,ChatGPT,472,18,490,x\n", "3: arrival_s is nan"),
+        (BURSTGPT + "5,ChatGPT,472,18,490,x\nnan,ChatGPT,472,18,490,x\n", "3: Timestamp is nan"),
         (BURSTGPT + "5,ChatGPT,-472,18,490,x\n", "2: prompt_len is -472"),
     ],
 )

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import TandemError
-from traces.request import TraceRequest
 from traces.trace import Trace
 
 ArrivalsNs = npt.NDArray[np.int64]
@@ -74,13 +73,9 @@ def with_arrivals(trace: Trace, arrivals_ns: ArrivalsNs) -> Trace:
     Raises:
         ValueError: there are more or fewer arrivals than requests, or they do not ascend.
     """
-    moved = [_moved(*each) for each in zip(trace.requests, arrivals_ns.tolist(), strict=True)]
+    pairs = zip(trace.requests, arrivals_ns.tolist(), strict=True)
+    moved = [request.moved(arrival_ns - request.arrival_ns) for request, arrival_ns in pairs]
     return replace(trace, requests=moved)
-
-
-def _moved(request: TraceRequest, arrival_ns: int) -> TraceRequest:
-    cancel_ns = None if request.cancel_ns is None else request.cancel_ns - request.arrival_ns + arrival_ns
-    return replace(request, arrival_ns=arrival_ns, cancel_ns=cancel_ns)
 
 
 def assign_arrivals(trace: Trace, process: str, *, rate: float = 1.0, seed: int = 0, burstiness: float = 1.0) -> Trace:

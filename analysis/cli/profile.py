@@ -118,6 +118,7 @@ def profile_import(
     """
     from sim.sources.importers import import_profile
 
+    check_profile_out(out, overwrite)
     made = import_profile(sources, load_model_config(model), hardware, source_format, block_size)
     notes = [f"{table}: {of['how']} {of.get('source', '')}".rstrip() for table, of in (made.meta.tables or {}).items()]
     _write(made, out, overwrite, *notes)
@@ -134,6 +135,7 @@ def profile_derive(
     """
     from sim.sources.derive import derive_profile
 
+    check_profile_out(out, overwrite)
     made = derive_profile(read_profile(find_profile(source)), load_model_config(model), source.as_posix())
     tables = (made.meta.tables or {}).items()
     _write(made, out, overwrite, *(f"{table} {of['how']}: {rule}" for table, of in tables for rule in of["rules"]))

@@ -10,10 +10,11 @@ from analysis.cli import options
 from analysis.cli.options import OF_A_GPU, OF_A_PROFILE, Commands, argument, but, option
 from analysis.cli.output import print_result, print_run, progress, read_noted
 from analysis.jobs.limits import config_to_check, gpu_limits, simulated_limits
-from analysis.jobs.options import INPUT, MODEL, POLICY, Limits, Loading, RunOptions
+from analysis.jobs.options import INPUT, MODEL, POLICY, Limits, Loading, RunOptions, TraceReading
 from engine.model.config import load_model_config
-from engine.records.run_folder import read_run
+from engine.records.run_folder import check_out, read_run
 from sim.profile.format import find_profile, read_profile
+from traces.outputs import check_writable
 
 app = Commands()
 
@@ -81,6 +82,7 @@ Against = Annotated[
 def simulate(
     how: Annotated[RunOptions, but("stop_rule")],
     limits: Annotated[Limits, but(words=OF_A_PROFILE)],
+    reading: TraceReading,
     trace: options.TracePath,
     profile: options.ProfilePath,
     out: options.Out,
@@ -97,7 +99,11 @@ def simulate(
     from analysis.jobs.run import check_before, check_like, simulate_run
     from analysis.report.policy_page import policy_tables
 
-    times, requests = read_profile(find_profile(profile)), read_noted(trace)
+    times = read_profile(find_profile(profile))
+    if against is None:
+        check_out(out, how.overwrite)
+    check_writable(out / "run")
+    requests = read_noted(trace, reading)
     template = read_run(like) if like else None
     settled = simulated_limits(times, limits, template)
     how = replace(how, facts=settled.facts, like=template)
@@ -118,6 +124,7 @@ def run(
     how: Annotated[RunOptions, but("strict")],
     loading: Loading,
     limits: Limits,
+    reading: TraceReading,
     trace: options.TracePath,
     out: options.Out,
     as_json: options.AsJson = False,
@@ -130,7 +137,7 @@ def run(
     from analysis.jobs.run import check_before, load_within, real_run
 
     check_before(config_to_check(limits), out, how.overwrite)
-    requests = read_noted(trace)
+    requests = read_noted(trace, reading)
     executor, settled = load_within(loading, limits, progress)
     done = real_run(requests, executor, settled.config, out, progress, replace(how, facts=settled.facts))
     return print_run(done, as_json, str(out))

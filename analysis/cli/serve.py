@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from analysis.cli import options
 from analysis.cli.options import OF_SERVER, Commands, but, option
 from analysis.cli.output import print_run, progress, read_noted, standard_output
-from analysis.jobs.options import INPUT, OUTPUT, Limits, Loading, RunOptions
+from analysis.jobs.options import INPUT, OUTPUT, Limits, Loading, RunOptions, TraceReading
 from analysis.jobs.progress import Progress
 from engine.records.run_folder import check_out, read_run
 from traces.errors import TandemError
@@ -181,6 +181,7 @@ Beside = Annotated[
 @app.command(epilog=LOAD_EPILOG)
 def load(
     how: Annotated[RunOptions, but("check", "strict")],
+    reading: TraceReading,
     url: Url,
     trace: options.TracePath,
     out: options.Out,
@@ -200,7 +201,7 @@ def load(
     from analysis.report.tables import print_tables
 
     check_out(out, how.overwrite)
-    workload, other = read_noted(trace), read_run(against) if against else None
+    workload, other = read_noted(trace, reading), read_run(against) if against else None
     target = find_target(url, model, how.stop_rule, vocab_size, api_key or None)
     run = load_run(workload, target, progress)
     run.write(out, how.overwrite)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from analysis.cli import options
-from analysis.cli.options import Commands, argument, but, option
-from analysis.cli.output import print_result, progress, read_noted, say_notes
-from analysis.jobs.files import check_new, sharegpt_trace
-from analysis.jobs.options import INPUT, Arrivals
+from analysis.cli.options import Commands, but, option
+from analysis.cli.output import print_result, progress, say_notes
+from analysis.jobs.files import check_new_trace, sharegpt_trace
+from analysis.jobs.options import INPUT, Arrivals, TraceReading
 from analysis.report.run_summary import Fact, facts_table
 from analysis.report.tables import TextTable, amount
-from traces.trace import Trace, read_trace, write_trace
+from traces.request import length_totals
+from traces.trace import Trace, write_trace
 
 app = Commands(name="trace", help="Make, convert and show traces.")
 LENGTHS = "fixed:N, uniform:LOW:HIGH or lognormal:MU:SIGMA"
@@ -37,13 +38,15 @@ def trace_sharegpt(
         int | None,
         option("The max_tokens of every request, in tokens.", default="its output length"),
     ] = None,
-    strict: Annotated[bool, option("Refuse a file that ends early; a note is printed otherwise.")] = False,
+    strict: Annotated[
+        bool, option("Refuse a file that ends early or has other rows; a note is printed otherwise.")
+    ] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample requests of ShareGPT, with the filters of vLLM's benchmark, and draw their arrivals."""
     from traces.sharegpt import LengthFilter
 
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     lengths = LengthFilter(max_prompt=max_prompt, max_total=max_total)
     kept = {"lengths": lengths, "max_tokens": max_tokens, "strict": strict}
     trace = sharegpt_trace(model, requests, arrivals.seed, progress, source, **kept)
@@ -70,6 +73,7 @@ def trace_synthetic(
     """Draw the lengths of requests and their arrivals from distributions. Prompts have no text."""
     from traces.synthetic import synthetic
 
+    check_new_trace(out, overwrite)
     trace = synthetic(requests, arrivals.seed, prompt, output, shared_prefixes, prefix_len)
     _write(out, overwrite, trace, arrivals)
 
@@ -87,20 +91,24 @@ def trace_calibration(
 
     of_gpu = read_profile(find_profile(profile))
     check_captured(of_gpu)
+    check_new_trace(out, overwrite)
     _write(out, overwrite, calibration_load(of_gpu, of_gpu.meta.measured_within))
 
 
 @app.command("convert")
 def trace_convert(
     arrivals: Annotated[Arrivals, but(words={"rate": "the arrivals of the source"}, rate=None)],
-    source: Annotated[
-        Path, argument("Trace: .parquet, .jsonl (Tandem's or Mooncake's) or .csv (Azure's or BurstGPT's).", "SOURCE")
-    ],
+    reading: TraceReading,
+    source: options.TraceFile,
     out: options.OutTrace,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Convert a trace of any known format to Tandem's. New arrivals are drawn if --rate is given."""
-    _write(out, overwrite, read_trace(source), None if arrivals.rate is None else arrivals)
+    """Convert a trace of any known format to Tandem's. New arrivals are drawn if --rate is given.
+
+    docs/traces.md lists the formats.
+    """
+    check_new_trace(out, overwrite)
+    _write(out, overwrite, reading.read(source), None if arrivals.rate is None else arrivals)
 
 
 ASSIGN_EPILOG = """
@@ -113,6 +121,7 @@ Example:
 
 @app.command("assign", epilog=ASSIGN_EPILOG)
 def trace_assign(
+    reading: TraceReading,
     source: options.TraceFile,
     out: options.OutTrace,
     classes: Annotated[
@@ -142,24 +151,28 @@ def trace_assign(
     """
     from traces.request_classes import assign_classes, predict_lengths, read_class
 
-    trace = read_trace(source)
-    if classes:
-        trace = assign_classes(trace, [read_class(text) for text in classes], seed)
+    of = [read_class(text) for text in classes or ()]
+    check_new_trace(out, overwrite)
+    trace = reading.read(source)
+    if of:
+        trace = assign_classes(trace, of, seed)
     if predict is not None:
         trace = predict_lengths(trace, predict, seed)
     _write(out, overwrite, trace)
 
 
 @app.command("show")
-def trace_show(path: options.TraceFile, as_json: options.AsJson = False) -> None:
+def trace_show(reading: TraceReading, path: options.TraceFile, as_json: options.AsJson = False) -> None:
     """Show a trace: the number of requests, their lengths, and their rate."""
-    trace = read_noted(path)
+    trace = reading.read(path)
+    say_notes(trace)
     print_result(_facts(trace), as_json, lambda facts: [_facts_table(facts, path.name)])
 
 
 def _facts_table(facts: dict[str, Any], title: str) -> TextTable:
     units = {
         "requests": ("requests", "requests"),
+        "first_arrival_s": ("first arrival", "seconds"),
         "last_arrival_s": ("last arrival", "seconds"),
         "requests_per_s": ("mean rate", "requests/s"),
         "mean_prompt_len": ("mean prompt", "tokens"),
@@ -167,19 +180,21 @@ def _facts_table(facts: dict[str, Any], title: str) -> TextTable:
         "longest": ("longest request, prompt and output", "tokens"),
     }
     known = [Fact(name, amount(facts[key]), unit) for key, (name, unit) in units.items() if facts[key] is not None]
-    unknown = "" if facts["requests_per_s"] else "There is no mean rate: all requests arrive at time 0.\n"
+    unknown = "" if facts["requests_per_s"] else "There is no mean rate: all requests arrive at one time.\n"
     return facts_table(known, title, f"{unknown}Digest: {facts['digest']}")
 
 
 def _facts(trace: Trace) -> dict[str, Any]:
-    count, span_s = len(trace.requests), trace.requests[-1].arrival_ns / 1e9
+    count, first_s, last_s = len(trace.requests), *(trace.requests[place].arrival_ns / 1e9 for place in (0, -1))
+    lengths = length_totals(trace.requests)
     return {
         "requests": count,
-        "last_arrival_s": span_s,
-        "requests_per_s": count / span_s if span_s else None,
-        "mean_prompt_len": sum(each.prompt_len for each in trace.requests) / count,
-        "mean_output_len": sum(each.output_len for each in trace.requests) / count,
-        "longest": max(each.prompt_len + each.output_len for each in trace.requests),
+        "first_arrival_s": first_s,
+        "last_arrival_s": last_s,
+        "requests_per_s": (count - 1) / (last_s - first_s) if last_s > first_s else None,
+        "mean_prompt_len": lengths.prompt / count,
+        "mean_output_len": lengths.output / count,
+        "longest": lengths.longest,
         "digest": trace.digest,
     }
 
@@ -188,7 +203,7 @@ def _write(out: Path, overwrite: bool, trace: Trace, arrivals: Arrivals | None =
     """Write a trace, with other arrivals if they are given."""
     from traces.arrivals import assign_arrivals
 
-    check_new(out, overwrite)
+    check_new_trace(out, overwrite)
     trace = assign_arrivals(trace, **asdict(arrivals)) if arrivals else trace
     say_notes(trace)
     write_trace(out, trace)

@@ -10,14 +10,24 @@ from typing import Any
 from analysis.jobs.options import Output
 from analysis.jobs.progress import Progress
 from traces.errors import TandemError
+from traces.outputs import atomic_file, check_writable
 from traces.sharegpt import sample_requests, sharegpt_path
-from traces.trace import Trace, atomic_file
+from traces.trace import Trace, check_trace_out
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Raises TandemError if a file is there that is to stay."""
+    """Raises TandemError if a file is there that is to stay, or none can be written."""
     if path.exists() and not overwrite:
         raise TandemError(f"{path} is there already: choose another --out, or add --overwrite to replace it")
+    if path.is_dir():
+        raise TandemError(f"cannot write {path}: it is a folder; choose another --out")
+    check_writable(path)
+
+
+def check_new_trace(path: Path, overwrite: bool) -> None:
+    """Raises TandemError if a trace may not be written to `path`, or cannot."""
+    check_new(path, overwrite)
+    check_trace_out(path)
 
 
 def check_new_file(output: Output) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from engine.records.manifest import STOP_RULES
 from engine.records.run_folder import RunRecords
+from traces.columns import Reading
 from traces.errors import TandemError
+from traces.trace import Trace, read_trace
 
 INPUT, POLICY, LIMITS, MODEL, OTHERS, OUTPUT = "Input", "Policy", "Limits", "Model", "Options", "Output"
 GROUPS = (INPUT, POLICY, LIMITS, MODEL, OUTPUT, OTHERS)
@@ -191,6 +193,36 @@ class Arrivals:
     seed: Annotated[int, Option("Seed of the sample and of the arrivals.")] = 0
     burstiness: Annotated[float, Option("Shape of gamma arrivals; 1 is Poisson, less is burstier.")] = 1.0
 
+
+@dataclass(frozen=True, slots=True)
+class TraceReading:
+    """How a trace's file is read, and which part of it; as the arguments of `traces.columns.Reading`."""
+
+    time_unit: Annotated[
+        str | None,
+        Option("Unit of the arrivals.", default="as the file says", metavar="s|ms|us|ns", group=INPUT),
+    ] = None
+    hash_block_size: Annotated[
+        int | None, Option("Tokens of a hash id.", least=1, default="as the format says", group=INPUT)
+    ] = None
+    requests: Annotated[
+        int | None, Option("Requests to read, from the first on.", ("--requests", "-n"), 1, "all", group=INPUT)
+    ] = None
+    from_s: Annotated[
+        float | None,
+        Option("Seconds after the first arrival; earlier ones are left out.", ("--from",), default="0", group=INPUT),
+    ] = None
+    to_s: Annotated[
+        float | None,
+        Option("Seconds after the first arrival; later ones are left out.", ("--to",), default="none", group=INPUT),
+    ] = None
+
+    def read(self, path: Path) -> Trace:
+        """Read a trace. Raises TandemError as `read_trace`."""
+        return read_trace(path, Reading(**{each.name: getattr(self, each.name) for each in fields(self)}))
+
+
+AS_THE_FILE_SAYS = TraceReading()
 
 RunTargets = Annotated[
     str | None,

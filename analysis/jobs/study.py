@@ -220,7 +220,7 @@ def judge_study(out: Path, progress: Progress, targets: Targets = STUDY_TARGETS)
     if not found:
         raise TandemError(f"{out} holds no measured study: make one with tandem fidelity measure")
     profile = read_profile(out / "profile")
-    drift = json.loads((out / "drift.json").read_text()) if (out / "drift.json").exists() else None
+    drift = json.loads((out / "drift.json").read_text(encoding="utf-8")) if (out / "drift.json").exists() else None
     cases = {folder.name: _judged_case(folder, profile, progress, drift) for folder in found}
     loads = sorted({case["load"] for case in cases.values()})
     by_load = {load: [name for name, case in cases.items() if case["load"] == load] for load in loads}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.report.tables import TextTable
-from traces.trace import atomic_file
+from traces.outputs import atomic_file
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -102,7 +102,7 @@ def write_page(path: Path, heading: Heading, parts: Iterable[Part]) -> None:
 
     environment = Environment(autoescape=True)
     environment.filters["breakable"] = _breakable
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text())
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     page = template.render(heading=heading, parts=parts, swatches=SWATCHES, plotly_js=get_plotlyjs())
     with atomic_file(path) as file:
         file.write(page.encode())

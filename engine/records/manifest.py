@@ -86,7 +86,7 @@ def config_of(manifest: Manifest) -> ServingConfig:
     """The limits and policy of a recorded run. Raises TandemError if the manifest lacks one."""
     try:
         return ServingConfig(**{each.name: manifest["system"][each.name] for each in fields(ServingConfig)})
-    except KeyError as error:
+    except KeyError as error:  # of one that was not read from a file
         raise TandemError(f"manifest.json: no {error} in system; it was written by another version") from error
 
 

@@ -10,8 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.records.schema import ADDED, ADDED_TO_SYSTEM, COLUMNS, SCHEMA_VERSION, Rows, arrow_type, table_from_rows
+from engine.records.schema import (
+    ADDED,
+    ADDED_TO_SYSTEM,
+    COLUMNS,
+    KEYS,
+    MANIFEST,
+    MANIFEST_PARTS,
+    SCHEMA_VERSION,
+    Rows,
+    arrow_type,
+    check_references,
+    column_rules,
+    table_from_rows,
+)
+from engine.records.validation import Section, check_fields, check_table
 from traces.errors import TandemError
+from traces.outputs import check_writable, draft_of, publish
+from traces.rows import errors_at
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,12 +130,11 @@ class RunWriter:
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         check_out(folder, overwrite)
-        self._folder, self._draft, self._overwrite = folder, folder.with_name(folder.name + ".tmp"), overwrite
+        self._folder, self._draft, self._overwrite = folder, draft_of(folder), overwrite
         self._files: dict[str, pq.ParquetWriter] = {}
 
     def __enter__(self) -> RunWriter:
         with self._complaining():
-            shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
         return self
 
@@ -156,10 +171,9 @@ class RunWriter:
         with self._complaining():
             self._close()
             for name, content in (("summary", run.summary), ("manifest", run.manifest)):
-                (self._draft / f"{name}.json").write_text(json.dumps(header | content, indent=2) + "\n")
-            if self._overwrite:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            self._draft.rename(self._folder)
+                text = json.dumps(header | content, indent=2) + "\n"
+                (self._draft / f"{name}.json").write_text(text, encoding="utf-8")
+            publish(self._draft, self._folder, self._overwrite)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -182,12 +196,16 @@ def _encoding(table: str) -> dict[str, Any]:
 
 
 def check_out(folder: Path, overwrite: bool = False) -> None:
-    """Raises TandemError if a run may not be written to `folder`: something else is there, or a run that is to stay."""
+    """Raises TandemError if a run may not be written to `folder`: something else is there, or a run that is to stay.
+
+    Or if it could not be written.
+    """
     is_run = (folder / "manifest.json").exists()
     if is_run and not overwrite:
         raise TandemError(f"{folder} holds a run: choose another --out, or add --overwrite to replace it")
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise TandemError(f"{folder} is not empty and not a run: choose another --out")
+    check_writable(folder)
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -196,44 +214,53 @@ def read_run(folder: Path) -> RunRecords:
     Raises:
         TandemError: it is not a run, a file is missing or damaged, or another schema version wrote it.
     """
-    import pyarrow as pa
-
-    manifest, version = _read_json(folder / "manifest.json")
-    summary, _ = _read_json(folder / "summary.json")
-    stored = StoredTables(folder)
-    tables = {}
-    for name, columns in COLUMNS.items():
-        path = folder / f"{name}.parquet"
-        try:
-            tables[name] = stored[name]
-        except (OSError, pa.ArrowInvalid) as error:
-            raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
-        lacking = ADDED.get(version, {}).get(name, {})
-        if tables[name].column_names != [each for each in columns if each not in lacking]:
-            raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
-        for place, added in enumerate(columns):
-            if added in lacking:
-                filled = pa.array([lacking[added]] * len(tables[name]), arrow_type(columns[added]))
-                tables[name] = tables[name].add_column(place, added, filled)
-    partial = manifest.pop("partial", False)
+    manifest, version = _read_json(folder / "manifest.json", MANIFEST)
+    summary, _ = _read_json(folder / "summary.json", {})
+    for part, types in MANIFEST_PARTS.items():
+        if part in manifest:
+            manifest[part] = check_fields(f"{folder / 'manifest.json'}: {part}", manifest[part], types)
     if "system" in manifest:
-        manifest["system"] = ADDED_TO_SYSTEM.get(version, {}) | manifest["system"]
+        for name, value in ADDED_TO_SYSTEM.get(version, {}).items():
+            manifest["system"].setdefault(name, value)
+    partial = manifest.pop("partial", False)
+    tables = {name: _read_table(folder / f"{name}.parquet", name, version) for name in COLUMNS}
+    with errors_at(folder):
+        check_references(tables, partial, manifest.get("provenance", {}).get("backend") == "client")
     return RunRecords(manifest, tables, summary, partial)
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+def _read_table(path: Path, name: str, version: int) -> pa.Table:
+    import pyarrow as pa
+
+    try:
+        table = StoredTables(path.parent)[name]
+    except (OSError, pa.ArrowException) as error:
+        raise TandemError(f"{path}: cannot be read ({_first_line(error)}); record the run again") from error
+    columns, lacking = COLUMNS[name], ADDED.get(version, {}).get(name, {})
+    if table.column_names != [each for each in columns if each not in lacking]:
+        raise TandemError(f"{path}: columns are not those of schema {SCHEMA_VERSION}; record the run again")
+    for place, added in enumerate(columns):
+        if added in lacking:
+            filled = pa.array([lacking[added]] * len(table), arrow_type(columns[added]))
+            table = table.add_column(place, added, filled)
+    with errors_at(path):
+        check_table(table, column_rules(name), KEYS[name])
+    return table
+
+
+def _read_json(path: Path, types: Mapping[str, Any]) -> tuple[Section, int]:
     """A file's content, and its schema version."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TandemError(f"{path.parent} is not a run: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TandemError(f"{path}: cannot be read ({_first_line(error)})") from error
     version = content.pop("schema", None) if isinstance(content, dict) else None
-    if version not in (*ADDED, SCHEMA_VERSION):
+    if type(version) is not int or version not in (*ADDED, SCHEMA_VERSION):
         raise TandemError(f"{path}: not schema {SCHEMA_VERSION}; it was written by another version of tandem")
-    return content, version
+    return check_fields(str(path), content, types), version
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

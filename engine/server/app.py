@@ -90,7 +90,7 @@ class _Api:
         self._engine = engine
         self._text = text
         self._limits = limits
-        self._page = STATUS_PAGE.read_text()
+        self._page = STATUS_PAGE.read_text(encoding="utf-8")
         self._answers = 0
 
     async def completions(self, body: CompletionRequest) -> Answer:

@@ -7,9 +7,8 @@ All times are microseconds for one step of the whole model (all layers).
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,11 @@ import yaml
 
 from engine.model.config import ModelConfig
 from engine.model.files import first_line
+from engine.records.validation import is_a
 from sim.profile.meta import ProfileMeta
 from traces.errors import TandemError
+from traces.outputs import check_writable, draft_of, publish
+from traces.rows import errors_at
 
 SCHEMA_VERSION = 3
 BEFORE_3 = {"served": "in_service", "unevenness": "imbalance", "load": "power"}
@@ -94,6 +96,14 @@ def rows_of(table: str, points: Points) -> list[Row]:
     return [dict(zip(KEYS[table], key, strict=True)) | {"time_us": us, "spread": 0.0} for key, us in points.items()]
 
 
+_KINDS: dict[str, Any] = dict.fromkeys(("op", "term", "kind", "direction"), str) | {
+    **{"imbalance": float, "chunks": list[list[int]], "decodes": list[int]},
+    **{"time_us": float, "slowed_us": float, "spread": float},
+}
+"""Columns that hold something else than whole numbers -> what they hold."""
+MOST_US = 1e12  # of a step, which are eleven days
+
+
 def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
     if not rows:
         raise TandemError(f"profile table {table} is missing or empty; {MEASURE}")
@@ -105,11 +115,26 @@ def _check_table(table: str, keys: Sequence[str], rows: Sequence[Row]) -> None:
             )
         for column in ("time_us", "slowed_us") if table == IN_SERVICE else ("time_us",):
             value = row.get(column)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if not isinstance(value, int | float) or not 0 <= value <= MOST_US:
                 raise TandemError(
                     f"profile table {table}, row {number}: {column} is {value}; times are microseconds >= 0: "
                     f"{CALIBRATE if column == 'slowed_us' else MEASURE}"
                 )
+        for column in keys:
+            value = row[column]
+            if not is_a(value, _KINDS.get(column, int)) or (isinstance(value, int | float) and not 0 <= value < 2**40):
+                raise TandemError(f"profile table {table}, row {number}: {column} is {value!r:.60}; {MEASURE}")
+
+
+def _check_points(profile: Profile) -> None:
+    """Refuse a table that has two times of one point, and captured steps of one kind alone."""
+    kinds = {row["kind"] for row in profile.tables.get("graph", ())}
+    if kinds and not kinds >= {"decode", "mixed"}:
+        raise TandemError(f"profile table graph: it has steps of {', '.join(kinds)} alone; {MEASURE}")
+    for table, rows in profile.tables.items():
+        points = Counter(tuple(str(row[key]) for key in KEYS[table]) for row in rows if table != "held_out")
+        if twice := [point for point, count in points.items() if count > 1]:
+            raise TandemError(f"profile table {table}: two rows of {', '.join(twice[0])}; {MEASURE}")
 
 
 def _check_units(folder: Path, profile: Profile) -> None:
@@ -161,9 +186,11 @@ def read_profile(folder: Path) -> Profile:
             with pq.ParquetFile(path) as file:  # `read_table` would import what reads many files, in 50 ms or more
                 read = file.read()
             tables[table] = read.rename_columns([_today(name) for name in read.column_names]).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
             raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
-    profile = Profile(meta, tables)
+    with errors_at(folder):
+        profile = Profile(meta, tables)
+        _check_points(profile)
     _check_units(folder, profile)
     return profile
 
@@ -186,7 +213,7 @@ def read_meta(path: Path) -> ProfileMeta:
     version = entries.pop("schema", None) if isinstance(entries, dict) else None
     if version not in (2, SCHEMA_VERSION):
         raise TandemError(f"{path}: not profile schema {SCHEMA_VERSION}; {MEASURE}")
-    renamed = {_today(name): value for name, value in entries.items()} if version == 2 else entries
+    renamed = {_today(name) if version == 2 else name: value for name, value in entries.items()}
     try:
         return ProfileMeta.from_dict(renamed)
     except TandemError as error:
@@ -196,18 +223,19 @@ def read_meta(path: Path) -> ProfileMeta:
 def read_yaml(path: Path) -> Any:
     """The contents of a YAML file. Raises TandemError if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def check_profile_out(folder: Path, overwrite: bool = False) -> None:
-    """Raises TandemError if a profile may not be written to `folder`: something is there that is to stay."""
+    """Raises TandemError if a profile may not be written to `folder`, as something is there to stay; or cannot."""
     is_profile = (folder / "meta.yaml").exists()
     if is_profile and not overwrite:
         raise TandemError(f"{folder} holds a profile: choose another --out, or add --overwrite to replace it")
     if folder.exists() and not is_profile and (not folder.is_dir() or any(folder.iterdir())):
         raise TandemError(f"{folder} is not empty and not a profile: choose another --out")
+    check_writable(folder)
 
 
 def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> None:
@@ -220,17 +248,15 @@ def write_profile(profile: Profile, folder: Path, overwrite: bool = False) -> No
     import pyarrow.parquet as pq
 
     check_profile_out(folder, overwrite)
-    draft = folder.with_name(folder.name + ".tmp")
+    draft = draft_of(folder)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         for table, rows in profile.tables.items():
             pq.write_table(pa.Table.from_pylist(rows), draft / f"{table}.parquet", compression="zstd")
         meta = {"schema": SCHEMA_VERSION} | profile.meta.to_dict()
-        (draft / "meta.yaml").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
+        text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+        (draft / "meta.yaml").write_text(text, encoding="utf-8")
+        publish(draft, folder, overwrite)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise TandemError(f"cannot write profile {folder}: {error.strerror or error}") from error

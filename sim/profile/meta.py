@@ -9,6 +9,7 @@ from typing import Any
 from engine.config import ServingConfig
 from engine.model.config import ModelConfig
 from engine.model.graph_sizes import GraphSizes
+from engine.records.validation import check_types, checked
 from traces.errors import TandemError
 
 
@@ -96,7 +97,9 @@ class ProfileMeta:
             raise TandemError(f"no entry '{missing[0]}'")
         known = {name: _read(name, value) for name, value in entries.items() if name in names}
         notes = {name: value for name, value in entries.items() if name not in names}
-        return cls(**known, notes=notes)
+        meta = cls(**known, notes=notes)
+        check_types(meta)
+        return meta
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of a `meta.yaml`; `from_dict` reads them back."""
@@ -118,10 +121,11 @@ READERS = {
 def _read(name: str, value: Any) -> Any:
     try:
         if name == "model":
-            return ModelConfig.from_dict(value)
+            return checked(ModelConfig.from_dict(value))
         if name in READERS:
-            return READERS[name](**{key: tuple(of) if isinstance(of, list) else of for key, of in value.items()})
-    except (TypeError, KeyError, AttributeError) as error:
+            entries = {key: tuple(of) if isinstance(of, list) else of for key, of in value.items()}
+            return checked(READERS[name](**entries))
+    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError, OverflowError, TandemError) as error:
         again = "calibrate the profile again (tandem profile calibrate)" if name == "power" else "measure it again"
         raise TandemError(f"entry '{name}' is not as Tandem writes it ({error}): {again}") from error
     return value

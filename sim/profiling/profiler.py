@@ -118,13 +118,13 @@ class Notes:
     def open(cls, path: Path | None, identity: dict[str, Any]) -> Notes:
         """Go on with a file about the same thing, or begin a new one."""
         header = json.dumps(identity, default=str)
-        lines = path.read_text().splitlines() if path and path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
         if lines[:1] == [header]:
             whole = [line for line in lines[1:] if line.endswith("]")]  # the last may be torn
             found = ([Sample(table, tuple(key), time_us) for table, key, time_us in json.loads(line)] for line in whole)
             return cls(path, [*found][::-1])
         if path:
-            path.write_text(header + "\n")
+            path.write_text(header + "\n", encoding="utf-8")
         return cls(path)
 
     def next(self) -> list[Sample] | None:
@@ -134,7 +134,7 @@ class Notes:
     def add(self, samples: list[Sample]) -> list[Sample]:
         """Keep a new one."""
         if self.path:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(samples) + "\n")
         return samples
 
