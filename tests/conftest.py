@@ -28,6 +28,9 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def measured() -> dict[str, Path]:
-    """Profiles of this machine that a page's commands have made in this session: see `reader.follow`."""
-    return {}
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, which all processes of these tests share, for profiles of this machine: see `reader.follow`."""
+    mine = tmp_path_factory.getbasetemp()
+    folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "measured"
+    folder.mkdir(exist_ok=True)
+    return folder

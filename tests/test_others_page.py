@@ -15,7 +15,7 @@ PAGE = ROOT / "docs/others.md"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, measured) -> Path:
+def folder(tmp_path_factory, measured: Path) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     follow(PAGE, folder, measured)
     return folder

@@ -15,7 +15,7 @@ PAGE = ROOT / "docs/policies.md"
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory, measured) -> tuple[Path, dict[str, str]]:
+def printed(tmp_path_factory, measured: Path) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "docs").symlink_to(ROOT / "docs")
     (policy,) = blocks(PAGE, "python")

@@ -15,26 +15,41 @@ README = ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory, measured) -> Path:
-    """A folder in which a reader has followed the README: saved its scheduler, run its tandem commands."""
+def followed(tmp_path_factory, measured: Path) -> tuple[Path, dict[str, str]]:
+    """A folder in which a reader has followed the README, and what each command printed."""
     folder = tmp_path_factory.mktemp("reader")
     (scheduler,) = blocks(README, "python")
     (folder / "shortest_first.py").write_text(scheduler)
-    follow(README, folder, measured)
-    return folder
+    return folder, follow(README, folder, measured)
 
 
-def test_the_commands_leave_the_runs_that_the_text_speaks_of(followed):
-    for name, scheduler in (("sjf", "shortest_first:ShortestFirst"), ("sarathi", "chunked_prefill")):
-        run = read_run(followed / name)
+def test_the_commands_leave_what_the_text_speaks_of(followed):
+    folder, _ = followed
+    for name, scheduler in (
+        ("first", "chunked_prefill"),
+        ("two/shortest_first-ShortestFirst", "shortest_first:ShortestFirst"),
+    ):
+        run = read_run(folder / name)
         assert run.manifest["system"]["scheduler"] == scheduler
-        assert run.summary["completed"] == 1000
-    assert (followed / "comparison/report.html").exists()
+        assert run.summary["completed"] == 4000
+    assert all((folder / page).exists() for page in ("two/policies.html", "comparison/report.html"))
 
 
-def test_shortest_first_serves_short_requests_sooner(followed):
-    mean = {name: read_run(followed / name).summary["mean_normalized_latency_ms"] for name in ("sjf", "sarathi")}
-    assert mean["sjf"] < 0.8 * mean["sarathi"]
+def test_the_tables_it_shows_are_those_that_are_printed(followed):
+    _, outputs = followed
+    comparison, validation = ([line.split() for line in text.splitlines()] for text in blocks(README, "text"))
+    printed = [line.split() for text in outputs.values() for line in text.splitlines()]
+    assert len(comparison) > 1 and all(line in printed for line in comparison[1:])  # the heading has fewer columns
+    (whole,) = blocks(ROOT / "docs/validate.md", "text")
+    assert validation and all(line in map(str.split, whole.splitlines()) for line in validation)
+
+
+def test_shortest_first_serves_most_requests_sooner_and_some_late(followed):
+    folder, _ = followed
+    own, fcfs = (
+        read_run(folder / "two" / name).summary for name in ("shortest_first-ShortestFirst", "chunked_prefill")
+    )
+    assert own["mean_ttft_ms"] < 0.5 * fcfs["mean_ttft_ms"] and own["p99_ttft_ms"] > 2 * fcfs["p99_ttft_ms"]
 
 
 def test_the_trace_lines_are_a_trace(tmp_path):

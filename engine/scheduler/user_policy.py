@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 _NOT_USERS = (*(ROOT / each for each in ("engine", "sim", "traces", "analysis")), Path(sysconfig.get_path("stdlib")))
 _INSTALLED = {"site-packages", "dist-packages"}
 _DIGITS = 16  # of a file's digest
+_LIBRARIES = len(sys.path)  # entries of the path, before any of the user's
 
 
 def is_users(file: str) -> bool:
@@ -88,9 +89,9 @@ def _load_module(name: str) -> ModuleType:
 
 
 def _look_in(folder: Path) -> None:
-    """Let modules of a folder be imported. It comes last, so that no file there is taken for a library's."""
+    """Let modules of a folder be imported. It comes after all libraries: no file there is taken for one of theirs."""
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+        sys.path.insert(_LIBRARIES, str(folder))
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -11,6 +11,7 @@ from engine.server.chat_template import ChatTemplate
 from engine.server.detokenization import Detokenizer
 
 FILLER = " The quick brown fox jumps over the lazy dog."
+_MOST_IDS = 2**32  # of the tokenizers library
 
 
 class Text:
@@ -39,8 +40,9 @@ class Text:
 
     def name_beyond(self, ids: Sequence[int], vocab_size: int) -> str:
         """For an error: the tokenizer's name of the largest id that a model of so many tokens lacks; "" if none."""
-        name = self.tokens.id_to_token(max(ids))
-        return f": the tokenizer has it as {name!r}" if name is not None and max(ids) >= vocab_size else ""
+        largest = max(ids)
+        name = self.tokens.id_to_token(largest) if vocab_size <= largest < _MOST_IDS else None
+        return "" if name is None else f": the tokenizer has it as {name!r}"
 
     def filler(self) -> list[int]:
         """Token ids for outputs that say nothing; repeated and read again, they are as many."""
