@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: validate test lint clean
+.PHONY: validate install test lint clean
 
 validate: .venv/installed
 	$(BIN)/tandem validate
+
+install: .venv/installed
 
 # Two files of tests at a time. On a GPU, those that need it alone are then skipped: run `pytest tests/test_cuda.py` there.
 test: .venv/installed

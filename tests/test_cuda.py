@@ -182,7 +182,7 @@ def answers(url: str, requests: list[TraceRequest]) -> dict[int, list[int]]:
     from analysis.client.load_client import find_target, send_all
 
     target = find_target(url, None, "trace", 101, None)
-    _, replies = asyncio.run(send_all(target, requests, lambda _: None))
+    replies = asyncio.run(send_all(target, requests, lambda _: None)).replies
     assert [reply.error for reply in replies] == [None] * len(requests)
     return {i: [int(word) for word in "".join(reply.pieces).split()] for i, reply in enumerate(replies)}
 

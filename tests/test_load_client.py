@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -108,6 +109,22 @@ def test_what_a_client_cannot_know_is_not_claimed(loaded):
     assert len(run.tables["iterations"]) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_client_that_is_told_to_end_keeps_what_came(number, tmp_path):
+    write_trace(tmp_path / "t.jsonl", Trace([TraceRequest(i, i * 100 * MS, 8, 4, 4) for i in range(600)]))
+    with serving(*sim()) as server:
+        command = [TANDEM, "load", "--url", server.url, "--trace", "t.jsonl", "--out", "client"]
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as client:
+            eventually(lambda: server.status()["generated"] > 20)
+            client.send_signal(number)
+            said = client.communicate(timeout=60)[1]
+    assert client.returncode == 130 and "marked partial" in said
+    run = read_run(tmp_path / "client")
+    outcomes = [row["outcome"] for row in run.tables["requests"].to_pylist()]
+    assert run.partial and run.summary["completed"] == outcomes.count("length") >= 5
+    assert {"length", "unfinished"} == set(outcomes) and len(outcomes) == 600
+
+
 def test_it_is_an_open_loop_requests_are_sent_on_time_however_slow_the_server_is(workload, tmp_path):
     burst = [TraceRequest(i, i * 10 * MS, 8, 25, 25) for i in range(12)]
     write_trace(tmp_path / "t.parquet", Trace(burst))
@@ -139,7 +156,7 @@ def test_how_slowly_a_client_parses_changes_nothing_about_when_it_says_that_chun
             port = server.sockets[0].getsockname()[1]
             target = Target(f"http://127.0.0.1:{port}", "m", extended=False)
             requests = [TraceRequest(i, 0, 8, 1, 1) for i in range(clients)]
-            return (await send_all(target, requests, lambda _: None))[1]
+            return (await send_all(target, requests, lambda _: None)).replies
 
     got = asyncio.run(replies())
     assert all(reply.pieces == ["x"] and reply.ends == 1 and reply.error is None for reply in got)

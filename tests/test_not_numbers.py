@@ -15,6 +15,7 @@ from analysis.metrics.summary import not_completed
 from analysis.report.caveats import missing_sentences
 from engine.executor.batch_state import NOT_NUMBERS
 from engine.executor.executor import Executor
+from engine.records.run_folder import read_run
 from engine.server.executor_driver import ExecutorDriver
 from sim.replay import replay
 
@@ -64,8 +65,10 @@ def test_a_request_fails_at_the_token_that_is_none_and_the_others_do_not_notice(
     assert replay(run, config).records.tables["steps"]["digest"].equals(run.tables["steps"]["digest"])
 
 
-def test_what_failed_is_said_of_the_run(executors):
+def test_what_failed_is_said_of_the_run_and_stays_in_its_folder(executors, tmp_path):
     run, _ = serve(executors[1], workload(), LIMITS)
+    run.write(tmp_path / "run")
+    assert read_run(tmp_path / "run").tables["requests"].equals(run.tables["requests"])
     (sentence,) = missing_sentences(not_completed(run), 20)
     assert "of 20 requests failed: the model's logits are not numbers (NaN)" in sentence
 

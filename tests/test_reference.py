@@ -67,3 +67,18 @@ def test_the_index_lists_every_page_and_every_program():
     listed = re.findall(r"\| \[[^]]+\]\(([^)]+)\)", (docs / "README.md").read_text())
     there = {path.relative_to(docs).as_posix() for path in (*docs.glob("*.md"), *docs.glob("examples/*.py"))}
     assert sorted(listed) == sorted(there - {"README.md"})
+
+
+def sentences(page: Path) -> list[str]:
+    """A page's prose: no code, no tables, no headings; what stands in backquotes or behind a link is one word."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    lines = (line for line in text.splitlines() if not line.startswith(("|", "#")))
+    words = re.sub(r"`[^`]*`", "X", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines)))
+    return [each for each in re.split(r"(?<=[.!?])\**\s+", words) if each]
+
+
+def test_sentences_are_short():
+    root = Path(__file__).parents[1]
+    lengths = [len(each.split()) for page in (root / "README.md", *root.glob("docs/*.md")) for each in sentences(page)]
+    assert max(lengths) <= 45
+    assert sum(length > 30 for length in lengths) <= 0.05 * len(lengths)

@@ -21,7 +21,7 @@ import psutil
 import uvloop
 
 from analysis.bench.common import TANDEM, Benchmark, Row
-from analysis.client.load_client import Reply, Target, find_target, send_all
+from analysis.client.load_client import Reply, Sent, Target, find_target, send_all
 from analysis.jobs.progress import Progress
 from analysis.metrics.columns import Ints
 from analysis.metrics.tokens import token_times
@@ -120,15 +120,16 @@ def _send(offered: Offered, url: str, pid: int, progress: Progress) -> tuple[lis
     processes = dict(zip(PROCESSES, (api, engine, psutil.Process()), strict=True))
     before = {name: sum(each.cpu_times()[:2]) for name, each in processes.items()}
     with progress.bar(f"{offered.streams} streams", offered.streams) as show:
-        start_ns, replies = uvloop.run(_send_and_nap(target, offered.requests(), show))
+        sent = uvloop.run(_send_and_nap(target, offered.requests(), show))
+    if sent.interrupted:
+        raise KeyboardInterrupt
+    start_ns, replies = sent.start_ns, sent.replies
     wall_s = (max(reply.chunk_ns[-1] for reply in replies if reply.chunk_ns) - start_ns) / 1e9
     busy = {f"{name}_cpu": (sum(each.cpu_times()[:2]) - before[name]) / wall_s for name, each in processes.items()}
     return replies, busy
 
 
-async def _send_and_nap(
-    target: Target, requests: Sequence[TraceRequest], show: Callable[[int], None]
-) -> tuple[int, list[Reply]]:
+async def _send_and_nap(target: Target, requests: Sequence[TraceRequest], show: Callable[[int], None]) -> Sent:
     """Send all, and read every `NAP_S` what has come.
 
     A client that is woken for each chunk costs the server, on the same machine, more for waking it than for the chunk.

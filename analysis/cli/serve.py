@@ -205,6 +205,9 @@ def load(
     target = find_target(url, model, how.stop_rule, vocab_size, api_key or None)
     run = load_run(workload, target, progress)
     run.write(out, how.overwrite)
+    if run.partial:
+        progress.note(f"{out}: what came until then is written, marked partial")
+        raise KeyboardInterrupt
     if (late := run.summary["p99_send_lag_ms"]) is not None and late > LATE_MS:
         progress.note(f"note: this client sent {late:.1f} ms late at P99, which is in its latencies")
     status = print_run(run, as_json, str(out))

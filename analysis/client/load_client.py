@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 import urllib.request
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -28,6 +30,7 @@ WAIT_S = 10  # for the server's list of models
 PROGRESS_S = 0.2
 PARSED_A_TURN = 64  # pieces, which takes about half a millisecond
 MOST_UNPARSED = 4096
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,27 +260,63 @@ class _Exchange(asyncio.Protocol):
         self._transport.close()
 
 
-async def send_all(
-    target: Target, requests: Sequence[TraceRequest], progress: Callable[[int], None]
-) -> tuple[int, list[Reply]]:
-    """Send each request at its arrival.
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What was sent and came back.
 
-    Returns:
-        The start (`perf_counter_ns`), from which arrivals count, and the replies in the order of requests.
+    Attributes:
+        start_ns: the time (`perf_counter_ns`) from which arrivals count.
+        replies: in the order of requests; some are not over if it was interrupted.
+        interrupted: whether a signal ended it early.
     """
+
+    start_ns: int
+    replies: list[Reply]
+    interrupted: bool = False
+
+
+async def send_all(target: Target, requests: Sequence[TraceRequest], progress: Callable[[int], None]) -> Sent:
+    """Send each request at its arrival, until all have ended or a signal comes."""
     replies = [Reply() for _ in requests]
     encoded = [target.encode(source) for source in requests]  # beforehand: it takes longer than sending
     hold_back()  # to look for garbage through all that was imported takes 200 ms
     inbox, start_ns = _Inbox(), time.perf_counter_ns() + 10_000_000
+    sending = asyncio.create_task(_send(target, [*zip(requests, replies, encoded, strict=True)], inbox, start_ns))
+    with _cancelled_by_signals(sending):
+        watching = asyncio.create_task(_watch(inbox, len(requests), progress))
+        await asyncio.wait([sending])
+        watching.cancel()
+    progress(inbox.ended)
+    await inbox.emptied()
+    if not sending.cancelled():
+        sending.result()
+    return Sent(start_ns, replies, sending.cancelled())
+
+
+async def _send(
+    target: Target, requests: Sequence[tuple[TraceRequest, Reply, bytes]], inbox: _Inbox, start_ns: int
+) -> None:
     async with asyncio.TaskGroup() as group:
-        group.create_task(_watch(inbox, len(requests), progress))
-        for source, reply, request in zip(requests, replies, encoded, strict=True):
+        for source, reply, request in requests:
             if (ahead := start_ns + source.arrival_ns - time.perf_counter_ns()) > 0:
                 await asyncio.sleep(ahead / 1e9)
             cancel_ns = None if source.cancel_ns is None else start_ns + source.cancel_ns
             group.create_task(_exchange(target, request, reply, inbox, cancel_ns))
-    await inbox.emptied()
-    return start_ns, replies
+
+
+@contextmanager
+def _cancelled_by_signals(task: asyncio.Task[None]) -> Iterator[None]:
+    """A signal to end cancels the task, and does nothing else: what came back is worth keeping."""
+    loop, handlers = asyncio.get_running_loop(), {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def _watch(inbox: _Inbox, total: int, progress: Callable[[int], None]) -> None:
@@ -285,7 +324,6 @@ async def _watch(inbox: _Inbox, total: int, progress: Callable[[int], None]) -> 
     while inbox.ended < total:
         progress(inbox.ended)
         await asyncio.sleep(PROGRESS_S)
-    progress(total)
 
 
 async def _exchange(target: Target, request: bytes, reply: Reply, inbox: _Inbox, cancel_ns: int | None) -> None:

@@ -46,9 +46,10 @@ LATE_MS = 5.0  # sending later than this, at P99, is the client's fault and in i
 
 
 def load_run(trace: Trace, target: Target, progress: Progress) -> RunRecords:
-    """Send a trace to a server, with a progress bar. Returns the client's records."""
+    """Send a trace to a server, with a progress bar. Returns the client's records, marked partial if interrupted."""
     with progress.bar("load", len(trace.requests)) as show:
-        start_ns, replies = uvloop.run(send_all(target, trace.requests, show))
+        all_sent = uvloop.run(send_all(target, trace.requests, show))
+    start_ns, replies = all_sent.start_ns, all_sent.replies
     times = [np.asarray(reply.chunk_ns, np.int64) - start_ns for reply in replies]
     clock, steps, tokens = np.unique(np.concatenate(times), return_inverse=True, return_counts=True)
     of_request = np.split(steps, np.cumsum([len(each) for each in times])[:-1])
@@ -61,7 +62,7 @@ def load_run(trace: Trace, target: Target, progress: Progress) -> RunRecords:
     }
     known: dict[str, Any] = {"trace": trace, "model": target.model, "stop_rule": target.stops, "device": target.url}
     parts = manifest.compose(**known, backend="client", start_perf_ns=start_ns)
-    run = RunRecords(parts, tables_from_rows(rows))
+    run = RunRecords(parts, tables_from_rows(rows), partial=all_sent.interrupted)
     late_ms = [(reply.sent_ns - start_ns - source.arrival_ns) / 1e6 for source, reply in sent if reply.sent_ns]
     summary = summarize(run).items()
     shown = {name: of for name, of in summary if not name.startswith(UNKNOWN) and UNKNOWN_LATENCY not in name}
@@ -95,6 +96,8 @@ def _request(source: TraceRequest, reply: Reply, times: Ints, start_ns: int) -> 
 def _outcome(reply: Reply) -> str:
     if reply.cancelled_ns is not None:
         return CANCELLED
+    if reply.error is None and not reply.ends:
+        return "unfinished"
     if reply.error is not None or not len(reply.chunk_ns):
         return REJECTED
     return STOP if reply.finish_reason == "stop" else LENGTH

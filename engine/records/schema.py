@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.config import FIRST_CHUNK, PLANNED, PROMPTS, ServingConfig
 from engine.records.validation import MOST_NS, MOST_TOKENS, Column
-from engine.request import CANCELLED, LENGTH, REJECTED, STOP
+from engine.request import CANCELLED, FAILED, LENGTH, REJECTED, STOP
 from engine.step import DIGEST_BYTES
 from traces.errors import TandemError
 
@@ -107,7 +107,7 @@ _NULLABLE = {
     },
     "iterations": {"step", "planned_ns", "launched_ns", "completed_step", "completed_ns"},
 }
-_WORDS = {"outcome": (LENGTH, STOP, CANCELLED, REJECTED, "unfinished"), "kind": ("prefill", "decode")}
+_WORDS = {"outcome": (LENGTH, STOP, FAILED, CANCELLED, REJECTED, "unfinished"), "kind": ("prefill", "decode")}
 KEYS = {"requests": ("request",), "steps": ("step",), "spans": ("request", "first_step", "start"), "iterations": ()}
 """Columns in which no two rows of a table are equal."""
 
