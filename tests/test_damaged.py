@@ -25,6 +25,8 @@ import pytest
 import yaml
 
 from analysis.cli.main import main
+from engine.records.run_folder import read_run
+from sim.profile.format import read_profile
 from traces import TandemError, read_trace
 from traces.sharegpt import conversations
 
@@ -253,3 +255,28 @@ def test_a_damaged_run_or_profile_is_read_or_refused_in_one_line(whole: Path, tm
         refused += status == 2
         shutil.rmtree(at)
     assert refused > many / 3 and peak_mb() - before_mb < MOST_MB
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("trace.jsonl", read_trace),
+        ("trace.csv.gz", read_trace),
+        ("trace.parquet", read_trace),
+        ("manifest.json", lambda path: read_run(path.parent)),
+        ("meta.yaml", lambda path: read_profile(path.parent)),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name, read, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(TandemError, match=f"{name} is a pipe or a device"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("[" * 100_000, "nested too deep"), (f'{{"prompt_len": {"1" * 5000}}}', "too many digits")]
+)
+def test_what_json_cannot_hold_is_told_in_words_for_users(line, words, tmp_path):
+    (tmp_path / "trace.jsonl").write_text(line)
+    with pytest.raises(TandemError, match=words):
+        read_trace(tmp_path / "trace.jsonl")

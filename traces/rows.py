@@ -300,7 +300,7 @@ def json_object(line: bytes) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise TandemError(f"not a whole JSON object ({error}): cut short or damaged?") from None
+        raise TandemError(f"not a whole JSON object ({reason(error)}): cut short or damaged?") from None
     if not isinstance(row, dict):
         raise TandemError("not a JSON object: a trace has one request, in braces, a line")
     return row

@@ -25,7 +25,7 @@ import numpy as np
 from traces.arrival_order import ArrivalSorter, ascending
 from traces.columns import WHOLE, Batch, Dialect, Reading, Window
 from traces.csv import read_csv
-from traces.errors import TandemError, reason
+from traces.errors import TandemError, check_no_pipe, reason
 from traces.outputs import atomic_file, check_writable
 from traces.parquet import read_parquet, write_parquet
 from traces.request import CompactRequests, TraceRequest
@@ -215,7 +215,7 @@ def from_first_arrival(trace: Trace) -> Trace:
 @contextmanager
 def open_plain(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, uncompressed if it is called .gz."""
-    with path.open("rb") as raw:
+    with check_no_pipe(path).open("rb") as raw:
         if path.suffix != ".gz":
             yield raw
             return

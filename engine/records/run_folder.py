@@ -25,7 +25,7 @@ from engine.records.schema import (
     table_from_rows,
 )
 from engine.records.validation import Section, check_fields, check_table
-from traces.errors import TandemError
+from traces.errors import TandemError, check_no_pipe
 from traces.outputs import check_writable, draft_of, publish
 from traces.rows import errors_at
 
@@ -96,7 +96,7 @@ class StoredTables(Mapping[str, "pa.Table"]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.folder / f"{name}.parquet") as file:
+        with pq.ParquetFile(check_no_pipe(self.folder / f"{name}.parquet")) as file:
             table = file.read(columns, use_threads=False)
         pa.default_memory_pool().release_unused()  # what reading took, and earlier tables
         return table
@@ -106,7 +106,7 @@ class StoredTables(Mapping[str, "pa.Table"]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.folder / f"{name}.parquet") as file:
+        with pq.ParquetFile(check_no_pipe(self.folder / f"{name}.parquet")) as file:
             if not file.metadata.num_rows:
                 yield file.read(columns)
             for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
@@ -251,7 +251,7 @@ def _read_table(path: Path, name: str, version: int) -> pa.Table:
 def _read_json(path: Path, types: Mapping[str, Any]) -> tuple[Section, int]:
     """A file's content, and its schema version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(check_no_pipe(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TandemError(f"{path.parent} is not a run: it has no {path.name}") from error
     except (OSError, ValueError, RecursionError) as error:

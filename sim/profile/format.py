@@ -20,7 +20,7 @@ from engine.model.config import ModelConfig
 from engine.model.files import first_line
 from engine.records.validation import is_a
 from sim.profile.meta import ProfileMeta
-from traces.errors import TandemError
+from traces.errors import TandemError, check_no_pipe
 from traces.outputs import check_writable, draft_of, publish
 from traces.rows import errors_at
 
@@ -183,7 +183,8 @@ def read_profile(folder: Path) -> Profile:
         if table in OPTIONAL_TABLES and not path.exists():
             continue
         try:
-            with pq.ParquetFile(path) as file:  # `read_table` would import what reads many files, in 50 ms or more
+            # `read_table` would import what reads many files, in 50 ms or more.
+            with pq.ParquetFile(check_no_pipe(path)) as file:
                 read = file.read()
             tables[table] = read.rename_columns([_today(name) for name in read.column_names]).to_pylist()
         except (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
@@ -223,7 +224,7 @@ def read_meta(path: Path) -> ProfileMeta:
 def read_yaml(path: Path) -> Any:
     """The contents of a YAML file. Raises TandemError if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(check_no_pipe(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise TandemError(f"{path}: cannot be read ({first_line(error)})") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 from engine.model.config import ModelConfig
 from engine.model.files import first_line
 from sim.profile.format import Points, Row
-from traces.errors import TandemError
+from traces.errors import TandemError, check_no_pipe
 
 Line = dict[int, float]  # time by tokens, samples or sequences
 Operations = Mapping[str, tuple[str, int, int]]  # theirs -> ours, and how often it runs: in each layer, and once a step
@@ -43,7 +43,7 @@ class Measured:
 
 def provenance(path: Path, repository: str, commit: str, licence: str, *digests: str) -> dict[str, Any]:
     """Of a file that a repository published, at `commit` if its SHA-256 is among `digests`, else at an unknown one."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(check_no_pipe(path).read_bytes()).hexdigest()
     known = commit if digest in digests else "unknown"
     return {"source": repository, "commit": known, "licence": licence, "file_sha256": digest}
 
