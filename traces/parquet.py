@@ -32,7 +32,8 @@ def read_parquet(path: Path, raw: IO[bytes], meta: dict[str, Any]) -> Iterator[B
     import pyarrow.parquet as pq
 
     number = 0
-    with _errors_after(path, number), pq.ParquetFile(raw, buffer_size=_BUFFER) as file:
+    # With `pre_buffer`, all that was read of the file would stay in memory.
+    with _errors_after(path, number), pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False) as file:
         header = (file.schema_arrow.metadata or {}).get(b"tandem_trace")
         meta.update(read_header(json_object(header)) if header else {})
         for batch in file.iter_batches(_BATCH_ROWS):
