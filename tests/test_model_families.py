@@ -411,6 +411,8 @@ def test_a_count_of_another_type_or_size_is_named_with_file_field_and_value(
     ("field", "value"),
     [
         ("rope_scaling", "x"),
+        ("rope_scaling", []),
+        ("rope_parameters", False),
         ("rope_theta", "x"),
         ("rope_theta", 1e300),
         ("rms_norm_eps", True),

@@ -49,7 +49,8 @@ def read_rope(fields: Fields, positions: int) -> tuple[float, RopeScaling | None
     Raises:
         TandemError: a field makes no sense, or says something that is not supported.
     """
-    rope = fields.inner("rope_scaling" if fields.get("rope_scaling") else "rope_parameters")
+    scaling, parameters = fields.inner("rope_scaling"), fields.inner("rope_parameters")
+    rope = scaling if scaling.values else parameters
     source = rope if rope.get("rope_theta") is not None else fields
     theta = source.number("rope_theta", MOST_THETA, default=10000.0)
     for holder in (fields, rope):
