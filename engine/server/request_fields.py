@@ -6,6 +6,7 @@ Any other is unknown, and refused. A field that is null is as if it were absent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -98,7 +99,7 @@ def _is_one_of(value: Any, neutral: Collection[Any]) -> bool:
 
 
 def _remedy(neutral: tuple[Any, ...]) -> str:
-    return f"leave it out, or give {neutral[0]!r}" if neutral else "leave it out"
+    return f"leave it out, or give {json.dumps(neutral[0])}" if neutral else "leave it out"
 
 
 def _unknown(names: list[str], served: Collection[str]) -> Refused:
