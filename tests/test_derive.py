@@ -33,7 +33,9 @@ DEEP = replace(LLAMA3, name="deep", num_layers=64)
 TANDEM = Path(sys.executable).with_name("tandem")
 PAGE = (Path(__file__).parents[1] / "docs/profiles.md").read_text()
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "a100"
-needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published measurements are not in ../shared")
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="the published measurements, which are not ours to ship, are not here"
+)
 
 
 def derived(source: Profile, model: ModelConfig) -> Profile:

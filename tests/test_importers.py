@@ -29,7 +29,9 @@ from traces.errors import TandemError
 LLAMA3, LAYERS = load_model_config("llama-3-8b"), 32
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 TANDEM = Path(sys.executable).with_name("tandem")
-needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published measurements are not in ../shared")
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="the published measurements, which are not ours to ship, are not here"
+)
 
 TOKENS, CACHED = (1, 8, 64, 512, 2048), (16, 64, 256, 1024, 4096)
 MIXED = 3.0  # in the sample, how much longer decodes take beside a prefill

@@ -73,3 +73,19 @@ def test_every_file_it_names_exists():
         r"`((?:engine|sim|traces|analysis|docs|tests)/[\w/.]*)`|\]\((docs/[\w./]+)\)", README.read_text()
     )
     assert named and all((ROOT / (code or link)).exists() for code, link in named)
+
+
+def test_its_ratios_to_vllm_are_those_of_the_performance_page():
+    row = r"^\| \d+ x (\d+) \| ([\d.,]+) \| ([\d.,]+) \| [^|]+ \| [\d.]+ \| ([\d.,]+) \| ([\d.,]+) \| [\d.]+ \|$"
+    found = re.findall(row, (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
+    forwards = [
+        [float(cell.replace(",", "")) for cell in each] for each in found
+    ]  # tokens, prefill, vLLM's, decode, ...
+    ratios = {
+        "decode step": [ours / theirs for *_, ours, theirs in forwards],
+        "prefill to 8k": [ours / theirs for length, ours, theirs, *_ in forwards if length <= 8192],
+        "prefill of 16k to 64k": [ours / theirs for length, ours, theirs, *_ in forwards if length > 8192],
+    }
+    assert len(forwards) == 20
+    for name, each in ratios.items():
+        assert re.search(rf"time of a {name}.*\| {min(each):.2f} to {max(each):.2f} \|", README.read_text()), name

@@ -58,6 +58,7 @@ def read_rows(path: Path, counts: Sequence[str], times: Sequence[str], texts: Se
     import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
+    check_no_pipe(path)
     try:
         table = pc.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
